@@ -1,0 +1,36 @@
+"""aqlm_infer: large language models at about 2 bits a weight, fast on the GPU or CPU you have.
+
+Importing this package loads torch and the compiled modules, and nothing else: no CUDA
+initialisation, no Triton, no transformers (its loader is registered as soon as transformers is
+imported, before or after).
+"""
+
+from . import integrations as _integrations
+from .backends import KernelError, explain, select
+from .formats import FormatError, parse_scheme
+from .layers import (
+    PlanError,
+    QuantLinear,
+    plan_layers,
+    quantized_cost,
+    quantized_layers,
+    replace_linears,
+)
+from .version import __version__
+
+__all__ = [
+    "FormatError",
+    "KernelError",
+    "PlanError",
+    "QuantLinear",
+    "__version__",
+    "explain",
+    "parse_scheme",
+    "plan_layers",
+    "quantized_cost",
+    "quantized_layers",
+    "replace_linears",
+    "select",
+]
+
+_integrations.register_lazily()

@@ -1,0 +1,261 @@
+"""CPU backend: the operators over ``_cpu`` (torch-free C++ on raw buffers) and their kernel records.
+
+Small M goes to the fused kernels. Above ``matmul_max_m`` tokens the weight is decoded in row slices
+that stay in the cache and multiplied by torch's GEMM, so that it is never dense as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import ops
+from ..formats import AdditiveFormat
+from . import additive, native
+from .registry import Kernel, Problem, first_reason, register
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# Decoded slice of the weight for large M: half an MB sits in a core's L2 beside the GEMM's panels.
+_SLICE_BYTES = 1 << 20
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _dtype_name(tensor: torch.Tensor, what: str) -> str:
+    name = _NAMES.get(tensor.dtype)
+    if name is None:
+        raise ops.OperandError(f"{what} has dtype {tensor.dtype}; the CPU kernels take {list(_NAMES)}")
+    return name
+
+
+def _part_bytes(rows, out_group, in_groups, books, nbits) -> int:
+    return native.cpu.packed_nbytes(rows // out_group, in_groups, books, nbits)
+
+
+class _Part:
+    """Pointers and sizes of one fused part (one layer) inside the concatenated operands."""
+
+    def __init__(self, packed, codebooks, scales, K, partitions: Sequence[int]):
+        self.books = codebooks.shape[0] // len(partitions)
+        self.nbits = codebooks.shape[1].bit_length() - 1
+        self.out_group, self.in_group = codebooks.shape[2], codebooks.shape[3]
+        self.K = K
+        self.packed, self.codebooks = packed, codebooks.contiguous()
+        self.scales = scales.contiguous()
+        self.param_dtype = _dtype_name(codebooks, "codebooks")
+        expected = sum(self.nbytes(rows) for rows in partitions)
+        if packed.dtype != torch.uint8 or packed.numel() != expected:
+            raise ops.OperandError(
+                f"packed holds {packed.numel()} x {packed.dtype}, expected {expected} bytes"
+                f" for partitions {list(partitions)}, K={K}"
+            )
+
+    def nbytes(self, rows: int) -> int:
+        in_groups = self.K // self.in_group
+        return _part_bytes(rows, self.out_group, in_groups, self.books, self.nbits)
+
+    def pointers(self, partitions: Sequence[int]):
+        """Yields (first row, rows, packed, codebooks, scales) pointers, part by part."""
+        row = offset = 0
+        for part, rows in enumerate(partitions):
+            book = self.codebooks[part * self.books]
+            scale = self.scales.data_ptr() + row // self.out_group * self.scales.element_size()
+            yield row, rows, self.packed.data_ptr() + offset, book.data_ptr(), scale
+            row, offset = row + rows, offset + self.nbytes(rows)
+
+    def decode(self, pointers, out, first_group, last_group):
+        """Dequantize out groups [first, last) of one part into ``out`` [rows, K]."""
+        _, rows, packed, codebooks, scales = pointers
+        native.cpu.additive_dequantize(
+            packed=packed, codebooks=codebooks, scales=scales, param_dtype=self.param_dtype,
+            out=out.data_ptr(), out_row_stride=out.stride(0), out_dtype=_dtype_name(out, "out"),
+            N=rows, K=self.K, num_codebooks=self.books, nbits=self.nbits,
+            in_group_size=self.in_group, out_group_size=self.out_group,
+            out_group_begin=first_group, out_group_end=last_group, apply_scales=True,
+            num_threads=_threads(),
+        )  # fmt: skip
+
+    def slices(self, partitions: Sequence[int], dtype: torch.dtype):
+        """Yields (first row, decoded rows [r, K]) over the whole weight, reusing one scratch."""
+        row_bytes = self.K * dtype.itemsize * self.out_group
+        groups = max(1, _SLICE_BYTES // row_bytes)
+        scratch = torch.empty((groups * self.out_group, self.K), dtype=dtype)
+        for pointers in self.pointers(partitions):
+            first_row, rows = pointers[0], pointers[1]
+            for begin in range(0, rows // self.out_group, groups):
+                end = min(begin + groups, rows // self.out_group)
+                out = scratch[: (end - begin) * self.out_group]
+                self.decode(pointers, out, begin, end)
+                yield first_row + begin * self.out_group, out
+
+
+def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    # float16 products are emulated on most CPUs, and float32 keeps their accuracy.
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [M, K] whose last dimension is contiguous."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
+    N = ops.check_matmul(x, codebooks, scales, bias, partitions)
+    if precision not in ("exact", "fast"):
+        raise ops.OperandError(f"precision {precision!r}: the CPU kernels have 'exact' and 'fast'")
+    part = _Part(packed, codebooks, scales, x.shape[-1], partitions)
+    if bias is not None and bias.dtype != codebooks.dtype:
+        bias = bias.to(codebooks.dtype)
+    rows = _rows(x)
+    M, K = rows.shape
+    y = torch.empty((M, N), dtype=x.dtype)
+    limit = native.cpu.matmul_max_m(part.books, part.nbits, part.in_group, part.out_group, K)
+    if M > limit:
+        _sliced_matmul(rows, part, bias, partitions, y)
+    elif M:
+        x_dtype = _dtype_name(x, "x")
+        for row, size, packed_ptr, books, scale in part.pointers(partitions):
+            native.cpu.additive_matmul(
+                x=rows.data_ptr(), x_row_stride=rows.stride(0), x_dtype=x_dtype,
+                packed=packed_ptr, codebooks=books, scales=scale,
+                bias=0 if bias is None else bias[row:].data_ptr(), param_dtype=part.param_dtype,
+                y=y[:, row:].data_ptr(), y_row_stride=N, M=M, N=size, K=K,
+                num_codebooks=part.books, nbits=part.nbits, in_group_size=part.in_group,
+                out_group_size=part.out_group, precision=precision, num_threads=_threads(),
+            )  # fmt: skip
+    return y.reshape(*x.shape[:-1], N)
+
+
+def _sliced_matmul(rows, part, bias, partitions, y):
+    dtype = _gemm_dtype(rows.dtype)
+    left = rows.to(dtype)
+    for first, weight in part.slices(partitions, dtype):
+        out = y[:, first : first + weight.shape[0]]
+        product = torch.mm(left, weight.t())
+        if bias is not None:
+            product = product.float() + bias[first : first + weight.shape[0]].float()
+        out.copy_(product)
+
+
+def _matmul_dx(dy, packed, codebooks, scales, in_features, partitions):
+    ops.check_operands(codebooks, scales, dy.shape[-1], in_features, partitions)
+    part = _Part(packed, codebooks, scales, in_features, partitions)
+    dtype = _gemm_dtype(dy.dtype)
+    rows = _rows(dy).to(dtype)
+    dx = torch.zeros((rows.shape[0], in_features), dtype=torch.float32)
+    if rows.shape[0]:
+        for first, weight in part.slices(partitions, dtype):
+            dx += torch.mm(rows[:, first : first + weight.shape[0]], weight)
+    return dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
+
+
+def _dequantize(packed, codebooks, scales, in_features, partitions):
+    ops.check_operands(codebooks, scales, sum(partitions), in_features, partitions)
+    part = _Part(packed, codebooks, scales, in_features, partitions)
+    weight = torch.empty((sum(partitions), in_features), dtype=codebooks.dtype)
+    for pointers in part.pointers(partitions):
+        first, rows = pointers[0], pointers[1]
+        part.decode(pointers, weight[first : first + rows], 0, rows // part.out_group)
+    return weight
+
+
+def _pack(codes, nbits, out_group_size, in_group_size, partitions):
+    out_groups, in_groups, books = codes.shape
+    if sum(partitions) != out_groups * out_group_size:
+        raise ops.OperandError(
+            f"codes has {out_groups} out groups of {out_group_size},"
+            f" but partitions {list(partitions)} sum to {sum(partitions)}"
+        )
+    sizes = [_part_bytes(p, out_group_size, in_groups, books, nbits) for p in partitions]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8)
+    native.cpu.advise_huge_pages(packed.data_ptr(), packed.numel())
+    codes = codes.contiguous()
+    group = offset = 0
+    for rows, size in zip(partitions, sizes, strict=True):
+        part = codes[group:]
+        native.cpu.additive_pack(
+            codes=part.data_ptr(), code_bytes=codes.element_size(),
+            out_groups=rows // out_group_size, in_groups=in_groups, num_codebooks=books,
+            nbits=nbits, packed=packed.data_ptr() + offset, num_threads=_threads(),
+        )  # fmt: skip
+        group, offset = group + rows // out_group_size, offset + size
+    return packed
+
+
+def _unpack(
+    packed, out_groups, in_groups, num_codebooks, nbits, out_group_size, in_group_size, partitions
+):
+    dtype = torch.int8 if nbits <= 8 else torch.int16
+    codes = torch.empty((out_groups, in_groups, num_codebooks), dtype=dtype)
+    group = offset = 0
+    for rows in partitions:
+        native.cpu.additive_unpack(
+            packed=packed.data_ptr() + offset, out_groups=rows // out_group_size,
+            in_groups=in_groups, num_codebooks=num_codebooks, nbits=nbits,
+            codes=codes[group:].data_ptr(), code_bytes=codes.element_size(),
+            num_threads=_threads(),
+        )  # fmt: skip
+        group += rows // out_group_size
+        offset += _part_bytes(rows, out_group_size, in_groups, num_codebooks, nbits)
+    return codes
+
+
+def _prepare(codebooks, precision, partitions):
+    return torch.empty(0, dtype=torch.uint8)  # the CPU kernels read the codebooks as stored
+
+
+if native.cpu is not None:
+    for _name, _function in {
+        "additive_pack": _pack,
+        "additive_unpack": _unpack,
+        "additive_prepare": _prepare,
+        "additive_matmul": _matmul,
+        "additive_matmul_dx": _matmul_dx,
+        "additive_dequantize": _dequantize,
+    }.items():
+        ops.LIBRARY.impl(_name, _function, "CPU")
+
+
+def _why_not(problem: Problem, low: int, high: int) -> str | None:
+    format = problem.format
+    if not isinstance(format, AdditiveFormat):
+        return f"takes additive codebooks, not {format.id}"
+    return first_reason(
+        native.cpu_problem,
+        None if problem.device == "cpu" else f"runs on cpu, not {problem.device}",
+        None if low <= format.nbits <= high else f"takes {low}..{high} bits, not {format.nbits}",
+        None if problem.dtype in _NAMES else f"takes {list(_NAMES)}, not {problem.dtype}",
+        None
+        if problem.precision in ("exact", "fast")
+        else f"has precisions exact and fast, not {problem.precision}",
+    )
+
+
+def _register(family: str, low: int, high: int, ns_per_code: float) -> None:
+    """One kernel record; ``ns_per_code`` is the measured time of one code on one Zen 5 core."""
+
+    def cost(problem: Problem) -> float:
+        vector = problem.format.in_group_size * problem.format.out_group_size
+        codes = problem.N * problem.K / vector * problem.format.num_codebooks
+        return 5.0 + codes * ns_per_code * 1e-3 * max(problem.M or 1, 1)
+
+    register(
+        Kernel(
+            f"cpu.additive.{family}",
+            additive.repack,
+            additive.unpack,
+            additive.matmul,
+            additive.dequantize,
+            lambda problem: _why_not(problem, low, high),
+            cost,
+        )
+    )
+
+
+_register("lut", 1, 8, 0.07)
+_register("direct", 9, 16, 1.0)

@@ -1,0 +1,136 @@
+"""One registry of kernels: dispatch is a filter and a minimum, and a failure explains itself.
+
+A kernel says why it cannot take a problem, and what the problem would cost it. ``select`` returns
+the cheapest one that can; ``explain`` lists every candidate with its verdict.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import Format, Tensors
+
+
+class KernelError(RuntimeError):
+    """No kernel takes the problem, or the forced kernel does not; the message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that kernel selection may look at.
+
+    ``M`` None means any number of tokens (a layer is prepared once and serves every M).
+    """
+
+    format: Format
+    N: int
+    K: int
+    dtype: torch.dtype
+    device: str = "cpu"
+    precision: str = "exact"
+    M: int | None = None
+    parts: int = 1
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        M = "any" if self.M is None else self.M
+        return (
+            f"{self.format.id} N={self.N} K={self.K} M={M} {dtype} {self.precision} on {self.device}"
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute ``y = x W^T + bias`` from packed tensors.
+
+    ``repack(format, tensors, partitions, precision)`` turns the canonical code tensors of one layer
+    into runtime buffers; ``unpack`` restores the code tensors bit for bit. ``matmul(x, buffers,
+    tensors, bias, partitions, precision)`` is what a layer calls; ``dequantize`` gives the weight.
+    """
+
+    id: str
+    repack: Callable[..., dict[str, torch.Tensor]]
+    unpack: Callable[..., dict[str, torch.Tensor]]
+    matmul: Callable[..., torch.Tensor]
+    dequantize: Callable[..., torch.Tensor]
+    why_not: Callable[[Problem], str | None]
+    cost: Callable[[Problem], float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of ``explain``."""
+
+    kernel: str
+    reason: str | None
+    predicted_us: float | None
+    chosen: bool = False
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel; ids are unique."""
+    if kernel.id in KERNELS:
+        raise KernelError(f"kernel id {kernel.id!r} is registered twice")
+    KERNELS[kernel.id] = kernel
+    return kernel
+
+
+def select(problem: Problem, forced: str | None = None) -> Kernel:
+    """The cheapest kernel that takes ``problem``.
+
+    ``forced`` (or the environment variable AQLM_KERNEL) names the only one to consider. Raises
+    KernelError listing every candidate's reason when none takes it.
+    """
+    forced = forced or os.environ.get("AQLM_KERNEL") or None
+    if forced and forced not in KERNELS:
+        raise KernelError(f"unknown kernel {forced!r}; registered: {', '.join(sorted(KERNELS))}")
+    candidates = [KERNELS[forced]] if forced else list(KERNELS.values())
+    fits = [k for k in candidates if k.why_not(problem) is None]
+    if not fits:
+        reasons = "; ".join(f"{k.id}: {k.why_not(problem)}" for k in candidates)
+        raise KernelError(f"no kernel for {problem} ({reasons})")
+    return min(fits, key=lambda k: k.cost(problem))
+
+
+def explain(problem: Problem) -> list[Verdict]:
+    """Every registered kernel with its verdict on ``problem``, the chosen one first."""
+    rows = []
+    for kernel in KERNELS.values():
+        reason = kernel.why_not(problem)
+        rows.append(Verdict(kernel.id, reason, None if reason else kernel.cost(problem)))
+    rows.sort(key=lambda r: (r.reason is not None, r.predicted_us or 0.0))
+    try:
+        chosen = select(problem).id
+    except KernelError:
+        return rows
+    return [Verdict(r.kernel, r.reason, r.predicted_us, r.kernel == chosen) for r in rows]
+
+
+def first_reason(*reasons: str | None) -> str | None:
+    """The first reason that is not None: ``why_not`` functions are lists of checks."""
+    return next((r for r in reasons if r), None)
+
+
+Partitions = tuple[int, ...]
+Buffers = Mapping[str, torch.Tensor]
+__all__ = [
+    "KERNELS",
+    "Buffers",
+    "Kernel",
+    "KernelError",
+    "Partitions",
+    "Problem",
+    "Tensors",
+    "Verdict",
+    "explain",
+    "first_reason",
+    "register",
+    "select",
+]

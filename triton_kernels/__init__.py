@@ -1,0 +1,1 @@
+"""Triton kernels: the portable second implementation, shipped as ``aqlm_infer.triton_kernels``."""
