@@ -17,8 +17,11 @@ from .registry import Kernel, Problem, first_reason, register
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# Decoded slice of the weight for large M: half an MB sits in a core's L2 beside the GEMM's panels.
-_SLICE_BYTES = 1 << 20
+# Decoded slice of the weight for large M: about this many bytes stay in the cache for the GEMM, and
+# whole multiples of this many rows keep torch's GEMM bitwise equal for any number of threads (it
+# splits narrower products differently; tests/test_kernels_cpu.py checks it on this machine).
+_SLICE_BYTES = 2 << 20
+_SLICE_ROWS = 128
 
 
 def _threads() -> int:
@@ -80,17 +83,21 @@ class _Part:
         )  # fmt: skip
 
     def slices(self, partitions: Sequence[int], dtype: torch.dtype):
-        """Yields (first row, decoded rows [r, K]) over the whole weight, reusing one scratch."""
-        row_bytes = self.K * dtype.itemsize * self.out_group
-        groups = max(1, _SLICE_BYTES // row_bytes)
-        scratch = torch.empty((groups * self.out_group, self.K), dtype=dtype)
+        """Yields (first row, rows, scratch [R, K]): the weight, decoded slice by slice.
+
+        The slice is scratch[:rows]; R is a multiple of _SLICE_ROWS and what follows is left over.
+        """
+        tile = _SLICE_ROWS * self.out_group
+        most = max(1, _SLICE_BYTES // (tile * self.K * dtype.itemsize)) * tile
+        largest = -(-max(partitions) // tile) * tile
+        scratch = torch.zeros((min(most, largest), self.K), dtype=dtype)
         for pointers in self.pointers(partitions):
-            first_row, rows = pointers[0], pointers[1]
-            for begin in range(0, rows // self.out_group, groups):
-                end = min(begin + groups, rows // self.out_group)
-                out = scratch[: (end - begin) * self.out_group]
-                self.decode(pointers, out, begin, end)
-                yield first_row + begin * self.out_group, out
+            first_row, size = pointers[0], pointers[1]
+            for begin in range(0, size, scratch.shape[0]):
+                rows = min(scratch.shape[0], size - begin)
+                first = begin // self.out_group
+                self.decode(pointers, scratch, first, first + rows // self.out_group)
+                yield first_row + begin, rows, scratch[: -(-rows // tile) * tile]
 
 
 def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,7 +120,8 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
         bias = bias.to(codebooks.dtype)
     rows = _rows(x)
     M, K = rows.shape
-    y = torch.empty((M, N), dtype=x.dtype)
+    result = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
+    y = result.view(M, N)
     limit = native.cpu.matmul_max_m(part.books, part.nbits, part.in_group, part.out_group, K)
     if M > limit:
         _sliced_matmul(rows, part, bias, partitions, y)
@@ -128,18 +136,17 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
                 num_codebooks=part.books, nbits=part.nbits, in_group_size=part.in_group,
                 out_group_size=part.out_group, precision=precision, num_threads=_threads(),
             )  # fmt: skip
-    return y.reshape(*x.shape[:-1], N)
+    return result
 
 
 def _sliced_matmul(rows, part, bias, partitions, y):
     dtype = _gemm_dtype(rows.dtype)
     left = rows.to(dtype)
-    for first, weight in part.slices(partitions, dtype):
-        out = y[:, first : first + weight.shape[0]]
-        product = torch.mm(left, weight.t())
+    for first, count, weight in part.slices(partitions, dtype):
+        product = torch.mm(left, weight.t())[:, :count]
         if bias is not None:
-            product = product.float() + bias[first : first + weight.shape[0]].float()
-        out.copy_(product)
+            product = product.float() + bias[first : first + count].float()
+        y[:, first : first + count] = product
 
 
 def _matmul_dx(dy, packed, codebooks, scales, in_features, partitions):
@@ -149,8 +156,8 @@ def _matmul_dx(dy, packed, codebooks, scales, in_features, partitions):
     rows = _rows(dy).to(dtype)
     dx = torch.zeros((rows.shape[0], in_features), dtype=torch.float32)
     if rows.shape[0]:
-        for first, weight in part.slices(partitions, dtype):
-            dx += torch.mm(rows[:, first : first + weight.shape[0]], weight)
+        for first, count, weight in part.slices(partitions, dtype):
+            dx += torch.mm(rows[:, first : first + count], weight[:count])
     return dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
 
 

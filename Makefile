@@ -1,0 +1,49 @@
+# Each target does its own set-up: a virtual environment with pinned dependencies, and the build.
+# PY=/path/to/python uses that interpreter as it is, with the package already built into it.
+
+VENV ?= .venv
+PYTHON ?= python3
+PY ?= $(VENV)/bin/python
+READY := $(if $(filter command line environment,$(origin PY)),,$(VENV)/.ready)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*)
+
+.PHONY: demo test bench wheel-cpu wheel-cuda lint clean
+
+demo: $(READY)
+	$(PY) examples/demo.py
+
+test: $(READY)
+	$(PY) -m pytest $(TESTS)
+
+bench: $(READY) $(VENV)/.bench
+	$(PY) benchmarks/bench_matmul.py --out benchmarks/results/local/matmul.jsonl
+	$(PY) benchmarks/bench_generate.py --out benchmarks/results/local/generate.jsonl
+
+wheel-cpu: $(VENV)/.deps
+	AQLM_BUILD=cpu $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+wheel-cuda: $(VENV)/.deps
+	AQLM_BUILD=cuda $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+lint: $(VENV)/.deps
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info aqlm_infer/*.so
+
+$(VENV)/.deps: requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit("aqlm_infer needs Python 3.10 or newer; this is " + v)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.deps $(SOURCES)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+# The peers that benchmarks compare with; aqlm's own dependencies are already there.
+$(VENV)/.bench: $(VENV)/.deps
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check numba==0.68.1 matplotlib
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps aqlm==1.1.7
+	touch $@

@@ -1,0 +1,256 @@
+// Look-up-table driver (codes of up to 8 bits).
+//
+// Passes over the tokens; within a pass tiles of lookups whose tables fit the L2 cache; within a
+// tile every thread builds some of the tables, all wait, and each adds the tile to the sums of
+// its own rows. Tables are double buffered, so one barrier a tile is enough.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "codebooks.h"
+#include "matmul.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace aqlm::cpu {
+namespace {
+
+constexpr int64_t kTileBytes = 640 << 10;  // tables of one tile, within a 1 MB L2 cache
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The chunks of a pass, cut into equal tiles.
+struct Tiling {
+  int64_t chunks, per_tile, chunk_bytes;
+
+  Tiling(const LutKernel& kernel, const LutArgs& args) {
+    chunks = ceil_div(args.shape.lookups(), kernel.chunk);
+    chunk_bytes = kernel.chunk_bytes(args);
+    const int64_t fit = std::max<int64_t>(1, kTileBytes / chunk_bytes);
+    per_tile = ceil_div(chunks, std::max<int64_t>(1, ceil_div(chunks, fit)));
+  }
+  int64_t tiles() const { return per_tile == 0 ? 0 : ceil_div(chunks, per_tile); }
+  int64_t tile_bytes() const { return per_tile * chunk_bytes; }
+};
+
+// One slice of the codebooks in the forms the kernels read, made when first needed.
+class Forms {
+ public:
+  Forms(const MatmulCall& call, const KernelTable& table, Workspace& workspace)
+      : scheme_(call.scheme),
+        table_(table),
+        slices_(call.scheme, call.codebooks, call.param_dtype),
+        natural_(workspace.take<float>(slices_.slice_size())),
+        centred_(workspace.take<float>(slices_.slice_size())),
+        by_entry_{workspace.take<float>(transposed_size(call.scheme)),
+                  workspace.take<float>(transposed_size(call.scheme))},
+        means_(workspace.take<float>(call.scheme.in_group_size)) {}
+
+  static int64_t entries(const Scheme& s) { return std::max<int64_t>(16, int64_t(1) << s.nbits); }
+  static int64_t transposed_size(const Scheme& s) { return s.num_codebooks * s.in_group_size * entries(s); }
+  static int64_t workspace_bytes(const Scheme& s) {
+    const int64_t slice = (int64_t(s.num_codebooks) << s.nbits) * s.in_group_size;
+    return 2 * Workspace::padded(slice * 4) + 2 * Workspace::padded(transposed_size(s) * 4) +
+           Workspace::padded(s.in_group_size * 4);
+  }
+
+  void select(int64_t a) {
+    slices_.to_float(table_, a, natural_);
+    ready_[0] = ready_[1] = false;
+  }
+  const float* natural() const { return natural_; }
+  int64_t size() const { return slices_.slice_size(); }
+
+  // [B][ig][entries]; centred: every codebook minus its mean.
+  const float* by_entry(bool centred) {
+    if (!ready_[centred]) {
+      if (centred) centre();
+      transpose(centred ? centred_ : natural_, by_entry_[centred]);
+      ready_[centred] = true;
+    }
+    return by_entry_[centred];
+  }
+
+  // What centring took out of one row of the product.
+  float removed(const float* x) const {
+    const int64_t ig = scheme_.in_group_size;
+    double total = 0;
+    for (int64_t j = 0; j < ig; ++j) {
+      if (means_[j] == 0) continue;
+      double sum = 0;
+      for (int64_t i = j; i < scheme_.K; i += ig) sum += x[i];
+      total += sum * means_[j];
+    }
+    return float(total);
+  }
+
+ private:
+  void centre() {
+    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
+    std::fill(means_, means_ + ig, 0.0f);
+    for (int k = 0; k < scheme_.num_codebooks; ++k) {
+      const float* source = natural_ + k * count * ig;
+      float* target = centred_ + k * count * ig;
+      for (int64_t j = 0; j < ig; ++j) {
+        double sum = 0;
+        for (int64_t c = 0; c < count; ++c) sum += source[c * ig + j];
+        const float mean = float(sum / double(count));
+        for (int64_t c = 0; c < count; ++c) target[c * ig + j] = source[c * ig + j] - mean;
+        means_[j] += mean;
+      }
+    }
+  }
+
+  void transpose(const float* source, float* target) const {
+    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
+    for (int k = 0; k < scheme_.num_codebooks; ++k) {
+      table_.transpose(source + k * count * ig, count, ig, entries(scheme_), target + k * ig * entries(scheme_));
+    }
+  }
+
+  Scheme scheme_;
+  const KernelTable& table_;
+  CodebookSlices slices_;
+  float* natural_;
+  float* centred_;
+  float* by_entry_[2];
+  float* means_;
+  bool ready_[2] = {false, false};
+};
+
+// Buffers of one call, sized for whichever kernel a pass ends up with.
+struct Buffers {
+  float* x;
+  float* x_lanes;  // [K][lanes]
+  std::byte* tables[2];
+  float* sums;
+  float* scratch;
+};
+
+LutArgs pass_args(const MatmulCall& call, const LutKernel& kernel, int tokens) {
+  LutArgs args{};
+  args.shape = call.scheme.packed();
+  args.packed = call.packed;
+  args.ig = call.scheme.in_group_size;
+  args.entries = kernel.token_lanes ? int64_t(1) << call.scheme.nbits : Forms::entries(call.scheme);
+  args.tokens = tokens;
+  return args;
+}
+
+int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) { return kernel.chunk * args.entries; }
+
+// Quantized tables need a range: activations and codebooks finite, their products far from the
+// ends of float32. Anything else takes float tables, which propagate NaN and infinities.
+bool quantizable(const KernelTable& table, const Forms& forms, const float* x, int64_t count, int64_t K) {
+  const auto magnitude = [&](const float* values, int64_t n) {
+    const uint32_t bits = table.max_abs_bits(values, n);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;  // infinity or NaN if anything is not finite
+  };
+  const float x_max = magnitude(x, count), c_max = magnitude(forms.natural(), forms.size());
+  if (x_max == 0 || c_max == 0) return x_max < 1e30f && c_max < 1e30f;
+  const float product = x_max * c_max;
+  return x_max < 1e30f && c_max < 1e30f && product > 1e-20f && product * float(K) < 1e30f;
+}
+
+void run_pass(const MatmulCall& call, const KernelTable& table, const LutKernel& kernel,
+              const LutArgs& args, const float* constants, const Buffers& buffers, int64_t a, int64_t m0) {
+  const Tiling tiling(kernel, args);
+  const int64_t units = args.shape.units();
+  const int64_t unit_sums = kUnitRows * (kernel.token_lanes ? kernel.tokens : args.tokens);
+  const FinishArgs finish = finish_args(call, a);
+  on_threads(int(std::min<int64_t>(call.num_threads, units)), [&](int thread, int threads) {
+    const int64_t u0 = units * thread / threads, u1 = units * (thread + 1) / threads;
+    float* sums = buffers.sums + u0 * unit_sums;
+    float* scratch = buffers.scratch + thread * scratch_size(args, kernel);
+    std::memset(sums, 0, size_t((u1 - u0) * unit_sums) * sizeof(float));
+    for (int64_t tile = 0; tile < tiling.tiles(); ++tile) {
+      std::byte* tables = buffers.tables[tile & 1];
+      const int64_t c0 = tile * tiling.per_tile, c1 = std::min(c0 + tiling.per_tile, tiling.chunks);
+      for (int64_t c = c0 + thread; c < c1; c += threads) {
+        kernel.build(args, c, tables + (c - c0) * tiling.chunk_bytes, scratch);
+      }
+      thread_barrier(threads);
+      kernel.accumulate(args, u0, u1, c0, c1, tables, sums);
+    }
+    for (int64_t u = u0; u < u1; ++u) {
+      float rows[kUnitRows];
+      const int64_t count = std::min(kUnitRows, args.shape.out_groups - u * kUnitRows);
+      for (int m = 0; m < args.tokens; ++m) {
+        kernel.collect(args, sums + (u - u0) * unit_sums, m, rows);
+        for (float& value : rows) value += constants[m];
+        table.finish(finish, rows, u * kUnitRows, count, y_row(call, m0 + m));
+      }
+    }
+  });
+}
+
+void lanes_of(const float* x, int tokens, int64_t K, int lanes, float* out) {
+  for (int64_t j = 0; j < K; ++j) {
+    for (int m = 0; m < lanes; ++m) out[j * lanes + m] = m < tokens ? x[m * K + j] : 0.0f;
+  }
+}
+
+Buffers take_buffers(Workspace& workspace, int64_t tokens, const MatmulCall& call, int64_t lanes,
+                     int64_t tile_bytes, int64_t sums, int64_t scratch) {
+  Buffers buffers;
+  buffers.x = workspace.take<float>(tokens * call.scheme.K);
+  buffers.x_lanes = workspace.take<float>(lanes * call.scheme.K);
+  for (std::byte*& tables : buffers.tables) tables = workspace.take<std::byte>(tile_bytes);
+  buffers.sums = workspace.take<float>(sums);
+  buffers.scratch = workspace.take<float>(scratch);
+  return buffers;
+}
+
+}  // namespace
+
+void matmul_lut(const MatmulCall& call, const KernelTable& table) {
+  const Scheme& s = call.scheme;
+  const LutKernel& quantized = call.precision == Precision::fast ? table.lut_fast : table.lut_exact;
+  const LutKernel& preferred = call.M <= table.lut_max_tokens ? quantized : table.lut_tokens;
+  const int64_t pass = std::min<int64_t>(call.M, preferred.tokens);
+
+  int64_t tile_bytes = 0, scratch = 0;
+  for (const LutKernel* kernel : {&preferred, &table.lut_float, &table.lut_tokens}) {
+    const LutArgs args = pass_args(call, *kernel, int(std::min<int64_t>(pass, kernel->tokens)));
+    tile_bytes = std::max(tile_bytes, Tiling(*kernel, args).tile_bytes());
+    scratch = std::max(scratch, scratch_size(args, *kernel) * call.num_threads);
+  }
+  const int64_t lanes = table.lut_tokens.tokens;
+  const int64_t sums = s.packed().units() * kUnitRows * (pass > 1 || preferred.token_lanes ? lanes : 1);
+  Workspace workspace(Forms::workspace_bytes(s) + Workspace::padded(pass * s.K * 4) +
+                      Workspace::padded(lanes * s.K * 4) + 2 * Workspace::padded(tile_bytes) +
+                      Workspace::padded(sums * 4) + Workspace::padded(scratch * 4));
+  Forms forms(call, table, workspace);
+  const Buffers buffers = take_buffers(workspace, pass, call, lanes, tile_bytes, sums, scratch);
+
+  for (int64_t a = 0; a < s.out_group_size; ++a) {
+    forms.select(a);
+    for (int64_t m0 = 0; m0 < call.M; m0 += pass) {
+      const int tokens = int(std::min(pass, call.M - m0));
+      for (int m = 0; m < tokens; ++m) {
+        table.to_float(x_row(call, m0 + m), call.x_dtype, s.K, buffers.x + m * s.K);
+      }
+      const LutKernel* kernel = &preferred;
+      if (kernel->centred && !quantizable(table, forms, buffers.x, tokens * s.K, s.K)) {
+        kernel = &table.lut_tokens;
+      }
+      if (kernel->token_lanes && tokens == 1) kernel = &table.lut_float;
+      LutArgs args = pass_args(call, *kernel, tokens);
+      args.codebook = kernel->token_lanes ? forms.natural() : forms.by_entry(kernel->centred);
+      args.x = buffers.x;
+      if (kernel->token_lanes) {
+        lanes_of(buffers.x, tokens, s.K, kernel->tokens, buffers.x_lanes);
+        args.x = buffers.x_lanes;
+      }
+      std::vector<float> constants(size_t(tokens), 0.0f);
+      if (kernel->centred) {
+        for (int m = 0; m < tokens; ++m) constants[size_t(m)] = forms.removed(buffers.x + m * s.K);
+      }
+      run_pass(call, table, *kernel, args, constants.data(), buffers, a, m0);
+    }
+  }
+}
+
+}  // namespace aqlm::cpu

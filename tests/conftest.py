@@ -1,0 +1,30 @@
+"""Shared fixtures; GPU tests skip themselves, with a count, where there is no CUDA device."""
+
+import pytest
+import torch
+
+from aqlm_infer.backends import native
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def threads():
+    """Set torch's thread count; restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def isa():
+    """Force a CPU kernel path by name; the automatic choice is restored afterwards."""
+    yield native.cpu.set_isa
+    native.cpu.set_isa("auto")
