@@ -4,7 +4,6 @@ AQLM_BUILD=auto|cpu|cuda (default auto: ``_cuda`` when nvcc is found). Also read
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CUDA_HOME. No others.
 """
 
-import os
 import runpy
 from pathlib import Path
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-O1 -g -fopenmp -fPIC -fvisibility=hidden -fno-omit-frame-pointer".split()
+FLAGS = ["-O1", "-g", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 RUN = """

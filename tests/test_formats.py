@@ -80,7 +80,7 @@ def test_bits_per_weight(scheme, N, K, bits):
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
 def test_bits_per_weight_counts_the_stored_bytes(scheme, N, K):
-    """16-bit values plus codes: where the container is as wide as the code, bytes are the formula."""
+    """16-bit values plus codes: the stored bytes, less what containers add to narrow codes."""
     layer = random_layer(scheme, N, K, torch.float16)
     containers = torch.iinfo(layer.format.code_dtype).bits
     stored = sum(t.numel() * t.element_size() * 8 for t in layer.tensors.values())
@@ -99,7 +99,9 @@ def test_dequantize_is_differentiable_in_the_values():
     assert torch.autograd.gradcheck(weight, values)
 
 
-@pytest.mark.parametrize("scheme", ["aqlm", "aqlm-2x8", "aqlm-2x8-g", "gguf-q4", "", "aqlm-2x8-g8 "])
+@pytest.mark.parametrize(
+    "scheme", ["aqlm", "aqlm-2x8", "aqlm-2x8-g", "gguf-q4", "", "aqlm-2x8-g8 "]
+)
 def test_unknown_scheme(scheme):
     with pytest.raises(FormatError, match="unknown scheme"):
         parse_scheme(scheme)

@@ -9,7 +9,7 @@ from cases import GOLDEN_LAYERS, LAYERS, TOKENS, golden_layer, random_input, ran
 from tolerances import assert_close
 
 from aqlm_infer import QuantLinear, ops
-from aqlm_infer.backends import KERNELS, native, reference
+from aqlm_infer.backends import KERNELS, native
 from aqlm_infer.backends import additive as calls
 
 ISAS = native.cpu.supported_isas()
@@ -158,7 +158,9 @@ def test_fused_parts(scheme, M):
     assert torch.equal(y, torch.cat([matmul(p, x) for p in parts], dim=1))
     assert torch.equal(calls.unpack(format, packed, sum(sizes), K, sizes)["codes"], fused["codes"])
     weight = calls.dequantize(format, packed, fused, K, sizes)
-    assert torch.equal(weight, reference._dequantize(format, {"packed_codes": fused["codes"]}, fused, K, sizes))  # fmt: skip
+    canonical = {"packed_codes": fused["codes"]}
+    oracle = KERNELS["ref.dequant"].dequantize(format, canonical, fused, K, sizes)
+    assert torch.equal(weight, oracle)
     dy = random_input(M, sum(sizes))
     dx = ops.additive_matmul_dx(
         dy, packed["packed_codes"], fused["codebooks"], fused["scales"], K, list(sizes)
@@ -194,7 +196,14 @@ def test_leading_dimensions_and_strides():
     layer = random_layer("aqlm-2x8-g8", 40, 64)
     packed = calls.repack(layer.format, layer.tensors, (40,), "exact")
     base = torch.randn(6, 5, 64, generator=torch.Generator().manual_seed(0))
-    for x in (base, base.transpose(0, 1), base[::2, 1:4], base[0], base[0, 0], base.expand(6, 5, 64)):
+    for x in (
+        base,
+        base.transpose(0, 1),
+        base[::2, 1:4],
+        base[0],
+        base[0, 0],
+        base.expand(6, 5, 64),
+    ):
         y = matmul(layer, x, packed=packed)
         expected = x.double() @ layer.weight().T + layer.bias.double()
         assert y.shape == (*x.shape[:-1], 40)
@@ -253,7 +262,9 @@ def test_operands_that_disagree_are_refused():
     with pytest.raises(ValueError, match="'int8'"):
         call(torch.randn(2, 64), codes, books, scales, None, aux, [16], "int8")
     with pytest.raises(ValueError, match="float64"):
-        call(torch.randn(2, 64, dtype=torch.float64), codes, books, scales, None, aux, [16], "exact")
+        call(
+            torch.randn(2, 64, dtype=torch.float64), codes, books, scales, None, aux, [16], "exact"
+        )
     with pytest.raises(ValueError, match="scales has 15 rows"):
         call(torch.randn(2, 64), codes, books, scales[1:], None, aux, [16], "exact")
 
@@ -272,9 +283,7 @@ def test_isa_override_is_checked(value):
 
 
 def test_isa_override_by_environment():
-    code = (
-        "from aqlm_infer.backends import native; import aqlm_infer; print(native.cpu.isa())"
-    )
+    code = "from aqlm_infer.backends import native; import aqlm_infer; print(native.cpu.isa())"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={"AQLM_CPU_ISA": "portable", "PATH": "/usr/bin:/bin"},
@@ -286,7 +295,7 @@ def test_isa_override_by_environment():
 
 
 def test_kernel_table_matches_the_registry():
-    """The registry knows families; the module lists their bodies (lut: lut-bytes, lut-tokens, ...)."""
+    """The registry knows families; the module lists their bodies (lut-bytes, lut-tokens, ...)."""
     compiled = [row["id"] for row in native.cpu.kernel_table()]
     for family in (k for k in KERNELS if k.startswith("cpu.")):
         assert any(body.startswith(family) for body in compiled), family

@@ -182,7 +182,13 @@ def test_from_linear():
 def test_repr_names_what_matters():
     _, quant = make()
     text = repr(quant)
-    for part in ("in_features=64", "out_features=34", "bias=True", "aqlm-2x8-g8", "cpu.additive.lut"):
+    for part in (
+        "in_features=64",
+        "out_features=34",
+        "bias=True",
+        "aqlm-2x8-g8",
+        "cpu.additive.lut",
+    ):
         assert part in text
     assert "not prepared" in repr(QuantLinear(64, 34, "aqlm-2x8-g8"))
 

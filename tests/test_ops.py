@@ -76,9 +76,7 @@ def test_kernel_gradient_equals_the_reference_gradient():
     x = random_input(7, 40)
     grads = []
     for kernel in (None, "ref.dequant"):
-        quant = QuantLinear.from_tensors(
-            layer.format, layer.tensors, 40, layer.bias, kernel=kernel
-        )
+        quant = QuantLinear.from_tensors(layer.format, layer.tensors, 40, layer.bias, kernel=kernel)
         leaf = x.clone().requires_grad_()
         quant(leaf).square().sum().backward()
         grads.append(leaf.grad)

@@ -67,7 +67,11 @@ def test_the_head_goes_when_asked(model):
         ("aqlm-1x2-g2", ["head"], "'head' matches none"),
         ("aqlm-1x2-g2", ["*"], "no layer to replace"),
         ({"*": "dense"}, None, "no layer to replace"),
-        ({"*.up": "aqlm-1x2-g2", "*.down": "aqlm-1x2-g3"}, None, "blocks.0.down: K=32 is not a mul"),
+        (
+            {"*.up": "aqlm-1x2-g2", "*.down": "aqlm-1x2-g3"},
+            None,
+            "blocks.0.down: K=32 is not a mul",
+        ),
         ("aqlm-1x2-g0", None, "in_group_size=0"),
         ("awq", None, "unknown scheme 'awq'"),
     ],

@@ -1,4 +1,4 @@
-"""Named error bounds. A global score hides one bad row, so every check is global and elementwise."""
+"""Named error bounds. A global score hides one bad row: every check is global and elementwise."""
 
 from __future__ import annotations
 

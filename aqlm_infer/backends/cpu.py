@@ -1,4 +1,4 @@
-"""CPU backend: the operators over ``_cpu`` (torch-free C++ on raw buffers) and their kernel records.
+"""CPU backend: the operators over ``_cpu`` (torch-free C++ on raw buffers), and kernel records.
 
 Small M goes to the fused kernels. Above ``matmul_max_m`` tokens the weight is decoded in row slices
 that stay in the cache and multiplied by torch's GEMM, so that it is never dense as a whole.
@@ -31,7 +31,9 @@ def _threads() -> int:
 def _dtype_name(tensor: torch.Tensor, what: str) -> str:
     name = _NAMES.get(tensor.dtype)
     if name is None:
-        raise ops.OperandError(f"{what} has dtype {tensor.dtype}; the CPU kernels take {list(_NAMES)}")
+        raise ops.OperandError(
+            f"{what} has dtype {tensor.dtype}; the CPU kernels take {list(_NAMES)}"
+        )
     return name
 
 
@@ -123,7 +125,7 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
     result = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     y = result.view(M, N)
     limit = native.cpu.matmul_max_m(part.books, part.nbits, part.in_group, part.out_group, K)
-    if M > limit:
+    if limit < M:
         _sliced_matmul(rows, part, bias, partitions, y)
     elif M:
         x_dtype = _dtype_name(x, "x")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  (first: brings libgomp and, for _cuda, libtorch)
+import torch
 
 _REBUILD = "build it with `pip install --no-build-isolation .` (needs a C++ compiler)"
 

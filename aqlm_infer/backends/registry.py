@@ -38,9 +38,8 @@ class Problem:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         M = "any" if self.M is None else self.M
-        return (
-            f"{self.format.id} N={self.N} K={self.K} M={M} {dtype} {self.precision} on {self.device}"
-        )
+        shape = f"N={self.N} K={self.K} M={M}"
+        return f"{self.format.id} {shape} {dtype} {self.precision} on {self.device}"
 
 
 @dataclass(frozen=True)

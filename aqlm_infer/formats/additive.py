@@ -117,13 +117,15 @@ class AdditiveFormat(Format):
     def pack_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Unsigned codes 0..2^b-1 (any integer dtype) -> wrap-around signed storage."""
         wide = codes.to(torch.int64)
-        if wide.numel() and not (0 <= int(wide.min()) and int(wide.max()) < self.entries):
+        if wide.numel() and not (int(wide.min()) >= 0 and int(wide.max()) < self.entries):
             low, high = int(wide.min()), int(wide.max())
-            raise FormatError(f"codes span {low}..{high}, outside 0..{self.entries - 1} ({self.id})")
+            raise FormatError(
+                f"codes span {low}..{high}, outside 0..{self.entries - 1} ({self.id})"
+            )
         return torch.where(wide >= self.entries // 2, wide - self.entries, wide).to(self.code_dtype)
 
     def unpack_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Signed storage -> unsigned int64 codes. The mask matters for widths other than 8 and 16."""
+        """Signed storage -> unsigned int64 codes (the mask matters for widths but 8 and 16)."""
         return codes.to(torch.int64) & (self.entries - 1)
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:

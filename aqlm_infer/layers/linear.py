@@ -26,7 +26,7 @@ class QuantLinear(nn.Module):
         precision: what the kernels may round: "exact", or one that ``aqlm-infer info`` lists.
         kernel: kernel id to force, instead of the cheapest that takes the layer.
 
-    A new layer's tensors are uninitialised until ``load_state_dict`` or ``from_tensors`` fills them;
+    A new layer's tensors are uninitialised until ``load_state_dict`` fills them;
     ``prepare`` then picks a kernel and repacks. Codes never require grad; codebooks and scales do
     only when ``requires_grad_`` is called on them, and then the layer computes through its
     differentiable dequantized weight.
@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         precision: str = "exact",
         kernel: str | None = None,
     ) -> QuantLinear:
-        """A prepared layer from canonical tensors (checked; FormatError names tensor and values)."""
+        """A prepared layer from canonical tensors; FormatError names a bad one and its values."""
         format = parse_scheme(scheme)
         values = [t for k, t in tensors.items() if k not in format.code_names]
         if not values:
