@@ -20,7 +20,8 @@ class Quantizer(ABC):
     ) -> dict[str, torch.Tensor]:
         """Quantize ``weight`` [N, K].
 
-        ``hessian`` is the second moment of the layer's input, E[x^T x], [K, K]; None means the plain
-        weight norm. Returns the format's canonical tensors. Raises QuantizerError on a weight that
-        is not finite or not two-dimensional, FormatError when its shape does not fit the format.
+        ``hessian`` is the second moment of the layer's input, E[x^T x], [K, K]; None means the
+        plain weight norm. Returns the format's canonical tensors. Raises QuantizerError on a weight
+        that is not finite or not two-dimensional, FormatError when its shape does not fit the
+        format.
         """
