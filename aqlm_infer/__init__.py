@@ -7,6 +7,7 @@ imported, before or after).
 
 from . import integrations as _integrations
 from .backends import KernelError, explain, select
+from .checkpoint import CheckpointError, save_quantized
 from .formats import FormatError, parse_scheme
 from .layers import (
     PlanError,
@@ -19,6 +20,7 @@ from .layers import (
 from .version import __version__
 
 __all__ = [
+    "CheckpointError",
     "FormatError",
     "KernelError",
     "PlanError",
@@ -30,6 +32,7 @@ __all__ = [
     "quantized_cost",
     "quantized_layers",
     "replace_linears",
+    "save_quantized",
     "select",
 ]
 

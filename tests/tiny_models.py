@@ -20,7 +20,7 @@ IDS = torch.tensor([[1, 5, 9, 33, 60, 2, 17], [3, 3, 8, 40, 1, 0, 63]])
 
 
 def tiny_config(**changes) -> LlamaConfig:
-    """A Llama whose quantized layers have all of O < I, O = I (k and v, see ``head_dim``), O > I."""
+    """A Llama with O = I in k_proj and v_proj (4 groups of 8 inputs), O > I in the other layers."""
     fields = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -36,10 +36,12 @@ def tiny_config(**changes) -> LlamaConfig:
     return LlamaConfig(**{**fields, **changes})
 
 
-def tiny_model(config: PreTrainedConfig | None = None, seed: int = 0) -> PreTrainedModel:
-    """A dense model in float32, its values exact in float16."""
+def tiny_model(
+    config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """A dense model, its values exact in float16."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config or tiny_config(), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter + 0.02 * torch.randn_like(parameter)).half())

@@ -1,0 +1,177 @@
+"""Load, save and train AQLM checkpoints through transformers 5, under its own method name "aqlm".
+
+Importing this module imports transformers' quantizer table, and puts our quantizer in the place of
+the stock one; ``unregister`` takes it out. Which modules of a model are quantized, and how, is read
+from the headers of the checkpoint, never from the exclusion list of its config.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import transformers
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..checkpoint import CheckpointError, describe, read_headers
+from ..checkpoint.config import checkpoint_parameters
+from ..layers import QuantLinear, quantized_layers
+from . import stop_watching
+from .moe import QuantExperts
+from .placement import (
+    header_layers,
+    linear_slots,
+    listed_layers,
+    refuse_tied,
+    replace_modules,
+)
+
+METHOD = "aqlm"
+
+
+class AqlmInferQuantizer(HfQuantizer):
+    """Loads checkpoints in the published AQLM format into ``QuantLinear`` layers.
+
+    Loading raises CheckpointError or FormatError naming tensor and values, and returns no model,
+    when the files are corrupt or disagree with each other or with the model.
+    """
+
+    requires_calibration = True
+    replaces: type | None = None
+    """The class that this one was registered over."""
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self._transposed: frozenset[str] = frozenset()
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"aqlm_infer needs transformers>=5, found {transformers.__version__}")
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        slots = linear_slots(model)
+        if checkpoint_files:
+            layers = header_layers(model, read_headers(checkpoint_files), slots)
+        else:
+            layers = listed_layers(model, self.quantization_config, slots)
+        if not layers:
+            source = checkpoint_files[0] if checkpoint_files else "the state dict"
+            raise CheckpointError(
+                f"quant_method is {METHOD!r}, but {source} has no quantized tensor of any of the"
+                f" {len(slots)} linear layers of {type(model).__name__}"
+            )
+        refuse_tied(model, layers)
+        replace_modules(model, layers)
+        self._transposed = frozenset(path for path, layer in layers.items() if layer.transposed)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        _require_loaded(model)
+        for name, layer in quantized_layers(model):
+            if name in self._transposed:
+                codes = layer.codes.transpose(0, 1).contiguous()
+                layer.codes = nn.Parameter(codes, requires_grad=False)
+            layer.codebooks.requires_grad_(False)
+            layer.scales.requires_grad_(False)
+            layer.prepare(name)
+        self._transposed = frozenset()
+        # What the tensors say wins over what the config said: a later save describes them truly.
+        self.quantization_config.__dict__.update(describe(checkpoint_parameters(model)))
+        return model
+
+    def _dequantize(self, model, dtype: torch.dtype | None = None):
+        """Swap every quantized layer for a dense one with its dequantized weight, in place."""
+        dtype = dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantExperts):
+                model.set_submodule(name, module.to_fused(model.config.get_text_config(), dtype))
+                # The renamings recorded at load are those of separate experts.
+                model._weight_conversions = None
+        for name, layer in list(quantized_layers(model)):
+            model.set_submodule(name, _dense(layer, dtype))
+        return model
+
+
+def _require_loaded(model: nn.Module) -> None:
+    """Raise CheckpointError for a quantized layer that the loader left incomplete or elsewhere.
+
+    Likewise for a layer of which the file holds nothing at all, when its like are quantized: the
+    loader would only report it, and initialise it at random.
+    """
+    quantized = (QuantLinear, QuantExperts)
+    kinds = {_kind(p) for p, m in model.named_modules() if isinstance(m, quantized)}
+    for path, module in model.named_modules():
+        if _kind(path) not in kinds:
+            continue
+        for tensor, value in module.named_parameters(recurse=False):
+            if value.is_meta:
+                raise CheckpointError(
+                    f"{path}.{tensor} was offloaded (device_map): quantized layers cannot be"
+                )
+            # The loader's own mark of a tensor that came from the checkpoint.
+            if not getattr(value, "_is_hf_initialized", False):
+                raise CheckpointError(f"{path}: neither codes nor {tensor} are in the checkpoint")
+
+
+def _kind(path: str) -> str:
+    """The path with its layer and expert numbers blanked: what all layers of a kind share."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    has_bias = layer.bias is not None
+    dense = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta", dtype=dtype)
+    dense.weight = nn.Parameter(layer.weight.detach().to(dtype))
+    if has_bias:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return dense.train(layer.training)
+
+
+class LegacyLlamaConfig(PreTrainedConfig):
+    """Stands for configs from before transformers knew AQLM, to say what to do with them."""
+
+    model_type = "llama_aqlm"
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        raise CheckpointError(
+            f"model_type {cls.model_type!r} is the legacy AQLM layout: convert the folder with"
+            " aqlm_infer.checkpoint.convert_legacy(folder, out_dir) and load out_dir"
+        )
+
+
+def register() -> None:
+    """Take over "aqlm" in transformers' table of quantizers; calling it again changes nothing."""
+    current = auto.AUTO_QUANTIZER_MAPPING.get(METHOD)
+    if current is not AqlmInferQuantizer:
+        # After a reload of this module, ``current`` is our own earlier class.
+        AqlmInferQuantizer.replaces = getattr(current, "replaces", current)
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = AqlmInferQuantizer
+    CONFIG_MAPPING.register(LegacyLlamaConfig.model_type, LegacyLlamaConfig, exist_ok=True)
+
+
+def unregister() -> None:
+    """Give "aqlm" back to the class that had it, and stop watching for imports of transformers."""
+    stop_watching()
+    CONFIG_MAPPING._extra_content.pop(LegacyLlamaConfig.model_type, None)
+    if auto.AUTO_QUANTIZER_MAPPING.get(METHOD) is AqlmInferQuantizer:
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = AqlmInferQuantizer.replaces
+    AqlmInferQuantizer.replaces = None
+
+
+register()
