@@ -1,17 +1,30 @@
 """Build logic only: the native modules ``_cpu`` and ``_cuda``; metadata is in pyproject.toml.
 
-AQLM_BUILD=auto|cpu|cuda (default auto: ``_cuda`` when nvcc is found). Also read, by torch:
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CUDA_HOME. No others.
+AQLM_BUILD=auto (default): ``_cpu``, and ``_cuda`` when torch has CUDA and nvcc is found
+AQLM_BUILD=cpu:            ``_cpu`` alone, version tag +cpu
+AQLM_BUILD=cuda:           ``_cuda`` alone, needs nvcc but no GPU and no CUDA in torch; one wheel
+                           for every Python >= 3.10 (limited API), torch >= 2.10 (stable ABI)
+Also read, by torch: TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CUDA_HOME. No others.
 """
 
+import os
+import re
 import runpy
+import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import Extension, find_packages, setup
-from torch.utils.cpp_extension import BuildExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
 
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "aqlm_infer" / "version.py"))["__version__"]
+ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0"
+
+BUILD = os.environ.get("AQLM_BUILD", "auto")
+if BUILD not in ("auto", "cpu", "cuda"):
+    raise SystemExit(f"AQLM_BUILD={BUILD!r} is not one of auto, cpu, cuda")
+WITH_CUDA = BUILD == "cuda" or (BUILD == "auto" and bool(torch.version.cuda and CUDA_HOME))
 
 
 def sources(*patterns: str) -> list[str]:
@@ -34,11 +47,46 @@ def cpu_extension() -> Extension:
     )
 
 
+def cuda_extension() -> Extension:
+    """Stable ABI, limited API, static CUDA runtime: a CPU-only torch will do to build it."""
+    if CUDA_HOME is None:
+        raise SystemExit("AQLM_BUILD=cuda needs nvcc: set CUDA_HOME to the CUDA toolkit")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
+    return Extension(
+        "aqlm_infer._cuda",
+        sources("csrc/ops_cuda.cpp", "csrc/cuda/*.cu", "csrc/cuda/instances/*.cu"),
+        include_dirs=["csrc", *include_paths(), f"{CUDA_HOME}/include"],
+        depends=sources("csrc/cuda/**/*.cuh", "csrc/cuda/**/*.h", "csrc/cuda/**/*.inl"),
+        define_macros=[("USE_CUDA", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        extra_compile_args={
+            "cxx": ["-O2", "-g0", "-fvisibility=hidden"],
+            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
+        },
+        library_dirs=[*library_paths(), f"{CUDA_HOME}/lib64"],
+        libraries=["torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
+        extra_link_args=["-s"],
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+def local_tag() -> str:
+    """+cpu or +cu130 on built wheels; a development install has none."""
+    if BUILD != "cuda":
+        return "+cpu" if BUILD == "cpu" else ""
+    nvcc = subprocess.check_output([f"{CUDA_HOME}/bin/nvcc", "--version"], text=True)
+    return "+cu" + "".join(re.search(r"release (\d+)\.(\d+)", nvcc).groups())
+
+
 setup(
-    version=VERSION,
+    version=VERSION + local_tag(),
     packages=[*find_packages(include=["aqlm_infer*"]), "aqlm_infer.triton_kernels"],
     package_dir={"aqlm_infer.triton_kernels": "triton_kernels"},
     package_data={"aqlm_infer": ["py.typed", "*.pyi"]},
-    ext_modules=[cpu_extension()],
+    ext_modules=[
+        *([cpu_extension()] if BUILD != "cuda" else []),
+        *([cuda_extension()] if WITH_CUDA else []),
+    ],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD == "cuda" else {},
 )
