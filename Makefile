@@ -44,6 +44,6 @@ $(VENV)/.ready: $(VENV)/.deps $(SOURCES)
 
 # The peers that benchmarks compare with; aqlm's own dependencies are already there.
 $(VENV)/.bench: $(VENV)/.deps
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check numba==0.68.1 matplotlib
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check numba==0.68.1 scipy matplotlib
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps aqlm==1.1.7
 	touch $@

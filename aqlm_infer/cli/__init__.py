@@ -1,0 +1,1 @@
+"""The command ``aqlm-infer``: one file a verb, each a thin layer over a Python function."""

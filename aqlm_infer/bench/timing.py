@@ -1,0 +1,69 @@
+"""Time single calls. Never the first call: warm-up calls run before."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+MIN_CALLS = 30
+MIN_SECONDS = 0.5
+MAX_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call, over ``calls`` calls timed one by one."""
+
+    calls: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    min_us: float
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]],
+    *,
+    min_calls: int = MIN_CALLS,
+    min_seconds: float = MIN_SECONDS,
+    max_seconds: float = MAX_SECONDS,
+    synchronize: Callable[[], None] | None = None,
+) -> Timing:
+    """Call ``calls`` in rotation until ``min_calls`` calls and ``min_seconds`` are both reached.
+
+    Several calls over distinct data defeat the caches; one call stays in them. A slow case stops
+    after ``max_seconds`` once it has three calls. ``synchronize`` waits for a device.
+    """
+    wait = synchronize or (lambda: None)
+    for call in calls[:3] if len(calls) > 1 else [calls[0]] * 3:
+        call()
+    wait()
+    times: list[int] = []
+    start = time.perf_counter_ns()
+    for call in cycle(calls):
+        before = time.perf_counter_ns()
+        call()
+        wait()
+        after = time.perf_counter_ns()
+        times.append(after - before)
+        elapsed = (after - start) * 1e-9
+        if len(times) >= min_calls and elapsed >= min_seconds:
+            break
+        if elapsed >= max_seconds and len(times) >= 3:
+            break
+    return summarize(times)
+
+
+def summarize(times_ns: Sequence[int]) -> Timing:
+    """Median, 20th and 80th percentile and minimum, in microseconds."""
+    fifths = statistics.quantiles(times_ns, n=5, method="inclusive")
+    return Timing(
+        calls=len(times_ns),
+        median_us=statistics.median(times_ns) / 1e3,
+        p20_us=fifths[0] / 1e3,
+        p80_us=fifths[3] / 1e3,
+        min_us=min(times_ns) / 1e3,
+    )

@@ -1,0 +1,87 @@
+"""The peers that the matmul benchmark times: the ``aqlm`` package, and dense ``F.linear``."""
+
+from __future__ import annotations
+
+import os
+
+# Read when numba and scipy's BLAS are loaded. aqlm's threaded kernel races: one thread only.
+os.environ["NUMBA_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+
+import torch
+
+from aqlm_infer import parse_scheme
+from aqlm_infer.bench import MatmulCase, Timing, time_calls
+from aqlm_infer.bench.layers import random_tensors, rotation, verified_error
+from aqlm_infer.bench.matmul import dense_columns, dense_timing, num_threads, synchronizer
+from aqlm_infer.bench.record import Row, environment, rounded
+from aqlm_infer.evaluation import DTYPES
+
+
+def missing_aqlm() -> str | None:
+    """Why ``aqlm`` cannot be timed here, or None."""
+    for name in ("aqlm", "numba", "scipy"):
+        if find_spec(name) is None:
+            return f"{name} is not installed"
+    return None
+
+
+def _row(case: MatmulCase, backend: str, kernel: str, timing: Timing, **extra) -> Row:
+    fields = {k: v for k, v in asdict(case).items() if k not in ("kernel", "device")}
+    shared = environment("matmul", case.device)
+    return rounded(
+        {**shared, **fields, "backend": backend, "kernel": kernel, **extra, **asdict(timing)}
+    )
+
+
+@torch.inference_mode()
+def aqlm_row(case: MatmulCase) -> Row:
+    """One row of ``aqlm.QuantizedLinear``, verified like ours. On the CPU it takes float32 only."""
+    from aqlm import QuantizedLinear
+
+    format = parse_scheme(case.scheme)
+    dtype = DTYPES[case.dtype]
+    x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moved = x.to(case.device)
+
+    def build(seed: int) -> QuantizedLinear:
+        layer = QuantizedLinear(
+            case.K,
+            case.N,
+            format.in_group_size,
+            format.out_group_size,
+            format.num_codebooks,
+            format.nbits,
+            bias=False,
+            dtype=dtype,
+        )
+        layer.load_state_dict(random_tensors(format, case.N, case.K, dtype, seed))
+        return layer.to(case.device)
+
+    weight = format.dequantize(random_tensors(format, case.N, case.K, dtype, 0), torch.float64)
+    with num_threads(case.threads):
+        sample = build(0)
+        error = verified_error(sample(moved).cpu(), x, weight, "exact", f"aqlm {case}")
+        nbytes = sample.codes.nbytes
+
+        def make(seed: int) -> Callable[[], object]:
+            layer = sample if seed == 0 else build(seed)
+            return lambda: layer(moved)
+
+        calls = rotation(make, case.cache, nbytes)
+        timing = time_calls(calls, synchronize=synchronizer(case.device))
+    extra = {"relative_error": error, "gb_per_s": nbytes / timing.median_us / 1e3}
+    return _row(case, "aqlm", "aqlm.QuantizedLinear", timing, **extra, **dense_columns(case))
+
+
+def dense_row(case: MatmulCase, dtype: str) -> Row:
+    """One row of ``F.linear`` in ``dtype`` at the case's sizes."""
+    dense = replace(case, scheme="dense", dtype=dtype, precision="exact")
+    timing = dense_timing(case.N, case.K, case.M, dtype, case.threads, case.cache, case.device)
+    gb_per_s = case.N * case.K * DTYPES[dtype].itemsize / timing.median_us / 1e3
+    extra = {"relative_error": None, "gb_per_s": gb_per_s}
+    return _row(dense, "torch", "torch.linear", timing, **extra, **dense_columns(dense))

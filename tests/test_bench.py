@@ -1,0 +1,225 @@
+"""The timing harness: what is timed, what a row holds, and the tables made from rows."""
+
+import importlib.util
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from aqlm_infer.backends import native
+from aqlm_infer.bench import BenchError, append_rows, bench_matmul, matmul_cases, time_calls
+from aqlm_infer.bench.generate import bench_generate, quantized_copy
+from aqlm_infer.bench.layers import DRAM_BYTES, copies_for, random_tensors, verified_error
+from aqlm_infer.bench.matmul import cpu_isa, num_threads
+from aqlm_infer.bench.timing import summarize
+from aqlm_infer.formats import FormatError, parse_scheme
+
+MATMUL_KEYS = {
+    "bench", "date", "commit", "device", "device_name", "backend", "scheme", "precision", "dtype",
+    "threads", "cache", "N", "K", "M", "median_us", "p20_us", "p80_us", "min_us", "gb_per_s",
+    "read_gb_per_s", "dense_us", "dense_bf16_us", "command",
+}  # fmt: skip
+GENERATE_KEYS = {
+    "bench", "date", "commit", "device", "backend", "model", "scheme", "batch", "tokens_per_s",
+    "dense_tokens_per_s", "ttft_ms", "dense_ttft_ms", "bytes", "threads", "dtype",
+}  # fmt: skip
+
+needs_native = pytest.mark.skipif(native.cpu is None, reason="the CPU module is not built")
+
+
+def test_calls_rotate_after_three_untimed_ones():
+    seen = []
+    calls = [lambda i=i: seen.append(i) for i in range(4)]
+    timing = time_calls(calls, min_calls=10, min_seconds=0.0)
+    assert timing.calls == 10
+    assert seen == [0, 1, 2, *(i % 4 for i in range(10))]
+    assert timing.min_us <= timing.p20_us <= timing.median_us <= timing.p80_us
+
+
+def test_a_slow_case_stops_early():
+    timing = time_calls([lambda: None], min_calls=10**9, min_seconds=1e9, max_seconds=0.01)
+    assert 3 <= timing.calls < 10**9
+
+
+def test_summary():
+    timing = summarize([n * 1000 for n in range(1, 12)])
+    assert (timing.min_us, timing.p20_us, timing.median_us, timing.p80_us) == (1, 3, 6, 9)
+
+
+def test_copies_outrun_the_caches():
+    assert copies_for("warm", 4 << 20) == 1
+    assert copies_for("dram", 4 << 20) * (4 << 20) == DRAM_BYTES
+    assert copies_for("dram", DRAM_BYTES * 2) == 2
+
+
+def test_a_wrong_result_is_never_timed():
+    x, weight = torch.randn(2, 32), torch.randn(16, 32, dtype=torch.float64)
+    right = (x.double() @ weight.T).float()
+    assert verified_error(right, x, weight, "exact", "case") < 1e-6
+    for wrong in (right * 1.001, right * float("nan")):
+        with pytest.raises(BenchError, match="nothing timed"):
+            verified_error(wrong, x, weight, "exact", "case")
+
+
+@pytest.mark.parametrize(
+    "scheme", ["aqlm-2x8-g8", "aqlm-1x12-g8", "aqlm-1x16-g8", "aqlm-3x5-g4-o2"]
+)
+def test_random_layers_are_valid(scheme):
+    format = parse_scheme(scheme)
+    tensors = random_tensors(format, 48, 64, torch.float16, seed=1)
+    format.check_tensors(tensors, 48, 64)
+    codes = format.unpack_codes(tensors["codes"])
+    assert codes.max() > format.entries // 2
+
+
+def short_timing(monkeypatch):
+    """Time few calls: the tests look at rows, not at speed."""
+    monkeypatch.setattr(time_calls, "__kwdefaults__", {
+        **time_calls.__kwdefaults__, "min_calls": 3, "min_seconds": 0.0
+    })  # fmt: skip
+
+
+def test_matmul_rows(monkeypatch, tmp_path):
+    short_timing(monkeypatch)
+    monkeypatch.setattr("aqlm_infer.bench.layers.DRAM_BYTES", 1 << 18)
+    cases = matmul_cases(["aqlm-2x8-g8"], [(256, 128)], (1, 3), (1, 2), ("warm", "dram"))
+    rows = list(bench_matmul(cases))
+    assert len(rows) == 8
+    for row in rows:
+        assert row.keys() >= MATMUL_KEYS
+        assert row["backend"] == ("ref" if native.cpu is None else "cpu")
+        assert row["median_us"] > 0 and row["dense_us"] > 0 and row["dense_bf16_us"] > 0
+        assert row["device"].startswith("cpu-")
+    assert [(r["cache"], r["threads"], r["M"]) for r in rows[:4]] == [
+        ("warm", 1, 1), ("warm", 1, 3), ("warm", 2, 1), ("warm", 2, 3),
+    ]  # fmt: skip
+    out = tmp_path / "deep" / "rows.jsonl"
+    append_rows(out, rows[:3])
+    append_rows(out, rows[3:])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+@needs_native
+def test_forced_kernels_and_instruction_sets(monkeypatch):
+    short_timing(monkeypatch)
+    chosen = native.cpu.isa()
+    cases = matmul_cases(["aqlm-2x8-g8"], [(64, 64)], kernel="ref.dequant")
+    (row,) = bench_matmul(cases)
+    assert (row["backend"], row["kernel"]) == ("ref", "ref.dequant")
+    cases = matmul_cases(["aqlm-2x8-g8"], [(64, 64)])
+    (row,) = bench_matmul(cases, isa="portable")
+    assert row["device"] == "cpu-portable"
+    assert native.cpu.isa() == chosen
+    with pytest.raises(ValueError, match="nonsense"), cpu_isa("nonsense"):
+        pass
+
+
+def test_thread_count_is_restored():
+    before = torch.get_num_threads()
+    with num_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_matmul_cases_are_checked():
+    with pytest.raises(FormatError, match="K=100 is not a multiple of 8"):
+        matmul_cases(["aqlm-2x8-g8"], [(64, 100)])
+    with pytest.raises(FormatError, match="unknown scheme"):
+        matmul_cases(["int3"], [(64, 64)])
+    with pytest.raises(BenchError, match="not 0"):
+        matmul_cases(["aqlm-2x8-g8"], [(64, 64)], (0,))
+
+
+def test_generate_rows():
+    dense = tiny_model()
+    quantized = quantized_copy(dense, "aqlm-1x4-g8", "exact", progress=False)
+    rows = list(bench_generate("tiny", quantized, dense, batches=(1, 2), new_tokens=4))
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row.keys() >= GENERATE_KEYS
+        assert (row["model"], row["scheme"]) == ("tiny", "aqlm-1x4-g8")
+        assert row["tokens_per_s"] > 0 and row["dense_tokens_per_s"] > 0
+        assert 0 < row["bytes"] < row["dense_bytes"]
+    (row,) = bench_generate("tiny", quantized, None, new_tokens=4)
+    assert row["dense_tokens_per_s"] is row["dense_bytes"] is None
+    with pytest.raises(BenchError, match="exceed the model's context of 64"):
+        next(bench_generate("tiny", quantized, None, new_tokens=33))
+
+
+@pytest.fixture(scope="module")
+def report():
+    path = Path(__file__).parents[1] / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def matmul_row(**changes):
+    row = {
+        "bench": "matmul", "date": "2026-01-01T00:00:00+00:00", "commit": "0123456789abcdef",
+        "device": "cpu-avx512vbmi", "device_name": "Test CPU", "cores": 2, "backend": "cpu",
+        "scheme": "aqlm-2x8-g8", "precision": "exact", "dtype": "float32", "threads": 1,
+        "cache": "dram", "N": 4096, "K": 4096, "M": 1, "median_us": 300.0, "min_us": 290.0,
+        "gb_per_s": 14.0, "read_gb_per_s": 16.0, "dense_us": 2500.0, "dense_bf16_us": 1300.0,
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def run_report(report, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+    report.main()
+
+
+def test_report_round_trip(report, monkeypatch, tmp_path):
+    rows = [
+        matmul_row(median_us=999.0),
+        matmul_row(date="2026-01-02T00:00:00+00:00"),
+        matmul_row(precision="fast", median_us=160.0, gb_per_s=15.0),
+        matmul_row(backend="aqlm", cache="dram", median_us=1500.0),
+        matmul_row(M=16, cache="warm", median_us=900.0),
+        matmul_row(cache="warm", median_us=222.0),
+        matmul_row(device="cpu-portable", cache="warm", median_us=8888.0),
+        matmul_row(device="cpu-avx2", date="2026-01-03T00:00:00+00:00", median_us=1111.0),
+    ]
+    results, document = tmp_path / "results", tmp_path / "README.md"
+    append_rows(results / "a.jsonl", rows)
+    names = "".join(f"<!-- table:{n} -->\nold\n<!-- /table -->\ntext {n}\n" for n in report.TABLES)
+    document.write_text(f"# Title\n{names}end\n")
+    arguments = ("--results", results, document)
+    with pytest.raises(SystemExit, match="out of date"):
+        run_report(report, monkeypatch, "--check", *arguments)
+    assert "old" in document.read_text()
+    run_report(report, monkeypatch, *arguments)
+    text = document.read_text()
+    line = "| aqlm-2x8-g8 | 1 | dram | 0.300 | 0.160 | 1.50 | 2.50 | 1.30 | 14.0 | 94 % |"
+    assert line in text
+    assert "| aqlm-2x8-g8 | float32 | 1 | 16 | 0.900 |" in text
+    assert "| aqlm-2x8-g8 | avx512vbmi | 0.222 |\n| aqlm-2x8-g8 | portable | 8.89 |" in text
+    assert "old" not in text and "1.11" not in text and text.endswith("end\n")
+    assert "Test CPU (2 cores, cpu-avx512vbmi), 2026-01-02, 012345678." in text
+    run_report(report, monkeypatch, "--check", *arguments)
+    append_rows(results / "b.jsonl", [matmul_row(date="2026-02-01T00:00:00+00:00", median_us=1.0)])
+    with pytest.raises(SystemExit, match="out of date"):
+        run_report(report, monkeypatch, "--check", *arguments)
+
+
+def test_report_refuses_unknown_tables_and_broken_rows(report, monkeypatch, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("<!-- table:none -->\n<!-- /table -->\n")
+    with pytest.raises(SystemExit, match="unknown table 'none'"):
+        run_report(report, monkeypatch, "--results", tmp_path, document)
+    (tmp_path / "a.jsonl").write_text("{}{\n")
+    with pytest.raises(SystemExit, match=r"a\.jsonl:1 is not a JSON row"):
+        run_report(report, monkeypatch, "--results", tmp_path, document)
+
+
+def test_rows_are_ordered_by_date(report, tmp_path):
+    dates = [f"2026-01-0{day}T00:00:00+00:00" for day in (3, 1, 2)]
+    append_rows(tmp_path / "a.jsonl", [matmul_row(date=date) for date in dates])
+    found = report.read_rows(tmp_path)
+    assert all(a["date"] < b["date"] for a, b in pairwise(found))
