@@ -17,7 +17,9 @@ using Address = uintptr_t;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Dtype parse_dtype(const std::string& name, const char* argument) {
   if (name == "float32") return Dtype::f32;
@@ -34,8 +36,8 @@ Precision parse_precision(const std::string& name) {
 void matmul(Address x, int64_t x_row_stride, const std::string& x_dtype, Address packed,
             Address codebooks, Address scales, Address bias, const std::string& param_dtype,
             Address y, int64_t y_row_stride, int64_t M, int64_t N, int64_t K, int num_codebooks,
-            int nbits, int64_t in_group_size, int64_t out_group_size,
-            const std::string& precision, int num_threads) {
+            int nbits, int64_t in_group_size, int64_t out_group_size, const std::string& precision,
+            int num_threads) {
   MatmulCall call;
   call.scheme = {N, K, num_codebooks, nbits, in_group_size, out_group_size};
   call.x = pointer<void>(x);
@@ -167,8 +169,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "matmul_max_m",
       [](int num_codebooks, int nbits, int64_t in_group_size, int64_t out_group_size, int64_t K) {
-        return matmul_max_m({out_group_size, K, num_codebooks, nbits, in_group_size,
-                             out_group_size});
+        return matmul_max_m(
+            {out_group_size, K, num_codebooks, nbits, in_group_size, out_group_size});
       },
       py::arg("num_codebooks"), py::arg("nbits"), py::arg("in_group_size"),
       py::arg("out_group_size"), py::arg("K"));

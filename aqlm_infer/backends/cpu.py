@@ -65,12 +65,14 @@ class _Part:
 
     def pointers(self, partitions: Sequence[int]):
         """Yields (first row, rows, packed, codebooks, scales) pointers, part by part."""
-        row = offset = 0
-        for part, rows in enumerate(partitions):
-            book = self.codebooks[part * self.books]
-            scale = self.scales.data_ptr() + row // self.out_group * self.scales.element_size()
-            yield row, rows, self.packed.data_ptr() + offset, book.data_ptr(), scale
-            row, offset = row + rows, offset + self.nbytes(rows)
+        packed, book, scale = (t.data_ptr() for t in (self.packed, self.codebooks, self.scales))
+        row = 0
+        for rows in partitions:
+            yield row, rows, packed, book, scale
+            row += rows
+            packed += self.nbytes(rows)
+            book += self.codebooks.nbytes // len(partitions)
+            scale += rows // self.out_group * self.scales.element_size()
 
     def decode(self, pointers, out, first_group, last_group):
         """Dequantize out groups [first, last) of one part into ``out`` [rows, K]."""
@@ -118,8 +120,8 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
     if precision not in ("exact", "fast"):
         raise ops.OperandError(f"precision {precision!r}: the CPU kernels have 'exact' and 'fast'")
     part = _Part(packed, codebooks, scales, x.shape[-1], partitions)
-    if bias is not None and bias.dtype != codebooks.dtype:
-        bias = bias.to(codebooks.dtype)
+    if bias is not None:
+        bias = bias.to(codebooks.dtype).contiguous()
     rows = _rows(x)
     M, K = rows.shape
     result = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
@@ -128,13 +130,14 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
     if limit < M:
         _sliced_matmul(rows, part, bias, partitions, y)
     elif M:
-        x_dtype = _dtype_name(x, "x")
+        x_dtype, y_ptr = _dtype_name(x, "x"), y.data_ptr()
+        bias_ptr = 0 if bias is None else bias.data_ptr()
         for row, size, packed_ptr, books, scale in part.pointers(partitions):
             native.cpu.additive_matmul(
                 x=rows.data_ptr(), x_row_stride=rows.stride(0), x_dtype=x_dtype,
                 packed=packed_ptr, codebooks=books, scales=scale,
-                bias=0 if bias is None else bias[row:].data_ptr(), param_dtype=part.param_dtype,
-                y=y[:, row:].data_ptr(), y_row_stride=N, M=M, N=size, K=K,
+                bias=bias_ptr and bias_ptr + row * bias.element_size(),
+                param_dtype=part.param_dtype, y=y_ptr + row * y.element_size(), y_row_stride=N, M=M, N=size, K=K,
                 num_codebooks=part.books, nbits=part.nbits, in_group_size=part.in_group,
                 out_group_size=part.out_group, precision=precision, num_threads=_threads(),
             )  # fmt: skip

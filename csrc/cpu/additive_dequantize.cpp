@@ -36,7 +36,8 @@ void additive_dequantize(const DequantizeCall& call) {
     args.dtype = view.dtype;
     args.scales = call.apply_scales ? call.scales : nullptr;
     args.param_dtype = call.param_dtype;
-    args.out = static_cast<std::byte*>(call.out) + a * call.out_row_stride * dtype_size(call.out_dtype);
+    args.out =
+        static_cast<std::byte*>(call.out) + a * call.out_row_stride * dtype_size(call.out_dtype);
     args.row0 = call.out_group_begin;
     args.out_stride = call.out_row_stride * s.out_group_size;
     args.out_dtype = call.out_dtype;

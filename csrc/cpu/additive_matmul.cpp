@@ -1,4 +1,6 @@
 // Driver of y = x W^T + bias: argument checks and the choice of family.
+#include <algorithm>
+
 #include "../common/check.h"
 #include "additive.h"
 #include "dispatch.h"
@@ -38,7 +40,8 @@ void additive_matmul(const MatmulCall& call) {
 int64_t matmul_max_m(const Scheme& scheme) {
   check_scheme(scheme);
   const KernelTable& table = kernels();
-  return scheme.nbits <= 8 ? table.matmul_max_m_lut : table.matmul_max_m_direct;
+  if (scheme.nbits > 8) return table.matmul_max_m_direct;
+  return std::max<int64_t>(16, table.matmul_max_m_lut / scheme.num_codebooks);
 }
 
 }  // namespace aqlm::cpu

@@ -30,7 +30,8 @@ struct Place {
 
 // Packs rows [r0, r1); returns the flat index of the first code out of range, or -1.
 template <class Stored, class Packed>
-int64_t pack_rows(const PackedShape& shape, const Stored* codes, int64_t r0, int64_t r1, Packed* packed) {
+int64_t pack_rows(const PackedShape& shape, const Stored* codes, int64_t r0, int64_t r1,
+                  Packed* packed) {
   const int64_t lookups = shape.lookups(), half = int64_t(1) << (shape.nbits - 1);
   const uint32_t mask = uint32_t(2 * half - 1);
   int64_t bad = -1;
@@ -49,7 +50,8 @@ int64_t pack_rows(const PackedShape& shape, const Stored* codes, int64_t r0, int
 }
 
 template <class Stored, class Packed>
-void unpack_rows(const PackedShape& shape, const Packed* packed, int64_t r0, int64_t r1, Stored* codes) {
+void unpack_rows(const PackedShape& shape, const Packed* packed, int64_t r0, int64_t r1,
+                 Stored* codes) {
   const int64_t lookups = shape.lookups(), half = int64_t(1) << (shape.nbits - 1);
   for (int64_t t0 = 0; t0 < lookups; t0 += kTile) {
     const int64_t t1 = t0 + kTile < lookups ? t0 + kTile : lookups;
@@ -70,7 +72,8 @@ void check_shape(const PackedShape& shape, int code_bytes) {
              ", in_groups=", shape.in_groups, " must not be negative");
   AQLM_CHECK(code_bytes == 1 || code_bytes == 2 || code_bytes == 4, "code_bytes=", code_bytes,
              " is not 1, 2 or 4");
-  AQLM_CHECK(shape.nbits <= 8 * code_bytes, "code_bytes=", code_bytes, " cannot hold nbits=", shape.nbits);
+  AQLM_CHECK(shape.nbits <= 8 * code_bytes, "code_bytes=", code_bytes,
+             " cannot hold nbits=", shape.nbits);
 }
 
 // Calls body with typed null pointers for the stored and the packed code.
@@ -93,15 +96,17 @@ int64_t code_at(const void* codes, int code_bytes, int64_t flat) {
 
 }  // namespace
 
-void additive_pack(const PackedShape& shape, const void* codes, int code_bytes, uint8_t* packed, int num_threads) {
+void additive_pack(const PackedShape& shape, const void* codes, int code_bytes, uint8_t* packed,
+                   int num_threads) {
   check_shape(shape, code_bytes);
   std::memset(packed, 0, size_t(shape.nbytes()));
   int64_t first_bad = -1;
   with_code_types(code_bytes, shape.wide(), [&](auto* stored, auto* target) {
     using Packed = std::remove_pointer_t<decltype(target)>;
     parallel_rows(shape.out_groups, kUnitRows, num_threads, [&](int64_t r0, int64_t r1) {
-      const int64_t bad = pack_rows(shape, static_cast<const std::remove_pointer_t<decltype(stored)>*>(codes),
-                                    r0, r1, reinterpret_cast<Packed*>(packed));
+      const int64_t bad =
+          pack_rows(shape, static_cast<const std::remove_pointer_t<decltype(stored)>*>(codes), r0,
+                    r1, reinterpret_cast<Packed*>(packed));
 #pragma omp critical(aqlm_pack)
       if (bad >= 0 && (first_bad < 0 || bad < first_bad)) first_bad = bad;
     });
@@ -109,17 +114,18 @@ void additive_pack(const PackedShape& shape, const void* codes, int code_bytes, 
   if (first_bad < 0) return;
   const int64_t k = first_bad % shape.num_codebooks, group = first_bad / shape.num_codebooks;
   const int64_t half = int64_t(1) << (shape.nbits - 1);
-  AQLM_CHECK(false, "codes[", group / shape.in_groups, ", ", group % shape.in_groups, ", ", k, "]=",
-             code_at(codes, code_bytes, first_bad), " is not a ", shape.nbits, "-bit code (stored values are ",
-             -half, "..", half - 1, ")");
+  AQLM_CHECK(false, "codes[", group / shape.in_groups, ", ", group % shape.in_groups, ", ", k,
+             "]=", code_at(codes, code_bytes, first_bad), " is not a ", shape.nbits,
+             "-bit code (stored values are ", -half, "..", half - 1, ")");
 }
 
-void additive_unpack(const PackedShape& shape, const uint8_t* packed, void* codes, int code_bytes, int num_threads) {
+void additive_unpack(const PackedShape& shape, const uint8_t* packed, void* codes, int code_bytes,
+                     int num_threads) {
   check_shape(shape, code_bytes);
   with_code_types(code_bytes, shape.wide(), [&](auto* stored, auto* source) {
     parallel_rows(shape.out_groups, kUnitRows, num_threads, [&](int64_t r0, int64_t r1) {
-      unpack_rows(shape, reinterpret_cast<const std::remove_pointer_t<decltype(source)>*>(packed), r0, r1,
-                  static_cast<decltype(stored)>(codes));
+      unpack_rows(shape, reinterpret_cast<const std::remove_pointer_t<decltype(source)>*>(packed),
+                  r0, r1, static_cast<decltype(stored)>(codes));
     });
   });
 }

@@ -32,7 +32,8 @@ void CodebookSlices::to_float(const KernelTable& table, int64_t a, float* floats
     return;
   }
   for (int64_t entry = 0; entry < entries_; ++entry) {
-    table.to_float(bytes + (entry * og + a) * ig * dtype_size(dtype_), dtype_, ig, floats + entry * ig);
+    table.to_float(bytes + (entry * og + a) * ig * dtype_size(dtype_), dtype_, ig,
+                   floats + entry * ig);
   }
 }
 

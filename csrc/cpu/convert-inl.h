@@ -11,7 +11,9 @@ void to_float_as(const T* src, int64_t count, float* dst) {
 }
 
 void to_float(const void* src, Dtype dtype, int64_t count, float* dst) {
-  with_type(dtype, [&](auto* type) { to_float_as(static_cast<decltype(type)>(const_cast<void*>(src)), count, dst); });
+  with_type(dtype, [&](auto* type) {
+    to_float_as(static_cast<decltype(type)>(const_cast<void*>(src)), count, dst);
+  });
 }
 
 uint32_t max_abs_bits(const float* src, int64_t count) {

@@ -49,12 +49,13 @@ std::string join_names(const std::vector<std::string>& names) {
 const KernelTable* find(const std::string& name, const char* origin) {
   for (const Candidate& candidate : candidates()) {
     if (name != candidate.table->isa) continue;
-    AQLM_CHECK(candidate.usable, origin, "='", name, "': this CPU lacks it; supported here: ",
-               join_names(supported_isas()));
+    AQLM_CHECK(candidate.usable, origin, "='", name,
+               "': this CPU lacks it; supported here: ", join_names(supported_isas()));
     return candidate.table;
   }
-  AQLM_CHECK(false, origin, "='", name, "' is not an instruction set of this build; supported here: ",
-             join_names(supported_isas()));
+  AQLM_CHECK(
+      false, origin, "='", name,
+      "' is not an instruction set of this build; supported here: ", join_names(supported_isas()));
   return nullptr;
 }
 

@@ -10,6 +10,7 @@
 #include "kernels.h"
 
 #pragma GCC target("avx2,fma,f16c")
+#define AQLM_LEVEL 1  // g++ does not update __AVX2__ and its kind at the pragma
 #define AQLM_ISA "avx2"
 #define AQLM_TABLE table_avx2
 #include "table-inl.h"

@@ -13,7 +13,9 @@ namespace aqlm::cpu {
 
 enum class Dtype { f32, bf16, f16 };
 
-inline int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+inline int64_t dtype_size(Dtype dtype) {
+  return dtype == Dtype::f32 ? 4 : 2;
+}
 
 // One pass of a look-up-table kernel: `tokens` tokens against all rows.
 struct LutArgs {
@@ -30,10 +32,10 @@ struct LutArgs {
 // of one chunk, `accumulate` adds chunks [c0, c1) to the accumulators of row units [u0, u1).
 struct LutKernel {
   const char* id;
-  int chunk;        // lookups a chunk
-  int tokens;       // tokens a pass serves
-  bool token_lanes; // tokens are the vector dimension
-  bool centred;     // codebooks must be centred (tables are quantized symmetrically)
+  int chunk;         // lookups a chunk
+  int tokens;        // tokens a pass serves
+  bool token_lanes;  // tokens are the vector dimension
+  bool centred;      // codebooks must be centred (tables are quantized symmetrically)
   int64_t (*chunk_bytes)(const LutArgs& args);
   void (*build)(const LutArgs& args, int64_t chunk, std::byte* tables, float* scratch);
   void (*accumulate)(const LutArgs& args, int64_t u0, int64_t u1, int64_t c0, int64_t c1,
@@ -47,10 +49,10 @@ struct DirectArgs {
   PackedShape shape;
   const uint8_t* packed;
   int64_t ig;
-  const void* codebook;     // entry (k, c) at ((k << nbits) + c) * entry_stride, in `dtype`
+  const void* codebook;  // entry (k, c) at ((k << nbits) + c) * entry_stride, in `dtype`
   int64_t entry_stride;
   Dtype dtype;
-  const float* x;           // [tokens][K]
+  const float* x;  // [tokens][K]
   int tokens;
 };
 
@@ -59,7 +61,7 @@ struct FinishArgs {
   const void* bias;  // may be null
   Dtype param_dtype;
   Dtype y_dtype;
-  int64_t og, a;     // output n = o * og + a
+  int64_t og, a;  // output n = o * og + a
 };
 
 struct DecodeArgs {
@@ -69,9 +71,9 @@ struct DecodeArgs {
   const void* codebook;  // as DirectArgs (byte codes: float32)
   int64_t entry_stride;
   Dtype dtype;
-  const void* scales;    // null: not applied
+  const void* scales;  // null: not applied
   Dtype param_dtype;
-  void* out;             // row o at out + (o - row0) * out_stride
+  void* out;  // row o at out + (o - row0) * out_stride
   int64_t row0;
   int64_t out_stride;
   Dtype out_dtype;
@@ -79,14 +81,16 @@ struct DecodeArgs {
 
 struct KernelTable {
   const char* isa;
-  LutKernel lut_exact;    // byte codes, few tokens
-  LutKernel lut_fast;     // 8-bit tables where the instruction set has them
-  LutKernel lut_float;    // float32 tables, one token
-  LutKernel lut_tokens;   // float32 tables, tokens as the vector dimension
-  int64_t lut_max_tokens; // up to here passes of lut_exact, above it lut_tokens
+  LutKernel lut_exact;     // byte codes, few tokens
+  LutKernel lut_fast;      // 8-bit tables where the instruction set has them
+  LutKernel lut_float;     // float32 tables, one token
+  LutKernel lut_tokens;    // float32 tables, tokens as the vector dimension
+  int64_t lut_max_tokens;  // up to here passes of lut_exact, above it lut_tokens
+  // Up to here a product beats decoding plus a dense GEMM: for one codebook (the cost of a token
+  // grows with the codebooks), and for wide codes.
   int64_t matmul_max_m_lut, matmul_max_m_direct;
 
-  int direct_tokens;      // tokens one call of `direct` serves
+  int direct_tokens;  // tokens one call of `direct` serves
   void (*direct)(const DirectArgs& args, int64_t b0, int64_t b1, float* acc);  // [block][token][8]
 
   void (*decode_rows)(const DecodeArgs& args, int64_t row_begin, int64_t row_end);

@@ -42,8 +42,8 @@ void matmul_direct(const MatmulCall& call, const KernelTable& table) {
     }
     for (int64_t a = 0; a < s.out_group_size; ++a) {
       const CodebookView view = slices.for_decode(table, a, nullptr);
-      const DirectArgs args{s.packed(), call.packed, s.in_group_size, view.data,
-                            view.stride, view.dtype, x, int(tokens)};
+      const DirectArgs args{s.packed(), call.packed, s.in_group_size, view.data, view.stride,
+                            view.dtype, x,           int(tokens)};
       direct_pass(call, table, args, a, m0);
     }
   }

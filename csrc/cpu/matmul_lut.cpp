@@ -15,9 +15,15 @@
 namespace aqlm::cpu {
 namespace {
 
+// So few rows take float tables: quantizing would cost as much as it saves, and a handful of
+// outputs leaves no norm to measure its error against.
+constexpr int64_t kFloatUnits = 1;
+
 constexpr int64_t kTileBytes = 640 << 10;  // tables of one tile, within a 1 MB L2 cache
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // The chunks of a pass, cut into equal tiles.
 struct Tiling {
@@ -47,7 +53,9 @@ class Forms {
         means_(workspace.take<float>(call.scheme.in_group_size)) {}
 
   static int64_t entries(const Scheme& s) { return std::max<int64_t>(16, int64_t(1) << s.nbits); }
-  static int64_t transposed_size(const Scheme& s) { return s.num_codebooks * s.in_group_size * entries(s); }
+  static int64_t transposed_size(const Scheme& s) {
+    return s.num_codebooks * s.in_group_size * entries(s);
+  }
   static int64_t workspace_bytes(const Scheme& s) {
     const int64_t slice = (int64_t(s.num_codebooks) << s.nbits) * s.in_group_size;
     return 2 * Workspace::padded(slice * 4) + 2 * Workspace::padded(transposed_size(s) * 4) +
@@ -104,7 +112,8 @@ class Forms {
   void transpose(const float* source, float* target) const {
     const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
     for (int k = 0; k < scheme_.num_codebooks; ++k) {
-      table_.transpose(source + k * count * ig, count, ig, entries(scheme_), target + k * ig * entries(scheme_));
+      table_.transpose(source + k * count * ig, count, ig, entries(scheme_),
+                       target + k * ig * entries(scheme_));
     }
   }
 
@@ -137,11 +146,14 @@ LutArgs pass_args(const MatmulCall& call, const LutKernel& kernel, int tokens) {
   return args;
 }
 
-int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) { return kernel.chunk * args.entries; }
+int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) {
+  return kernel.chunk * args.entries;
+}
 
 // Quantized tables need a range: activations and codebooks finite, their products far from the
 // ends of float32. Anything else takes float tables, which propagate NaN and infinities.
-bool quantizable(const KernelTable& table, const Forms& forms, const float* x, int64_t count, int64_t K) {
+bool quantizable(const KernelTable& table, const Forms& forms, const float* x, int64_t count,
+                 int64_t K) {
   const auto magnitude = [&](const float* values, int64_t n) {
     const uint32_t bits = table.max_abs_bits(values, n);
     float value;
@@ -155,7 +167,8 @@ bool quantizable(const KernelTable& table, const Forms& forms, const float* x, i
 }
 
 void run_pass(const MatmulCall& call, const KernelTable& table, const LutKernel& kernel,
-              const LutArgs& args, const float* constants, const Buffers& buffers, int64_t a, int64_t m0) {
+              const LutArgs& args, const float* constants, const Buffers& buffers, int64_t a,
+              int64_t m0) {
   const Tiling tiling(kernel, args);
   const int64_t units = args.shape.units();
   const int64_t unit_sums = kUnitRows * (kernel.token_lanes ? kernel.tokens : args.tokens);
@@ -218,7 +231,8 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
     scratch = std::max(scratch, scratch_size(args, *kernel) * call.num_threads);
   }
   const int64_t lanes = table.lut_tokens.tokens;
-  const int64_t sums = s.packed().units() * kUnitRows * (pass > 1 || preferred.token_lanes ? lanes : 1);
+  const int64_t sums =
+      s.packed().units() * kUnitRows * (pass > 1 || preferred.token_lanes ? lanes : 1);
   Workspace workspace(Forms::workspace_bytes(s) + Workspace::padded(pass * s.K * 4) +
                       Workspace::padded(lanes * s.K * 4) + 2 * Workspace::padded(tile_bytes) +
                       Workspace::padded(sums * 4) + Workspace::padded(scratch * 4));
@@ -233,7 +247,8 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
         table.to_float(x_row(call, m0 + m), call.x_dtype, s.K, buffers.x + m * s.K);
       }
       const LutKernel* kernel = &preferred;
-      if (kernel->centred && !quantizable(table, forms, buffers.x, tokens * s.K, s.K)) {
+      if (kernel->centred && (s.packed().units() <= kFloatUnits ||
+                              !quantizable(table, forms, buffers.x, tokens * s.K, s.K))) {
         kernel = &table.lut_tokens;
       }
       if (kernel->token_lanes && tokens == 1) kernel = &table.lut_float;

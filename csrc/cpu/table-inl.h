@@ -1,36 +1,45 @@
 // One instruction set: all bodies under the target pragma of the including isa_*.cpp, which
-// defines AQLM_ISA (the name) and AQLM_TABLE (the exported function).
+// defines AQLM_ISA (the name), AQLM_LEVEL (3 VBMI, 2 AVX-512, 1 AVX2, 0 portable) and AQLM_TABLE
 #include "vec-inl.h"
 #include "convert-inl.h"
 #include "lut_float-inl.h"
 #include "lut_tokens-inl.h"
-#if defined(__AVX512VBMI__)
+#if AQLM_LEVEL >= 1
+#include "shuffle-inl.h"
 #include "lut_bytes-inl.h"
 #endif
+#include "entries-inl.h"
 #include "direct-inl.h"
 #include "decode-inl.h"
 
 namespace aqlm::cpu {
 namespace {
 
+// Measured choices and crossovers, 2x8g8 and 1x16g8 4096 x 4096 (README.md). On AVX2 the 16-bit
+// tables are no faster than float32 ones (1.28 against 1.13 ms: the blend trees spill), so only
+// the 8-bit tables use shuffles.
+#if AQLM_LEVEL >= 2
+constexpr LutKernel kLutExact = kLutBytesExact, kLutFast = kLutBytesFast;
+constexpr int64_t kLutMaxTokens = AQLM_LEVEL >= 3 ? 128 : 4, kMaxMLut = 128;
+#elif AQLM_LEVEL == 1
+constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutBytesFast;
+constexpr int64_t kLutMaxTokens = 5, kMaxMLut = 64;
+#else
+constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutFloat;
+constexpr int64_t kLutMaxTokens = 8, kMaxMLut = 64;
+#endif
+constexpr int64_t kMaxMDirect = 16;
+
 constexpr KernelTable kTable = {
-    AQLM_ISA,
-#if defined(__AVX512VBMI__)
-    kLutBytesExact, kLutBytesFast,
-#else
-    kLutFloat, kLutFloat,
-#endif
-    kLutFloat, kLutTokens,
-#if defined(__AVX512VBMI__)
-    16, 32, 16,
-#else
-    3, 32, 16,
-#endif
-    kDirectTokens, direct, decode_rows, finish, to_float, max_abs_bits, transpose,
+    AQLM_ISA,      kLutExact, kLutFast,    kLutFloat,     kLutTokens,
+    kLutMaxTokens, kMaxMLut,  kMaxMDirect, kDirectTokens, direct,
+    decode_rows,   finish,    to_float,    max_abs_bits,  transpose,
 };
 
 }  // namespace
 
-const KernelTable& AQLM_TABLE() { return kTable; }
+const KernelTable& AQLM_TABLE() {
+  return kTable;
+}
 
 }  // namespace aqlm::cpu

@@ -28,11 +28,12 @@ inline void thread_barrier(int threads) {
 template <class Body>
 void parallel_rows(int64_t rows, int64_t grain, int num_threads, const Body& body) {
   const int64_t pieces = (rows + grain - 1) / grain;
-  on_threads(int64_t(num_threads) < pieces ? num_threads : int(pieces), [&](int thread, int threads) {
-    const int64_t begin = pieces * thread / threads * grain;
-    const int64_t end = pieces * (thread + 1) / threads * grain;
-    if (begin < rows) body(begin, end < rows ? end : rows);
-  });
+  on_threads(int64_t(num_threads) < pieces ? num_threads : int(pieces),
+             [&](int thread, int threads) {
+               const int64_t begin = pieces * thread / threads * grain;
+               const int64_t end = pieces * (thread + 1) / threads * grain;
+               if (begin < rows) body(begin, end < rows ? end : rows);
+             });
 }
 
 }  // namespace aqlm::cpu

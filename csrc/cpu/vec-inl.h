@@ -4,11 +4,20 @@
 // the float16 conversions and a few shuffles use intrinsics. Included after the target pragma.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
+// Loops over arrays of accumulators must be unrolled before GCC decides what lives in registers:
+// without this the byte kernels kept their sums on the stack and ran at half speed.
+#define AQLM_UNROLL _Pragma("GCC unroll 16")
+#define AQLM_INLINE inline __attribute__((always_inline))
+
 namespace aqlm::cpu {
 namespace {
 
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
 
 template <int W>
 struct Vec {
@@ -17,14 +26,21 @@ struct Vec {
   typedef int32_t I __attribute__((vector_size(4 * W)));
   typedef uint16_t H __attribute__((vector_size(2 * W)));
 };
-template <> struct Vec<1> { typedef float F; typedef uint32_t U; typedef int32_t I; typedef uint16_t H; };
+template <>
+struct Vec<1> {
+  typedef float F;
+  typedef uint32_t U;
+  typedef int32_t I;
+  typedef uint16_t H;
+};
 
-template <int W> using F = typename Vec<W>::F;
+template <int W>
+using F = typename Vec<W>::F;
 
 // Lanes of the widest float register (portable: what SSE2 and NEON have).
-#if defined(__AVX512F__)
+#if AQLM_LEVEL >= 2
 constexpr int kLanes = 16;
-#elif defined(__AVX2__)
+#elif AQLM_LEVEL >= 1
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -46,7 +62,9 @@ inline V read(const void* src) {
 }
 
 template <class V>
-inline void write(void* dst, const V& value) { __builtin_memcpy(dst, &value, sizeof value); }
+inline void write(void* dst, const V& value) {
+  __builtin_memcpy(dst, &value, sizeof value);
+}
 
 template <int W, class To, class From>
 inline To widen(const From& from) {
@@ -55,17 +73,20 @@ inline To widen(const From& from) {
 }
 
 template <int W>
-inline F<W> select(typename Vec<W>::I mask, F<W> yes, F<W> no) { return mask ? yes : no; }
+inline F<W> select(typename Vec<W>::I mask, F<W> yes, F<W> no) {
+  return mask ? yes : no;
+}
 
 // ---- float16 and bfloat16 to float32 ------------------------------------------------------
 
 template <int W>
 inline F<W> half_to_float(typename Vec<W>::H bits) {
-#if defined(__F16C__)
-  if constexpr (W == 4) return bit_cast<F<4>>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_cast<int64_t>(bits))));
+#if AQLM_LEVEL >= 1
+  if constexpr (W == 4)
+    return bit_cast<F<4>>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_cast<int64_t>(bits))));
   if constexpr (W == 8) return bit_cast<F<8>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #endif
-#if defined(__AVX512F__)
+#if AQLM_LEVEL >= 2
   if constexpr (W == 16) return bit_cast<F<16>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
 #endif
   // Exponent and mantissa move into place and a multiply by 2^112 corrects the bias, which also
@@ -85,7 +106,9 @@ inline F<1> half_to_float<1>(uint16_t bits) {
 }
 
 template <int W>
-inline F<W> load(const float* src) { return read<F<W>>(src); }
+inline F<W> load(const float* src) {
+  return read<F<W>>(src);
+}
 
 template <int W>
 inline F<W> load(const BFloat* src) {
@@ -94,12 +117,37 @@ inline F<W> load(const BFloat* src) {
 }
 
 template <int W>
-inline F<W> load(const Half* src) { return half_to_float<W>(read<typename Vec<W>::H>(src)); }
+inline F<W> load(const Half* src) {
+  return half_to_float<W>(read<typename Vec<W>::H>(src));
+}
+
+// Eight values from each address: 16-bit types join as integers, before the conversion.
+inline F<16> load_pair(const float* a, const float* b) {
+  return __builtin_shufflevector(load<8>(a), load<8>(b), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
+                                 13, 14, 15);
+}
+
+inline Vec<16>::H join_bits(const void* a, const void* b) {
+  typedef Vec<8>::H H;
+  return __builtin_shufflevector(read<H>(a), read<H>(b), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
+                                 13, 14, 15);
+}
+
+inline F<16> load_pair(const BFloat* a, const BFloat* b) {
+  typedef Vec<16>::U U;
+  return bit_cast<F<16>>(U(widen<16, U>(join_bits(a, b)) << 16));
+}
+
+inline F<16> load_pair(const Half* a, const Half* b) {
+  return half_to_float<16>(join_bits(a, b));
+}
 
 // ---- float32 to bfloat16 and float16, nearest even -----------------------------------------
 
 template <int W>
-inline void store(float* dst, F<W> value) { write(dst, value); }
+inline void store(float* dst, F<W> value) {
+  write(dst, value);
+}
 
 template <int W>
 inline void store(BFloat* dst, F<W> value) {
@@ -113,7 +161,7 @@ inline void store(BFloat* dst, F<W> value) {
 
 template <int W>
 inline void store(Half* dst, F<W> value) {
-#if defined(__F16C__)
+#if AQLM_LEVEL >= 1
   if constexpr (W == 8) {
     write(dst, _mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
     return;
@@ -124,7 +172,7 @@ inline void store(Half* dst, F<W> value) {
     return;
   }
 #endif
-#if defined(__AVX512F__)
+#if AQLM_LEVEL >= 2
   if constexpr (W == 16) {
     write(dst, _mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
     return;
