@@ -12,8 +12,9 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h
 demo: $(READY)
 	$(PY) examples/demo.py
 
+# Passive waits: OpenMP threads that spin take turns for seconds where cores are shared.
 test: $(READY)
-	$(PY) -m pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(TESTS)
 
 bench: $(READY) $(VENV)/.bench
 	$(PY) benchmarks/bench_matmul.py --out benchmarks/results/local/matmul.jsonl

@@ -15,8 +15,9 @@ RELATIVE = {
     ("fast", torch.bfloat16): 3e-2,
 }
 
-# One element may be off by this much of the typical product's magnitude |x| |W| / sqrt(K).
-ELEMENTWISE_FACTOR = 12.0
+# One element may be off by this many bounds of its token's largest row: look-up tables are rounded
+# to a step that their largest entry sets, so a row of small weights carries the same error.
+ELEMENTWISE_FACTOR = 8.0
 
 
 def assert_close(y, expected, x, weight, dtype, precision="exact"):
@@ -31,6 +32,6 @@ def assert_close(y, expected, x, weight, dtype, precision="exact"):
     assert error <= bound, f"relative error {error:.2e} > {bound:.0e} ({precision}, {dtype})"
     # The error of a sum of K terms scales with the root of the summed squares of its terms.
     spread = (x.double().square() @ weight.double().square().T).sqrt() + expected.abs()
-    worst = ((y - expected).abs() / spread).max()
+    worst = ((y - expected).abs() / spread.amax(1, keepdim=True)).max()
     limit = bound * ELEMENTWISE_FACTOR
-    assert worst <= limit, f"one element is off by {worst:.2e} of its terms' norm > {limit:.0e}"
+    assert worst <= limit, f"one element is off by {worst:.2e} of the largest row > {limit:.0e}"
