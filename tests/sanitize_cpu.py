@@ -53,12 +53,14 @@ def build(folder: Path) -> Path:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         module = build(Path(folder))
-        asan = subprocess.run(
-            ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # libstdc++ beside libasan: the interceptor of `throw` must find the real one at start.
+        libraries = (
+            subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+            for name in ("libasan.so", "libstdc++.so")
+        )
         environment = {
             **os.environ,
-            "LD_PRELOAD": asan,
+            "LD_PRELOAD": " ".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }

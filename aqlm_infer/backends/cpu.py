@@ -137,7 +137,8 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
                 x=rows.data_ptr(), x_row_stride=rows.stride(0), x_dtype=x_dtype,
                 packed=packed_ptr, codebooks=books, scales=scale,
                 bias=bias_ptr and bias_ptr + row * bias.element_size(),
-                param_dtype=part.param_dtype, y=y_ptr + row * y.element_size(), y_row_stride=N, M=M, N=size, K=K,
+                param_dtype=part.param_dtype, y=y_ptr + row * y.element_size(), y_row_stride=N,
+                M=M, N=size, K=K,
                 num_codebooks=part.books, nbits=part.nbits, in_group_size=part.in_group,
                 out_group_size=part.out_group, precision=precision, num_threads=_threads(),
             )  # fmt: skip
