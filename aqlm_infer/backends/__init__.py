@@ -1,6 +1,16 @@
 """Kernels and their registry. Importing this package registers every backend's kernels."""
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .registry import KERNELS, Kernel, KernelError, Problem, explain, select
 
-__all__ = ["KERNELS", "Kernel", "KernelError", "Problem", "cpu", "explain", "reference", "select"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "KernelError",
+    "Problem",
+    "cpu",
+    "cuda",
+    "explain",
+    "reference",
+    "select",
+]
