@@ -24,6 +24,7 @@ struct LutArgs {
   int64_t ig;
   int64_t entries;        // 2^nbits, padded to a multiple of 16 in `codebook`
   const float* codebook;  // [B][ig][entries] (by_entry) or [B][entries][ig]
+  const float* norms;     // [B] largest squared length of a centred entry
   const float* x;         // [tokens][K], or [K][lanes] when tokens are the vector dimension
   int tokens;
 };
@@ -85,7 +86,8 @@ struct KernelTable {
   LutKernel lut_fast;      // 8-bit tables where the instruction set has them
   LutKernel lut_float;     // float32 tables, one token
   LutKernel lut_tokens;    // float32 tables, tokens as the vector dimension
-  int64_t lut_max_tokens;  // up to here passes of lut_exact, above it lut_tokens
+  LutKernel lut_many;      // the kernel for passes of more than lut_max_tokens tokens
+  int64_t lut_max_tokens;  // up to here passes of lut_exact or lut_fast
   // Up to here a product beats decoding plus a dense GEMM: for one codebook (the cost of a token
   // grows with the codebooks), and for wide codes.
   int64_t matmul_max_m_lut, matmul_max_m_direct;

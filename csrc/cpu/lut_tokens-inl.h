@@ -22,30 +22,40 @@ int64_t token_chunk_bytes(const LutArgs& args) {
 
 // table[c][:] = sum_j codebook[c][j] * x[j][:]; IG = 0: group size at run time.
 template <int IG>
-inline void token_table(const float* x, const float* codebook, int64_t ig, int64_t entries,
-                        float* table) {
+inline void token_table(const float* x, const float* codebook, int64_t ig,
+                                  int64_t entries, float* table) {
   const int64_t size = IG > 0 ? IG : ig;
-  for (int64_t c = 0; c < entries; ++c) {
+  F<kTokenLanes> inputs[IG > 0 ? IG : 1];  // in registers where the instruction set has enough
+  AQLM_UNROLL
+  for (int j = 0; j < IG; ++j) inputs[j] = load<kTokenLanes>(x + j * kTokenLanes);
+  for (int64_t c = 0; c < entries; ++c, codebook += size, table += kTokenLanes) {
     F<kTokenLanes> sum = {};
-    for (int64_t j = 0; j < size; ++j) {
-      sum += codebook[c * size + j] * load<kTokenLanes>(x + j * kTokenLanes);
+    if constexpr (IG > 0) {
+      sum = codebook[0] * inputs[0];
+      AQLM_UNROLL
+      for (int j = 1; j < IG; ++j) sum += codebook[j] * inputs[j];
+    } else {
+      for (int64_t j = 0; j < size; ++j) sum += codebook[j] * load<kTokenLanes>(x + j * kTokenLanes);
     }
-    store<kTokenLanes>(table + c * kTokenLanes, sum);
+    store<kTokenLanes>(table, sum);
   }
 }
 
+inline void token_table_of(const LutArgs& args, int64_t t, float* table) {
+  const int64_t i = t / args.shape.num_codebooks, k = t % args.shape.num_codebooks;
+  const int64_t ig = args.ig, entries = args.entries;
+  const float* x = args.x + i * ig * kTokenLanes;
+  const float* codebook = args.codebook + k * entries * ig;
+  if (ig == 8) token_table<8>(x, codebook, ig, entries, table);
+  else if (ig == 4) token_table<4>(x, codebook, ig, entries, table);
+  else token_table<0>(x, codebook, ig, entries, table);
+}
+
 void token_build(const LutArgs& args, int64_t chunk, std::byte* tables, float*) {
-  const int64_t lookups = args.shape.lookups(), ig = args.ig;
-  for (int n = 0; n < kTokenChunk; ++n) {
-    const int64_t t = chunk * kTokenChunk + n;
-    if (t >= lookups) return;
-    const int64_t i = t / args.shape.num_codebooks, k = t % args.shape.num_codebooks;
-    const float* x = args.x + i * ig * kTokenLanes;
-    const float* codebook = args.codebook + k * args.entries * ig;
-    float* table = reinterpret_cast<float*>(tables) + n * args.entries * kTokenLanes;
-    if (ig == 8) token_table<8>(x, codebook, ig, args.entries, table);
-    else if (ig == 4) token_table<4>(x, codebook, ig, args.entries, table);
-    else token_table<0>(x, codebook, ig, args.entries, table);
+  float* table = reinterpret_cast<float*>(tables);
+  for (int64_t t = chunk * kTokenChunk; t < (chunk + 1) * kTokenChunk; ++t) {
+    if (t < args.shape.lookups()) token_table_of(args, t, table);
+    table += args.entries * kTokenLanes;
   }
 }
 

@@ -19,7 +19,8 @@ namespace {
 // outputs leaves no norm to measure its error against.
 constexpr int64_t kFloatUnits = 1;
 
-constexpr int64_t kTileBytes = 640 << 10;  // tables of one tile, within a 1 MB L2 cache
+static int64_t env(const char*n,int64_t d){const char*e=getenv(n);return e?atoi(e):d;}
+const int64_t kTileBytes = env("TILE",640) << 10;  // tables of one tile, within a 1 MB L2 cache
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -50,7 +51,8 @@ class Forms {
         centred_(workspace.take<float>(slices_.slice_size())),
         by_entry_{workspace.take<float>(transposed_size(call.scheme)),
                   workspace.take<float>(transposed_size(call.scheme))},
-        means_(workspace.take<float>(call.scheme.in_group_size)) {}
+        means_(workspace.take<float>(call.scheme.in_group_size)),
+        norms_(workspace.take<float>(call.scheme.num_codebooks)) {}
 
   static int64_t entries(const Scheme& s) { return std::max<int64_t>(16, int64_t(1) << s.nbits); }
   static int64_t transposed_size(const Scheme& s) {
@@ -59,25 +61,34 @@ class Forms {
   static int64_t workspace_bytes(const Scheme& s) {
     const int64_t slice = (int64_t(s.num_codebooks) << s.nbits) * s.in_group_size;
     return 2 * Workspace::padded(slice * 4) + 2 * Workspace::padded(transposed_size(s) * 4) +
-           Workspace::padded(s.in_group_size * 4);
+           Workspace::padded(s.in_group_size * 4) + Workspace::padded(s.num_codebooks * 4);
   }
 
   void select(int64_t a) {
     slices_.to_float(table_, a, natural_);
-    ready_[0] = ready_[1] = false;
+    ready_[0] = ready_[1] = is_centred_ = false;
   }
   const float* natural() const { return natural_; }
+
+  // [B][entries][ig]; centred: every codebook minus its mean.
+  const float* by_vector(bool centred) {
+    if (!centred) return natural_;
+    centre();
+    return centred_;
+  }
   int64_t size() const { return slices_.slice_size(); }
 
   // [B][ig][entries]; centred: every codebook minus its mean.
   const float* by_entry(bool centred) {
     if (!ready_[centred]) {
-      if (centred) centre();
-      transpose(centred ? centred_ : natural_, by_entry_[centred]);
+      transpose(by_vector(centred), by_entry_[centred]);
       ready_[centred] = true;
     }
     return by_entry_[centred];
   }
+
+  // Largest squared length of an entry, by codebook; after centring.
+  const float* norms() const { return norms_; }
 
   // What centring took out of one row of the product.
   float removed(const float* x) const {
@@ -94,6 +105,8 @@ class Forms {
 
  private:
   void centre() {
+    if (is_centred_) return;
+    is_centred_ = true;
     const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
     std::fill(means_, means_ + ig, 0.0f);
     for (int k = 0; k < scheme_.num_codebooks; ++k) {
@@ -105,6 +118,12 @@ class Forms {
         const float mean = float(sum / double(count));
         for (int64_t c = 0; c < count; ++c) target[c * ig + j] = source[c * ig + j] - mean;
         means_[j] += mean;
+      }
+      norms_[k] = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        float squares = 0;
+        for (int64_t j = 0; j < ig; ++j) squares += target[c * ig + j] * target[c * ig + j];
+        norms_[k] = std::max(norms_[k], squares);
       }
     }
   }
@@ -124,7 +143,8 @@ class Forms {
   float* centred_;
   float* by_entry_[2];
   float* means_;
-  bool ready_[2] = {false, false};
+  float* norms_;
+  bool ready_[2] = {false, false}, is_centred_ = false;
 };
 
 // Buffers of one call, sized for whichever kernel a pass ends up with.
@@ -147,7 +167,7 @@ LutArgs pass_args(const MatmulCall& call, const LutKernel& kernel, int tokens) {
 }
 
 int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) {
-  return kernel.chunk * args.entries;
+  return kernel.chunk * args.entries * (kernel.token_lanes ? kernel.tokens : 1);
 }
 
 // Quantized tables need a range: activations and codebooks finite, their products far from the
@@ -221,18 +241,18 @@ Buffers take_buffers(Workspace& workspace, int64_t tokens, const MatmulCall& cal
 void matmul_lut(const MatmulCall& call, const KernelTable& table) {
   const Scheme& s = call.scheme;
   const LutKernel& quantized = call.precision == Precision::fast ? table.lut_fast : table.lut_exact;
-  const LutKernel& preferred = call.M <= table.lut_max_tokens ? quantized : table.lut_tokens;
-  const int64_t pass = std::min<int64_t>(call.M, preferred.tokens);
+  const int64_t pass = std::min<int64_t>(
+      call.M, call.M <= table.lut_max_tokens ? quantized.tokens : table.lut_many.tokens);
 
   int64_t tile_bytes = 0, scratch = 0;
-  for (const LutKernel* kernel : {&preferred, &table.lut_float, &table.lut_tokens}) {
+  for (const LutKernel* kernel : {&quantized, &table.lut_float, &table.lut_tokens, &table.lut_many}) {
     const LutArgs args = pass_args(call, *kernel, int(std::min<int64_t>(pass, kernel->tokens)));
     tile_bytes = std::max(tile_bytes, Tiling(*kernel, args).tile_bytes());
     scratch = std::max(scratch, scratch_size(args, *kernel) * call.num_threads);
   }
   const int64_t lanes = table.lut_tokens.tokens;
   const int64_t sums =
-      s.packed().units() * kUnitRows * (pass > 1 || preferred.token_lanes ? lanes : 1);
+      s.packed().units() * kUnitRows * (pass > 1 ? lanes : 1);
   Workspace workspace(Forms::workspace_bytes(s) + Workspace::padded(pass * s.K * 4) +
                       Workspace::padded(lanes * s.K * 4) + 2 * Workspace::padded(tile_bytes) +
                       Workspace::padded(sums * 4) + Workspace::padded(scratch * 4));
@@ -246,14 +266,16 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
       for (int m = 0; m < tokens; ++m) {
         table.to_float(x_row(call, m0 + m), call.x_dtype, s.K, buffers.x + m * s.K);
       }
-      const LutKernel* kernel = &preferred;
+      const LutKernel* kernel = tokens <= table.lut_max_tokens ? &quantized : &table.lut_many;
       if (kernel->centred && (s.packed().units() <= kFloatUnits ||
                               !quantizable(table, forms, buffers.x, tokens * s.K, s.K))) {
         kernel = &table.lut_tokens;
       }
       if (kernel->token_lanes && tokens == 1) kernel = &table.lut_float;
       LutArgs args = pass_args(call, *kernel, tokens);
-      args.codebook = kernel->token_lanes ? forms.natural() : forms.by_entry(kernel->centred);
+      args.codebook = kernel->token_lanes ? forms.by_vector(kernel->centred)
+                                          : forms.by_entry(kernel->centred);
+      args.norms = forms.norms();
       args.x = buffers.x;
       if (kernel->token_lanes) {
         lanes_of(buffers.x, tokens, s.K, kernel->tokens, buffers.x_lanes);

@@ -5,6 +5,7 @@
 #include "lut_float-inl.h"
 #include "lut_tokens-inl.h"
 #if AQLM_LEVEL >= 1
+#include "lut_words-inl.h"
 #include "shuffle-inl.h"
 #include "lut_bytes-inl.h"
 #endif
@@ -19,19 +20,19 @@ namespace {
 // tables are no faster than float32 ones (1.28 against 1.13 ms: the blend trees spill), so only
 // the 8-bit tables use shuffles.
 #if AQLM_LEVEL >= 2
-constexpr LutKernel kLutExact = kLutBytesExact, kLutFast = kLutBytesFast;
-constexpr int64_t kLutMaxTokens = AQLM_LEVEL >= 3 ? 128 : 4, kMaxMLut = 128;
+constexpr LutKernel kLutExact = kLutBytesExact, kLutFast = kLutBytesFast, kLutMany = kLutWords;
+constexpr int64_t kLutMaxTokens = AQLM_LEVEL >= 3 ? 6 : 4, kMaxMLut = 128;
 #elif AQLM_LEVEL == 1
-constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutBytesFast;
+constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutBytesFast, kLutMany = kLutWords;
 constexpr int64_t kLutMaxTokens = 5, kMaxMLut = 64;
 #else
-constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutFloat;
+constexpr LutKernel kLutExact = kLutFloat, kLutFast = kLutFloat, kLutMany = kLutTokens;
 constexpr int64_t kLutMaxTokens = 8, kMaxMLut = 64;
 #endif
 constexpr int64_t kMaxMDirect = 16;
 
 constexpr KernelTable kTable = {
-    AQLM_ISA,      kLutExact, kLutFast,    kLutFloat,     kLutTokens,
+    AQLM_ISA,      kLutExact, kLutFast,    kLutFloat,     kLutTokens, kLutMany,
     kLutMaxTokens, kMaxMLut,  kMaxMDirect, kDirectTokens, direct,
     decode_rows,   finish,    to_float,    max_abs_bits,  transpose,
 };

@@ -1,0 +1,23 @@
+// Launchers of one body and dtype each, defined by the files in instances/.
+#pragma once
+
+#include "launch.h"
+
+namespace aqlm {
+
+template <typename T>
+cudaError_t launch_lut(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_mma_exact(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_split(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_gather(const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_reduce(const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_fragments(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+
+}  // namespace aqlm

@@ -1,0 +1,6 @@
+// One unit of the parallel build: see the .inl file.
+#include <cuda_bf16.h>
+#define AQLM_T __nv_bfloat16
+#define AQLM_INT8 false
+#define AQLM_LAUNCH launch_mma_exact
+#include "mma.inl"

@@ -1,0 +1,6 @@
+// One unit of the parallel build: see the .inl file.
+#include <cuda_fp16.h>
+#define AQLM_T __half
+#define AQLM_INT8 true
+#define AQLM_LAUNCH launch_mma_int8
+#include "mma.inl"

@@ -1,0 +1,230 @@
+// Host side of the matmul: device limits, choice of the body, schedule, workspace, dispatch.
+#include <atomic>
+#include <climits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "bodies.h"
+#include "tune.h"
+
+namespace aqlm {
+#ifdef AQLM_TUNE
+bool dependent_launch = true;
+#endif
+namespace {
+
+constexpr int kMaxDevices = 64;
+#ifdef AQLM_TUNE
+int g_variant = 0, g_occupancy = 0, g_body = -1;
+#endif
+
+template <typename Row, size_t n>
+const Row& pick(const Row (&rows)[n], long long cells) {
+  for (const Row& r : rows)
+    if (cells >= r.min_cells) return r;
+  return rows[n - 1];
+}
+
+long long code_units(const Additive& a) {
+  return static_cast<long long>(a.tile0(a.parts)) * a.units();
+}
+
+int round_up_tile(int tokens, int per_tile, int max_tiles) {
+  int tiles = 1;
+  while (tiles < max_tiles && tiles * per_tile < tokens) tiles *= 2;
+  return tiles * per_tile;
+}
+
+// int32 accumulators must hold K * B products of 127 * 128.
+bool int8_fits(const Additive& a) {
+  return static_cast<long long>(a.in_features()) * a.codebooks * 127 * 128 < (1ll << 31);
+}
+
+int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
+  if (c.body == Body::kSplit) return 1;
+  if (c.body == Body::kLut) {
+    for (const tune::LutRow& r : tune::kLut)
+      if (r.variant == c.variant) return r.ctas_per_sm;
+    return c.variant >= 8 ? 1 : 2;
+  }
+  const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
+  return tune::mma_ctas_per_sm(a.codebooks, tiles);
+}
+
+}  // namespace
+
+cudaError_t device_info(int device, DeviceInfo* info) {
+  static DeviceInfo cache[kMaxDevices];
+  static std::atomic<bool> known[kMaxDevices];
+  if (device < kMaxDevices && known[device].load(std::memory_order_acquire)) {
+    *info = cache[device];
+    return cudaSuccess;
+  }
+  int major = 0, minor = 0;
+  DeviceInfo d = {};
+  cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (e == cudaSuccess)
+    e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (e == cudaSuccess)
+    e = cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, device);
+  if (e == cudaSuccess)
+    e = cudaDeviceGetAttribute(&d.max_smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e != cudaSuccess) return e;
+  d.arch = major * 10 + minor;
+  if (device < kMaxDevices) {
+    cache[device] = d;
+    known[device].store(true, std::memory_order_release);
+  }
+  *info = d;
+  return cudaSuccess;
+}
+
+LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precision,
+                    const DeviceInfo& device) {
+  LaunchConfig c = {Body::kGather, dtype, precision, 0, 0};
+  const long long cells = code_units(a);
+  const Storage storage = a.storage();
+  if (dtype == DType::kFloat32 && storage != Storage::kRows) return c;
+  if (!int8_fits(a)) {
+    if (storage == Storage::kWordTiles && precision == Precision::kInt8) return c;
+    c.precision = Precision::kExact;
+  }
+  const bool int8 = c.precision == Precision::kInt8;
+  if (storage == Storage::kRows) {
+    c.precision = Precision::kExact;
+    if (tokens <= 8) c.token_tile = 8;
+  } else if (storage == Storage::kWordTiles) {
+    if (tokens > 64 || device.max_smem < (2 << a.nbits)) return c;
+    c.body = Body::kSplit;
+    c.token_tile = round_up_tile(tokens, int8 ? 4 : 8, 4);
+    c.variant = pick(tune::kSplit, cells).row_warps;
+  } else {
+    const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
+    const int smem = tune::mma_smem(a.codebooks, 1);
+    bool lut = tokens <= (mma ? tune::kLutTokens : tune::kLutTokensOther);
+#ifdef AQLM_TUNE
+    if (g_body == 0) lut = true;
+    if (g_body == 1) lut = false;
+#endif
+    if (lut) {
+      c.body = Body::kLut;
+      c.precision = Precision::kExact;
+      c.token_tile = 1;
+      c.variant = device.max_smem < (227 << 10) ? 2
+                  : a.in_group > 8              ? tune::kLutLongVectors
+                                                : pick(tune::kLut, cells).variant;
+    } else if (mma && tokens <= tune::kMmaTokens && device.max_smem >= smem) {
+      c.body = Body::kMma;
+      c.token_tile = round_up_tile(tokens, int8 ? 4 : 8, a.codebooks == 4 ? 2 : 8);
+      c.variant = pick(tune::kMma, cells).row_warps;
+    }
+  }
+#ifdef AQLM_TUNE
+  if (g_variant && c.body != Body::kGather) c.variant = g_variant;
+#endif
+  return c;
+}
+
+void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams* p) {
+  Schedule& s = p->s;
+  const Additive& a = p->a;
+  s = {};
+  if (c.body == Body::kGather) return;
+  const int warps = c.body == Body::kSplit ? 32 : tune::mma_warps(a.codebooks);
+  s.units = a.units();
+  s.tiles = a.tile0(a.parts);
+  s.classes = 1;
+  s.lanes = 1;
+  if (c.body == Body::kLut) {
+    s.group_rows = tune::lut_group_rows(c.variant);
+  } else {
+    s.group_rows = c.variant * a.tile_rows();
+    s.lanes = warps / c.variant;
+  }
+  if (c.body == Body::kSplit)
+    s.classes = c.precision == Precision::kInt8 ? a.in_group / 2 : a.in_group;
+  while ((1 << s.group_shift) < s.group_rows) ++s.group_shift;
+  for (int i = 0; i < a.parts; ++i) s.groups += ceil_div(a.rows_of(i), s.group_rows);
+  const long long cells = static_cast<long long>(s.groups) * s.units;
+  int per_sm = ctas_per_sm(c, a);
+#ifdef AQLM_TUNE
+  if (g_occupancy > 0) per_sm = g_occupancy;
+#endif
+  // A shorter K range per block would cost more in partial sums than it gains.
+  const int min_units = c.body == Body::kMma ? tune::mma_min_units(p->tokens) : 1;
+  const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
+  const int wave = std::max(1, per_sm * device.sms / s.classes);
+  s.ctas = static_cast<int>(std::min<long long>(most, wave));
+  // A wave and a bit would leave most SMs waiting for the few with one CTA more.
+  if (s.ctas * s.classes > device.sms && s.classes == 1) s.ctas -= s.ctas % device.sms;
+#ifdef AQLM_TUNE
+  if (g_occupancy < 0)
+    s.ctas = static_cast<int>(std::min<long long>(cells / s.lanes, -g_occupancy));
+#endif
+  if (c.body == Body::kLut) {  // the staged activations of one K range must fit
+    const int step_bytes = kStepVectors * a.in_group * 2;
+    const int fit = std::max(1, (tune::kLutMaxX / step_bytes - 2) * a.codebooks / 2);
+    s.ctas = static_cast<int>(std::max<long long>(s.ctas, (cells + fit - 1) / fit));
+  }
+  const long long limit = INT_MAX / cells - 1;  // the kernels' 32-bit cell arithmetic
+  s.ctas = static_cast<int>(std::max<long long>(1, std::min<long long>(s.ctas, limit)));
+  s.max_units = static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
+  s.max_slots = (ceil_div(s.units, static_cast<int>(cells / s.ctas)) + 1) * s.classes * s.lanes;
+}
+
+Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
+  Workspace w = {};
+  const Schedule& s = p.s;
+  if (c.body == Body::kGather) return w;
+  const size_t slots = size_t(s.groups) * s.max_slots;
+  w.partials = slots * std::min(p.tokens, c.token_tile) * s.group_rows * sizeof(float);
+  const bool int8 = c.precision == Precision::kInt8;
+  const int tiles = c.token_tile / (int8 ? 4 : 8);
+  if (c.body == Body::kSplit) w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kMma && int8)
+    w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
+  if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
+  return w;
+}
+
+namespace {
+
+template <typename T>
+cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  const bool int8 = c.precision == Precision::kInt8;
+  if (c.body == Body::kGather) return launch_gather<T>(p, stream);
+  cudaError_t e = cudaSuccess;
+  if (c.body == Body::kSplit || int8) e = launch_fragments<T>(c, p, stream);
+  if (e != cudaSuccess) return e;
+  if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
+  else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
+  else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
+  return e == cudaSuccess ? launch_reduce<T>(p, stream) : e;
+}
+
+}  // namespace
+
+cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  cudaError_t e = cudaErrorInvalidValue;
+  if (c.dtype == DType::kFloat16) e = dispatch<__half>(c, p, stream);
+  if (c.dtype == DType::kBFloat16) e = dispatch<__nv_bfloat16>(c, p, stream);
+  if (c.dtype == DType::kFloat32 && c.body == Body::kGather) e = launch_gather<float>(p, stream);
+  return e;
+}
+
+}  // namespace aqlm
+
+#ifdef AQLM_TUNE
+// For benchmarks/ladder/cuda: forces variant and CTAs per SM (0: as tuned), body (0 table, 1 mma,
+// -1: as tuned) and dependent launch of every later call.
+extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
+                                                                          int occupancy, int body,
+                                                                          int dependent) {
+  aqlm::g_variant = variant;
+  aqlm::g_occupancy = occupancy;
+  aqlm::g_body = body;
+  aqlm::dependent_launch = dependent != 0;
+}
+#endif

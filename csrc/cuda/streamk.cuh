@@ -1,0 +1,85 @@
+// Work division shared by the matmul bodies.
+//
+//   cells: row group 0 | u0 u1 ... | row group 1 | u0 u1 ... | ...      (groups * units, in order)
+//   CTA c takes the cells [c * cells / ctas, (c + 1) * cells / ctas): one or more *pieces*, each
+//   inside one row group. Every piece writes float partials to slots of its own; reduce.cuh adds
+//   the slots of a row group in order. Slots and their order are arithmetic: deterministic.
+#pragma once
+
+#include "launch.h"
+#include "numeric.cuh"
+#include "ptx.cuh"
+
+namespace aqlm {
+
+struct Piece {
+  int group;      // row group among all parts
+  int u0, u1;     // K units
+  int part;       // which codebooks
+  int tile;       // first row tile of the group in the packed tensor
+  int tiles;      // row tiles of the part from `tile` on
+  int row;        // first row of the group
+  int rows;       // valid rows of the group
+  int first_cta;  // first CTA that works on this group
+};
+
+// Part, packed tile and rows of a row group.
+__device__ __forceinline__ void locate_group(const Additive& a, const Schedule& s, int group,
+                                             Piece* p) {
+  int g = group, tile = 0, part = 0;
+  for (;; ++part) {
+    const int groups = ceil_div(a.rows_of(part), s.group_rows);
+    if (g < groups) break;
+    g -= groups;
+    tile += ceil_div(a.rows_of(part), a.tile_rows());
+  }
+  const int row_in_part = g * s.group_rows;
+  p->group = group;
+  p->part = part;
+  p->row = a.row0[part] + row_in_part;
+  p->rows = min(s.group_rows, a.rows_of(part) - row_in_part);
+  p->tile = tile + row_in_part / a.tile_rows();
+  p->tiles = ceil_div(p->rows, a.tile_rows());
+}
+
+// The CTA that owns a cell. make_schedule keeps cells * ctas below 2^31.
+__device__ __forceinline__ int cta_of(const Schedule& s, int cell) {
+  return ((cell + 1) * s.ctas - 1) / (s.groups * s.units);
+}
+
+// The piece that starts at `cell`.
+__device__ __forceinline__ void locate(const Additive& a, const Schedule& s, int cell, int end,
+                                       Piece* p) {
+  const int group = cell / s.units;
+  locate_group(a, s, group, p);
+  p->u0 = cell - group * s.units;
+  p->u1 = min(s.units, p->u0 + end - cell);
+  p->first_cta = cta_of(s, group * s.units);
+}
+
+// Calls body(piece) for each piece of this block; all threads take part. The piece lives in
+// shared memory: it is read outside the inner loops, whose registers are scarce.
+template <typename Fn>
+__device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, Fn&& body) {
+  __shared__ Piece piece;
+  const int cta = blockIdx.x / s.classes;
+  const int cells = s.groups * s.units, end = (cta + 1) * cells / s.ctas;
+  int cell = cta * cells / s.ctas;
+  while (cell < end) {
+    __syncthreads();
+    if (threadIdx.x == 0) locate(a, s, cell, end, &piece);
+    __syncthreads();
+    cell += piece.u1 - piece.u0;
+    body(const_cast<const Piece&>(piece));
+  }
+}
+
+// Partials of warp `lane` (0 .. lanes - 1) of this CTA: [tokens][group_rows] floats.
+__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
+  const Schedule& s = p.s;
+  const int arrival = (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
+  const size_t slot = size_t(piece.group) * s.max_slots + arrival * s.lanes + lane;
+  return p.partials + slot * p.tokens * s.group_rows;
+}
+
+}  // namespace aqlm

@@ -1,0 +1,67 @@
+// Which body runs for a problem and how its grid is cut. All numbers are from measurements on one
+// H200 (docs/notes/cuda.md); nothing is tuned at run time.
+#pragma once
+
+#include <algorithm>
+
+#include "launch.h"
+
+namespace aqlm::tune {
+
+// Shape of the MMA body: registers and shared memory decide (0 spills).
+AQLM_HD constexpr int mma_warps(int codebooks) { return codebooks == 4 ? 16 : 8; }
+AQLM_HD constexpr int mma_ctas_per_sm(int codebooks, int tiles) {
+  return codebooks == 4 || tiles > 4 ? 1 : tiles == 1 && codebooks == 2 ? 3 : 2;
+}
+// Units in flight per warp; with three CTAs per SM shared memory leaves room for two.
+AQLM_HD constexpr int mma_depth(int codebooks, int tiles) {
+  return mma_ctas_per_sm(codebooks, tiles) == 3 ? 2 : 4;
+}
+AQLM_HD constexpr int mma_smem(int codebooks, int tiles) {
+  return codebooks * (32 << 10) + mma_warps(codebooks) * mma_depth(codebooks, tiles) * kUnitBytes;
+}
+
+// Variants of the table body: 1, 2, 4 = 8 warps x so many row blocks; 8 = 16 warps x 4 and
+// 16 = 32 warps x 2 row blocks, both with two stages of tables.
+constexpr int lut_group_rows(int variant) { return std::min(variant, 8) * 8 * kBlockRows; }
+
+// Long vectors (G > 8) make the construction longer: 32 warps share it. 44 us against 63 at
+// 28672 x 8192, 8x8 g32.
+constexpr int kLutLongVectors = 16;
+
+// The table body costs the same again for every token; up to these it beats the other bodies.
+constexpr int kLutTokens = 1;       // against cuda.additive.mma
+constexpr int kLutTokensOther = 32;  // against dequantize + GEMM
+
+// Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
+constexpr int kMmaTokens = 128;
+
+constexpr int kLutMaxX = 24 << 10;  // staged activations of one K range, bytes
+
+struct LutRow {
+  long long min_cells;  // 512-byte code units of the matrix
+  int variant;
+  int ctas_per_sm;
+  const char* why;
+};
+constexpr LutRow kLut[] = {
+    {50000, 8, 1, "large: 4096 rows share a table, two stages hide its construction"},
+    {20000, 4, 2, "medium: 2048 rows share a table, a second CTA hides its construction"},
+    {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
+};
+
+struct MmaRow {
+  long long min_cells;
+  int row_warps;
+  const char* why;
+};
+constexpr MmaRow kMma[] = {
+    {0, 8, "all warps on rows: activations are shared through L1, fewest partial sums"},
+};
+constexpr MmaRow kSplit[] = {
+    {0, 32, "all warps on rows: fewest partial sums"},
+};
+// Units of K per CTA below which partial sums cost more than idle SMs.
+inline int mma_min_units(int tokens) { return tokens <= 4 ? 3 : tokens <= 16 ? 6 : 12; }
+
+}  // namespace aqlm::tune

@@ -1,0 +1,400 @@
+// Module aqlm_infer._cuda: CUDA implementations of the additive ops over the LibTorch stable ABI.
+//
+// checks -> Params -> launch. Schemas and fakes live in aqlm_infer/ops.py. Nothing here
+// synchronises; memory comes from the caching allocator, so every op can be captured in a graph.
+#include <Python.h>
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kSliceBytes = 40 << 20;  // dense weight alive at a time (mostly stays in L2)
+constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tiles on 132 SMs, halved
+
+#define CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+void check_cuda(cudaError_t e, const char* what) {
+  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
+    CHECK(false, what, ": this build of aqlm_infer._cuda has no kernel for the device (",
+          cudaGetErrorString(e), "); rebuild with TORCH_CUDA_ARCH_LIST for it");
+  CHECK(e == cudaSuccess, what, ": ", cudaGetErrorString(e));
+}
+
+// aoti_torch_get_current_cuda_stream lives in libtorch_cuda, which a CPU-only torch does not have
+// to link against: it is looked up in the process instead.
+cudaStream_t current_stream(int device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<GetStream>(
+        dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  CHECK(get != nullptr, "this torch has no CUDA (aoti_torch_get_current_cuda_stream not found)");
+  void* stream = nullptr;
+  CHECK(get(device, &stream) == 0, "no current CUDA stream on cuda:", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+aqlm::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return aqlm::DType::kFloat16;
+    case ScalarType::BFloat16: return aqlm::DType::kBFloat16;
+    case ScalarType::Float: return aqlm::DType::kFloat32;
+    default: CHECK(false, name, " must be float16, bfloat16 or float32");
+  }
+  return aqlm::DType::kFloat32;
+}
+
+aqlm::Precision precision_of(const std::string& s) {
+  CHECK(s == "exact" || s == "int8", "precision='", s, "' is neither 'exact' nor 'int8'");
+  return s == "int8" ? aqlm::Precision::kInt8 : aqlm::Precision::kExact;
+}
+
+aqlm::Additive make_additive(int64_t in_groups, int64_t codebooks, int64_t nbits,
+                             int64_t out_group, int64_t in_group,
+                             const std::vector<int64_t>& partitions) {
+  CHECK(nbits >= 1 && nbits <= 16, "nbits=", nbits, " is outside 1..16");
+  CHECK(in_group % 4 == 0 && in_group > 0, "in_group_size=", in_group, " is not a multiple of 4");
+  CHECK(out_group >= 1, "out_group_size=", out_group, " is not positive");
+  CHECK(codebooks >= 1, "num_codebooks=", codebooks, " is not positive");
+  CHECK(!partitions.empty() && partitions.size() <= aqlm::kMaxParts, "partitions has ",
+        partitions.size(), " parts; supported are 1..", aqlm::kMaxParts);
+  aqlm::Additive a = {};
+  a.codebooks = static_cast<int>(codebooks);
+  a.nbits = static_cast<int>(nbits);
+  a.out_group = static_cast<int>(out_group);
+  a.in_group = static_cast<int>(in_group);
+  a.in_groups = static_cast<int>(in_groups);
+  a.parts = static_cast<int>(partitions.size());
+  for (int p = 0; p < a.parts; ++p) {
+    CHECK(partitions[p] >= 0 && partitions[p] % out_group == 0, "partition ", p, " has ",
+          partitions[p], " rows, not a multiple of out_group_size=", out_group);
+    a.row0[p + 1] = a.row0[p] + static_cast<int>(partitions[p] / out_group);
+  }
+  return a;
+}
+
+// The format of an op that has codebooks [P * B, 2^b, og, ig] and scales [O, 1, 1, 1].
+aqlm::Additive describe(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
+                        int64_t K, const std::vector<int64_t>& partitions) {
+  CHECK(codebooks.dim() == 4, "codebooks must be [P * B, entries, og, ig]; got ", codebooks.dim(),
+        " dimensions");
+  const int64_t parts = static_cast<int64_t>(partitions.size());
+  CHECK(parts > 0 && codebooks.size(0) % parts == 0, "codebooks.size(0)=", codebooks.size(0),
+        " is not a multiple of the ", parts, " partitions");
+  int nbits = 0;
+  while ((int64_t(1) << nbits) < codebooks.size(1)) ++nbits;
+  CHECK((int64_t(1) << nbits) == codebooks.size(1), "codebooks have ", codebooks.size(1),
+        " entries, not a power of two");
+  const int64_t G = codebooks.size(3);
+  CHECK(K % G == 0, "K=", K, " is not a multiple of ", G, " (vector length of the codebooks)");
+  const aqlm::Additive a = make_additive(K / G, codebooks.size(0) / parts, nbits,
+                                         codebooks.size(2), G, partitions);
+  CHECK(scales.numel() == a.out_groups(), "scales has ", scales.numel(), " elements for ",
+        a.out_groups(), " output groups");
+  CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+            static_cast<size_t>(packed.numel()) == a.packed_bytes(),
+        "packed must be ", a.packed_bytes(), " contiguous uint8; got ", packed.numel(),
+        " (were the codes packed on another device or with other partitions?)");
+  CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
+        "packed is not 16-byte aligned");
+  CHECK(codebooks.scalar_type() == scales.scalar_type(), "codebooks and scales differ in dtype");
+  CHECK(codebooks.is_contiguous() && scales.is_contiguous(),
+        "codebooks and scales must be contiguous");
+  CHECK(reinterpret_cast<uintptr_t>(codebooks.const_data_ptr()) % 16 == 0,
+        "codebooks are not 16-byte aligned");
+  CHECK(packed.get_device_index() == codebooks.get_device_index() &&
+            scales.get_device_index() == codebooks.get_device_index(),
+        "packed, codebooks and scales are on different devices");
+  return a;
+}
+
+// x as rows of K elements, 16-byte aligned rows.
+Tensor as_rows(const Tensor& x, int64_t K) {
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && aligned) return x;
+  Tensor rows = torch::stable::reshape(torch::stable::contiguous(x), {x.numel() / K, K});
+  const bool ok = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 && K % 8 == 0;
+  return ok || K % 8 != 0 ? rows : torch::stable::clone(rows);
+}
+
+// out = a @ b
+void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(),
+                                                      TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+aqlm::DequantParams dequant_params(const aqlm::Additive& a, const Tensor& packed,
+                                   const Tensor& codebooks, const Tensor& scales, Tensor& out) {
+  aqlm::DequantParams p = {};
+  p.a = a;
+  p.packed = packed.const_data_ptr<uint8_t>();
+  p.codebooks = codebooks.const_data_ptr();
+  p.scales = scales.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.row1 = a.out_features();
+  p.col1 = a.in_features();
+  return p;
+}
+
+int64_t slice_length(int64_t total, int64_t other, int64_t element, int64_t multiple) {
+  const int64_t fit = kSliceBytes / std::max<int64_t>(1, other * element);
+  return std::min(total, std::max(multiple, fit / multiple * multiple));
+}
+
+// y = x W^T with W dequantized in row slices.
+void matmul_dense(const aqlm::Additive& a, const Tensor& x, const Tensor& packed,
+                  const Tensor& codebooks, const Tensor& scales, Tensor& y, cudaStream_t stream) {
+  const int64_t N = a.out_features(), K = a.in_features(), element = codebooks.element_size();
+  const int64_t rows = slice_length(N, K, element, kSliceRows * a.out_group);
+  Tensor w = torch::stable::new_empty(codebooks, {rows, K});
+  aqlm::DequantParams p = dequant_params(a, packed, codebooks, scales, w);
+  p.out_stride = K;
+  for (int64_t n = 0; n < N; n += rows) {
+    const int64_t count = std::min(rows, N - n);
+    p.row0 = static_cast<int>(n);
+    p.row1 = static_cast<int>(n + count);
+    check_cuda(aqlm::launch_dequant(dtype_of(codebooks, "codebooks"), p, stream), "dequantize");
+    Tensor block = torch::stable::narrow(w, 0, 0, count);
+    Tensor out = torch::stable::narrow(y, 1, n, count);
+    mm_out(x, torch::stable::transpose(block, 0, 1), out);
+  }
+}
+
+Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
+              const std::optional<Tensor>& bias, const Tensor& aux,
+              const std::vector<int64_t>& partitions, const std::string& precision_name) {
+  CHECK(x.dim() >= 1, "x has no dimensions");
+  const int64_t K = x.size(x.dim() - 1);
+  const aqlm::Additive a = describe(packed, codebooks, scales, K, partitions);
+  const int64_t N = a.out_features(), M = K ? x.numel() / K : 0;
+  const aqlm::DType dtype = dtype_of(x, "x");
+  CHECK(x.scalar_type() == codebooks.scalar_type(),
+        "x and codebooks differ in dtype; cast the layer with .to(x.dtype)");
+  CHECK(x.get_device_index() == packed.get_device_index(), "x is on cuda:", x.get_device_index(),
+        ", packed on cuda:", packed.get_device_index());
+  CHECK(!bias || (bias->numel() == N && bias->scalar_type() == x.scalar_type() &&
+                  bias->is_contiguous() && bias->get_device_index() == x.get_device_index()),
+        "bias must be ", N, " contiguous values of x's dtype and device");
+  const aqlm::Precision precision = precision_of(precision_name);
+  DeviceGuard guard(x.get_device_index());
+  cudaStream_t stream = current_stream(x.get_device_index());
+  aqlm::DeviceInfo device;
+  check_cuda(aqlm::device_info(x.get_device_index(), &device), "device_info");
+
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
+  shape.push_back(N);
+  Tensor y = torch::stable::new_empty(x, shape);
+  if (M == 0 || N == 0) return y;
+  Tensor rows = as_rows(x, K);
+
+  Tensor workspace;
+  bool reserved = false;
+  for (int64_t m = 0; m < M;) {
+    aqlm::MatmulParams p = {};
+    p.a = a;
+    p.tokens = static_cast<int>(M - m);
+    const aqlm::LaunchConfig config = aqlm::choose(a, p.tokens, dtype, precision, device);
+    if (config.token_tile == 0) {
+      Tensor y2 = torch::stable::reshape(y, {M, N});
+      Tensor out = torch::stable::narrow(y2, 0, m, M - m);
+      matmul_dense(a, torch::stable::narrow(rows, 0, m, M - m), packed, codebooks, scales, out,
+                   stream);
+      if (bias)
+        check_cuda(aqlm::launch_add_bias(dtype, out.mutable_data_ptr(), bias->const_data_ptr(),
+                                         static_cast<int>(M - m), static_cast<int>(N), stream),
+                   "add_bias");
+      return y;
+    }
+    p.tokens = std::min(p.tokens, config.token_tile);
+    aqlm::make_schedule(config, device, &p);
+    const aqlm::Workspace w = aqlm::workspace_of(config, p);
+    auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
+    const int64_t bytes =
+        padded(w.partials) + padded(w.x_fragments) + padded(w.x_scales);
+    if (bytes > 0 && (!reserved || workspace.numel() < bytes)) {
+      workspace = torch::stable::new_empty(packed, {bytes});
+      reserved = true;
+    }
+    if (bytes > 0) {
+      uint8_t* at = workspace.mutable_data_ptr<uint8_t>();
+      p.partials = reinterpret_cast<float*>(at);
+      at += padded(w.partials);
+      p.x_fragments = at;
+      if (w.x_scales) p.x_scales = reinterpret_cast<float*>(at + padded(w.x_fragments));
+    }
+    const size_t aux_needed = config.body == aqlm::Body::kSplit ||
+                                      config.precision == aqlm::Precision::kInt8
+                                  ? aqlm::aux_bytes(a, config.precision)
+                                  : 0;
+    CHECK(static_cast<size_t>(aux.numel()) >= aux_needed &&
+              (aux_needed == 0 || aux.get_device_index() == x.get_device_index()),
+          "aux holds ", aux.numel(), " bytes, precision '", precision_name, "' needs ", aux_needed,
+          "; call additive_prepare with the same precision");
+    p.packed = packed.const_data_ptr<uint8_t>();
+    p.codebooks = codebooks.const_data_ptr();
+    p.aux = static_cast<const uint8_t*>(aux.const_data_ptr());
+    p.scales = scales.const_data_ptr();
+    p.bias = bias ? bias->const_data_ptr() : nullptr;
+    p.x_stride = rows.stride(0);
+    p.x = static_cast<const uint8_t*>(rows.const_data_ptr()) +
+          m * p.x_stride * static_cast<int64_t>(x.element_size());
+    p.y = static_cast<uint8_t*>(y.mutable_data_ptr()) +
+          m * N * static_cast<int64_t>(x.element_size());
+    check_cuda(aqlm::launch_matmul(config, p, stream), "additive_matmul");
+    m += p.tokens;
+  }
+  return y;
+}
+
+// dx = dy W, W dequantized in column slices so that nothing is accumulated across slices.
+Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& codebooks,
+                 const Tensor& scales, int64_t in_features,
+                 const std::vector<int64_t>& partitions) {
+  const aqlm::Additive a = describe(packed, codebooks, scales, in_features, partitions);
+  const int64_t N = a.out_features(), K = in_features;
+  CHECK(dy.dim() >= 1 && dy.size(dy.dim() - 1) == N, "dy's last dimension is ",
+        dy.size(dy.dim() - 1), ", expected N=", N);
+  CHECK(dy.scalar_type() == codebooks.scalar_type(), "dy and codebooks differ in dtype");
+  CHECK(dy.get_device_index() == packed.get_device_index(), "dy and packed are on two devices");
+  DeviceGuard guard(dy.get_device_index());
+  cudaStream_t stream = current_stream(dy.get_device_index());
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < dy.dim(); ++i) shape.push_back(dy.size(i));
+  shape.push_back(K);
+  const int64_t M = N ? dy.numel() / N : 0;
+  if (M == 0 || N == 0 || K == 0) return torch::stable::new_zeros(dy, shape);
+  Tensor dx = torch::stable::new_empty(dy, {M, K});
+  Tensor rows = torch::stable::reshape(torch::stable::contiguous(dy), {M, N});
+  const int64_t multiple = int64_t(aqlm::kTileVectors) * a.in_group;
+  const int64_t columns = slice_length(K, N, codebooks.element_size(), multiple);
+  Tensor w = torch::stable::new_empty(codebooks, {N * columns});
+  aqlm::DequantParams p = dequant_params(a, packed, codebooks, scales, w);
+  for (int64_t k = 0; k < K; k += columns) {
+    const int64_t count = std::min(columns, K - k);
+    p.col0 = static_cast<int>(k);
+    p.col1 = static_cast<int>(k + count);
+    p.out_stride = count;
+    check_cuda(aqlm::launch_dequant(dtype_of(codebooks, "codebooks"), p, stream), "dequantize");
+    Tensor block = torch::stable::reshape(torch::stable::narrow(w, 0, 0, N * count), {N, count});
+    mm_out(rows, block, torch::stable::narrow(dx, 1, k, count));
+  }
+  return torch::stable::reshape(dx, shape);
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
+                  int64_t in_features, const std::vector<int64_t>& partitions) {
+  const aqlm::Additive a = describe(packed, codebooks, scales, in_features, partitions);
+  DeviceGuard guard(packed.get_device_index());
+  Tensor out = torch::stable::new_empty(codebooks, {a.out_features(), in_features});
+  aqlm::DequantParams p = dequant_params(a, packed, codebooks, scales, out);
+  p.out_stride = in_features;
+  check_cuda(aqlm::launch_dequant(dtype_of(codebooks, "codebooks"), p,
+                                  current_stream(packed.get_device_index())),
+             "additive_dequantize");
+  return out;
+}
+
+Tensor pack(const Tensor& codes, int64_t nbits, int64_t out_group, int64_t in_group,
+            const std::vector<int64_t>& partitions) {
+  CHECK(codes.dim() == 3, "codes must be [O, I, B]; got ", codes.dim(), " dimensions");
+  const bool bytes = codes.scalar_type() == ScalarType::Char;
+  CHECK(bytes || codes.scalar_type() == ScalarType::Short, "codes must be int8 or int16");
+  CHECK(!bytes || nbits <= 8, "int8 codes cannot hold nbits=", nbits);
+  const aqlm::Additive a =
+      make_additive(codes.size(1), codes.size(2), nbits, out_group, in_group, partitions);
+  CHECK(a.out_groups() == codes.size(0), "codes have ", codes.size(0), " output groups, partitions ",
+        a.out_groups());
+  DeviceGuard guard(codes.get_device_index());
+  Tensor from = torch::stable::contiguous(codes);
+  Tensor packed = torch::stable::new_empty(codes, {static_cast<int64_t>(a.packed_bytes())},
+                                           ScalarType::Byte);
+  check_cuda(aqlm::launch_pack(a, from.const_data_ptr(), packed.mutable_data_ptr<uint8_t>(),
+                               bytes ? 1 : 2, current_stream(codes.get_device_index())),
+             "additive_pack");
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed, int64_t out_groups, int64_t in_groups, int64_t codebooks,
+              int64_t nbits, int64_t out_group, int64_t in_group,
+              const std::vector<int64_t>& partitions) {
+  const aqlm::Additive a =
+      make_additive(in_groups, codebooks, nbits, out_group, in_group, partitions);
+  CHECK(a.out_groups() == out_groups, "partitions hold ", a.out_groups(), " output groups, not ",
+        out_groups);
+  CHECK(static_cast<size_t>(packed.numel()) == a.packed_bytes(), "packed has ", packed.numel(),
+        " bytes, expected ", a.packed_bytes());
+  DeviceGuard guard(packed.get_device_index());
+  const ScalarType type = nbits <= 8 ? ScalarType::Char : ScalarType::Short;
+  Tensor codes = torch::stable::new_empty(packed, {out_groups, in_groups, codebooks}, type);
+  check_cuda(aqlm::launch_unpack(a, packed.const_data_ptr<uint8_t>(), codes.mutable_data_ptr(),
+                                 nbits <= 8 ? 1 : 2, current_stream(packed.get_device_index())),
+             "additive_unpack");
+  return codes;
+}
+
+Tensor prepare(const Tensor& codebooks, const std::string& precision_name,
+               const std::vector<int64_t>& partitions) {
+  const int64_t parts = static_cast<int64_t>(partitions.size());
+  CHECK(codebooks.dim() == 4 && parts > 0 && codebooks.size(0) % parts == 0,
+        "codebooks.size(0)=", codebooks.size(0), " is not a multiple of the ", parts,
+        " partitions");
+  int nbits = 0;
+  while ((int64_t(1) << nbits) < codebooks.size(1)) ++nbits;
+  const aqlm::Additive a = make_additive(1, codebooks.size(0) / parts, nbits, codebooks.size(2),
+                                         codebooks.size(3), partitions);
+  const aqlm::Precision precision = precision_of(precision_name);
+  const aqlm::DType dtype = dtype_of(codebooks, "codebooks");
+  const size_t bytes = dtype == aqlm::DType::kFloat32 ? 0 : aqlm::aux_bytes(a, precision);
+  DeviceGuard guard(codebooks.get_device_index());
+  Tensor from = torch::stable::contiguous(codebooks);
+  Tensor aux =
+      torch::stable::new_empty(codebooks, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  if (bytes > 0)
+    check_cuda(aqlm::launch_prepare(a, precision, dtype, from.const_data_ptr(),
+                                    aux.mutable_data_ptr<uint8_t>(),
+                                    current_stream(codebooks.get_device_index())),
+               "additive_prepare");
+  return aux;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
+  m.impl("additive_pack", TORCH_BOX(&pack));
+  m.impl("additive_unpack", TORCH_BOX(&unpack));
+  m.impl("additive_prepare", TORCH_BOX(&prepare));
+  m.impl("additive_matmul", TORCH_BOX(&matmul));
+  m.impl("additive_matmul_dx", TORCH_BOX(&matmul_dx));
+  m.impl("additive_dequantize", TORCH_BOX(&dequantize));
+}
+
+// `import aqlm_infer._cuda` only has to load the library.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
