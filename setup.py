@@ -15,15 +15,23 @@ from pathlib import Path
 
 import torch
 from setuptools import Extension, find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "aqlm_infer" / "version.py"))["__version__"]
 ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0"
 
+# A CPU-only torch does not look for the toolkit, and its builder asks this variable for nvcc.
+TOOLKIT = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+if cpp_extension.CUDA_HOME is None and Path(TOOLKIT, "bin", "nvcc").exists():
+    cpp_extension.CUDA_HOME = TOOLKIT
+CUDA_HOME = cpp_extension.CUDA_HOME
+
 BUILD = os.environ.get("AQLM_BUILD", "auto")
 if BUILD not in ("auto", "cpu", "cuda"):
     raise SystemExit(f"AQLM_BUILD={BUILD!r} is not one of auto, cpu, cuda")
+if BUILD == "cuda" and CUDA_HOME is None:
+    raise SystemExit(f"AQLM_BUILD=cuda: no nvcc in {TOOLKIT}; set CUDA_HOME to the CUDA toolkit")
 WITH_CUDA = BUILD == "cuda" or (BUILD == "auto" and bool(torch.version.cuda and CUDA_HOME))
 
 
@@ -49,20 +57,18 @@ def cpu_extension() -> Extension:
 
 def cuda_extension() -> Extension:
     """Stable ABI, limited API, static CUDA runtime: a CPU-only torch will do to build it."""
-    if CUDA_HOME is None:
-        raise SystemExit("AQLM_BUILD=cuda needs nvcc: set CUDA_HOME to the CUDA toolkit")
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
     return Extension(
         "aqlm_infer._cuda",
         sources("csrc/ops_cuda.cpp", "csrc/cuda/*.cu", "csrc/cuda/instances/*.cu"),
-        include_dirs=["csrc", *include_paths(), f"{CUDA_HOME}/include"],
+        include_dirs=["csrc", *cpp_extension.include_paths(), f"{CUDA_HOME}/include"],
         depends=sources("csrc/cuda/**/*.cuh", "csrc/cuda/**/*.h", "csrc/cuda/**/*.inl"),
         define_macros=[("USE_CUDA", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args={
             "cxx": ["-O2", "-g0", "-fvisibility=hidden"],
             "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
         },
-        library_dirs=[*library_paths(), f"{CUDA_HOME}/lib64"],
+        library_dirs=[*cpp_extension.library_paths(), f"{CUDA_HOME}/lib64"],
         libraries=["torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-s"],
         py_limited_api=True,
@@ -87,6 +93,6 @@ setup(
         *([cpu_extension()] if BUILD != "cuda" else []),
         *([cuda_extension()] if WITH_CUDA else []),
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD == "cuda" else {},
 )
