@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -173,11 +174,40 @@ def cpu_generate(rows: list[Row]) -> str:
     return caption(found.values()) + markdown(columns, lines)
 
 
+def cuda_matmul(rows: list[Row]) -> str:
+    """Microseconds by shape and number of tokens on a GPU, one column a scheme and precision."""
+    tokens = (1, 4, 16, 64, 512, 2048)
+    rows = [
+        r for r in rows if r["bench"] == "matmul" and r["backend"] == "cuda" and r["M"] in tokens
+    ]
+    if not rows:
+        return "No rows yet.\n"
+    found = latest(rows, "N", "K", "M", "scheme", "precision")
+    counts = Counter(key[3:] for key in found)
+    schemes = [key for key, _ in counts.most_common(5)]
+    places = sorted({key[:3] for key in found if key[3:] in schemes})
+    lines, used = [], []
+    for N, K, M in places:
+        cells = [found.get((N, K, M, *scheme)) for scheme in schemes]
+        present = [row for row in cells if row]
+        used += present
+        lines.append([
+            f"{N} x {K}", str(M), number(present[0]["dense_us"]),
+            *(number(row and row["median_us"]) for row in cells),
+        ])  # fmt: skip
+    devices = {row["device"]: None for row in used}
+    dates = sorted(row["date"][:10] for row in used)
+    titles = [f"{scheme.removeprefix('aqlm-')} {precision}" for scheme, precision in schemes]
+    columns = ["N x K", "M", "fp16 cuBLAS", *titles]
+    return f"{', '.join(devices)}, {dates[-1]}, microseconds.\n\n" + markdown(columns, lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cpu-matmul": cpu_matmul,
     "cpu-isa": cpu_isa,
     "cpu-batch": cpu_batch,
     "cpu-generate": cpu_generate,
+    "cuda-matmul": cuda_matmul,
 }
 
 

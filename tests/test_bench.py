@@ -223,3 +223,8 @@ def test_rows_are_ordered_by_date(report, tmp_path):
     append_rows(tmp_path / "a.jsonl", [matmul_row(date=date) for date in dates])
     found = report.read_rows(tmp_path)
     assert all(a["date"] < b["date"] for a, b in pairwise(found))
+
+
+def test_the_readme_is_up_to_date(report, monkeypatch):
+    """Its tables are what the committed rows say."""
+    run_report(report, monkeypatch, "--check")
