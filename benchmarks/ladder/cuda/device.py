@@ -8,12 +8,14 @@ override of the ladder build; ``bench`` writes the published rows.
 
 import argparse
 import ctypes
+import datetime
 import json
 import math
 import os
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +54,11 @@ class Layer:
         self.parts = parts or [N]
         self.precision = precision
         P, C = len(self.parts), 2**b
-        O, I = N // og, K // G
+        out_groups, in_groups = N // og, K // G
         container = torch.int8 if b <= 8 else torch.int16
-        self.codes = torch.randint(-(C // 2), C // 2, (O, I, B), device=DEV, dtype=container)
+        self.codes = torch.randint(
+            -(C // 2), C // 2, (out_groups, in_groups, B), device=DEV, dtype=container
+        )
         self.codebooks = (torch.randn(P * B, C, og, G, device=DEV) * 0.02).to(dtype)
         self.scales = (torch.rand(O, 1, 1, 1, device=DEV) + 0.5).to(dtype)
         self.bias = torch.randn(N, device=DEV).to(dtype) if bias else None
@@ -248,7 +252,10 @@ def timed_graph(calls, repeats=15):
         b.synchronize()
         times.append(a.elapsed_time(b) * 1e3 / len(calls))
     times.sort()
-    q = lambda f: times[min(len(times) - 1, int(f * len(times)))]
+
+    def q(f):
+        return times[min(len(times) - 1, int(f * len(times)))]
+
     del graph
     return statistics.median(times), q(0.2), q(0.8)
 
@@ -272,7 +279,7 @@ def time_layers(layers, M, K, dtype, repeats=15):
         if len(keep) > 4:
             keep.pop(0)
 
-    return timed_graph([lambda l=layers[i % len(layers)]: call(l) for i in range(n)], repeats)
+    return timed_graph([partial(call, layers[i % len(layers)]) for i in range(n)], repeats)
 
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
@@ -308,24 +315,44 @@ def tune(which):
     torch.manual_seed(2)
     small = [(4096, 4096), (28672, 8192)]
     if "lut" in which:
-        sweep("2x8 lut", (2, 8, 8), SHAPES, [1], "exact",
-              [(2, 2, 0), (4, 2, 0), (8, 1, 0), (16, 1, 0)])
-        sweep("1x8 lut", (1, 8, 8), SHAPES, [1], "exact",
-              [(2, 1, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0)])
+        sweep(
+            "2x8 lut",
+            (2, 8, 8),
+            SHAPES,
+            [1],
+            "exact",
+            [(2, 2, 0), (4, 2, 0), (8, 1, 0), (16, 1, 0)],
+        )
+        sweep(
+            "1x8 lut", (1, 8, 8), SHAPES, [1], "exact", [(2, 1, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0)]
+        )
         sweep("2x8 lut", (2, 8, 8), SHAPES, [2], "exact", [(0, 0, 0), (0, 0, 1)])
         sweep("8x8g32 lut", (8, 8, 32), small, [1, 8], "exact", [(4, 2, 0), (8, 1, 0), (16, 1, 0)])
     if "mma" in which:
-        sweep("2x8 mma", (2, 8, 8), small, [4, 8, 16, 32, 64, 128], "exact",
-              [(8, o, 1) for o in (-66, 1, 2, 3)])
-        sweep("2x8 mma-int8", (2, 8, 8), small, [1, 2, 4, 8, 16, 32], "int8",
-              [(8, o, 1) for o in (1, 2, 3)])
+        sweep(
+            "2x8 mma",
+            (2, 8, 8),
+            small,
+            [4, 8, 16, 32, 64, 128],
+            "exact",
+            [(8, o, 1) for o in (-66, 1, 2, 3)],
+        )
+        sweep(
+            "2x8 mma-int8",
+            (2, 8, 8),
+            small,
+            [1, 2, 4, 8, 16, 32],
+            "int8",
+            [(8, o, 1) for o in (1, 2, 3)],
+        )
         sweep("4x8 mma", (4, 8, 8), small, [4, 16], "exact", [(8, 1, 1), (16, 1, 1)])
     if "split" in which:
         sweep("1x16 split", (1, 16, 8), SHAPES, [1, 16], "int8", [(v, 1, -1) for v in (16, 32)])
         sweep("1x16 split", (1, 16, 8), small, [1, 16], "exact", [(v, 1, -1) for v in (16, 32)])
     if "prefill" in which:
         for fmt in ((2, 8, 8), (1, 16, 8)):
-            sweep(f"{fmt} prefill", fmt, [(28672, 8192)], [128, 256, 512, 2048], "exact", [(0, 0, -1)])
+            tokens = [128, 256, 512, 2048]
+            sweep(f"{fmt} prefill", fmt, [(28672, 8192)], tokens, "exact", [(0, 0, -1)])
 
 
 def copy_bandwidth():
@@ -380,26 +407,26 @@ def bench(out, commit):
                 dense[N, K, M] = dense_times(N, K, M, torch.float16)
             t, lo, hi = time_layers(layers, M, K, torch.float16)
             rows.append(
-                dict(
-                    bench="matmul",
-                    date="2026-11-21",
-                    commit=commit,
-                    device=name,
-                    backend="cuda",
-                    scheme=scheme,
-                    precision=precision,
-                    dtype="float16",
-                    N=N,
-                    K=K,
-                    M=M,
-                    median_us=round(t, 3),
-                    p20_us=round(lo, 3),
-                    p80_us=round(hi, 3),
-                    gb_per_s=round(codes / t / 1e3, 1),
-                    copy_gb_per_s=round(copy, 1),
-                    dense_us=round(dense[N, K, M], 3),
-                    command="python3 benchmarks/ladder/cuda/device.py bench",
-                )
+                {
+                    "bench": "matmul",
+                    "date": datetime.date.today().isoformat(),
+                    "commit": commit,
+                    "device": name,
+                    "backend": "cuda",
+                    "scheme": scheme,
+                    "precision": precision,
+                    "dtype": "float16",
+                    "N": N,
+                    "K": K,
+                    "M": M,
+                    "median_us": round(t, 3),
+                    "p20_us": round(lo, 3),
+                    "p80_us": round(hi, 3),
+                    "gb_per_s": round(codes / t / 1e3, 1),
+                    "copy_gb_per_s": round(copy, 1),
+                    "dense_us": round(dense[N, K, M], 3),
+                    "command": "python3 benchmarks/ladder/cuda/device.py bench",
+                }
             )
             print(
                 f"{scheme:13s} {precision:5s} {N}x{K} M={M:<4d} {t:8.2f} us "
@@ -416,12 +443,17 @@ def bench(out, commit):
 
 def profile():
     """Mean duration of each kernel of a call (no dependent launch), weights rotated past L2."""
-    from torch.profiler import ProfilerActivity, profile as prof
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as prof
+
     torch.manual_seed(5)
     override(dependent=0)
-    for fmt, precision, Ms in (((2, 8, 8), "exact", (1, 16, 64, 512, 2048)),
-                               ((2, 8, 8), "int8", (4, 16)), ((1, 16, 8), "int8", (1, 16)),
-                               ((1, 16, 8), "exact", (1, 512))):
+    for fmt, precision, Ms in (
+        ((2, 8, 8), "exact", (1, 16, 64, 512, 2048)),
+        ((2, 8, 8), "int8", (4, 16)),
+        ((1, 16, 8), "int8", (1, 16)),
+        ((1, 16, 8), "exact", (1, 512)),
+    ):
         for N, K in ((4096, 4096), (28672, 8192)):
             layers, _ = layers_for(*fmt, N, K, torch.float16, precision)
             for M in Ms:
@@ -433,8 +465,11 @@ def profile():
                     for layer in layers:
                         layer(x)
                     torch.cuda.synchronize()
-                rows = {e.key.split("<")[0].split("::")[-1][:24]: (round(e.device_time, 1), e.count)
-                        for e in p.key_averages() if e.device_time > 0}
+                rows = {
+                    e.key.split("<")[0].split("::")[-1][:24]: (round(e.device_time, 1), e.count)
+                    for e in p.key_averages()
+                    if e.device_time > 0
+                }
                 print(fmt, precision, f"{N}x{K} M={M}", len(layers), "calls", rows, flush=True)
             del layers
             torch.cuda.empty_cache()
@@ -465,7 +500,7 @@ def chain():
     for fmt, precision in (((2, 8, 8), "exact"), ((1, 16, 8), "int8")):
         layers, _ = layers_for(*fmt, 4096, 4096, torch.float16, precision)
 
-        def run():
+        def run(layers=layers):
             x = torch.ones(1, 4096, device=DEV, dtype=torch.float16)
             for layer in layers:
                 x = layer(x)
