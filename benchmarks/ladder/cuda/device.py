@@ -60,7 +60,7 @@ class Layer:
             -(C // 2), C // 2, (out_groups, in_groups, B), device=DEV, dtype=container
         )
         self.codebooks = (torch.randn(P * B, C, og, G, device=DEV) * 0.02).to(dtype)
-        self.scales = (torch.rand(O, 1, 1, 1, device=DEV) + 0.5).to(dtype)
+        self.scales = (torch.rand(out_groups, 1, 1, 1, device=DEV) + 0.5).to(dtype)
         self.bias = torch.randn(N, device=DEV).to(dtype) if bias else None
         self.packed = ops.additive_pack(self.codes, b, og, G, self.parts)
         self.aux = ops.additive_prepare(self.codebooks, precision, self.parts)
