@@ -95,7 +95,8 @@ py::list kernel_table() {
   };
   for (const KernelTable* table : compiled_tables()) {
     for (const LutKernel* kernel :
-         {&table->lut_exact, &table->lut_fast, &table->lut_float, &table->lut_tokens}) {
+         {&table->lut_exact, &table->lut_fast, &table->lut_float, &table->lut_tokens,
+          &table->lut_many}) {
       add(kernel->id, 1, 8, table->isa);
     }
     add("cpu.additive.direct", 9, 16, table->isa);

@@ -24,7 +24,7 @@ struct LutArgs {
   int64_t ig;
   int64_t entries;        // 2^nbits, padded to a multiple of 16 in `codebook`
   const float* codebook;  // [B][ig][entries] (by_entry) or [B][entries][ig]
-  const float* norms;     // [B] largest squared length of a centred entry
+  const float* norms;     // [B] largest length of a centred entry
   const float* x;         // [tokens][K], or [K][lanes] when tokens are the vector dimension
   int tokens;
 };
@@ -53,7 +53,7 @@ struct DirectArgs {
   const void* codebook;  // entry (k, c) at ((k << nbits) + c) * entry_stride, in `dtype`
   int64_t entry_stride;
   Dtype dtype;
-  const float* x;  // [tokens][K]
+  const float* x;  // [tokens][K], or [K][16]
   int tokens;
 };
 
@@ -80,6 +80,10 @@ struct DecodeArgs {
   Dtype out_dtype;
 };
 
+// Direct decode with tokens as the vector dimension: rows a call takes, and weights of a group.
+constexpr int kTokenLanes = 16;
+constexpr int64_t kDirectTileRows = 24, kDirectTileWeights = 256;
+
 struct KernelTable {
   const char* isa;
   LutKernel lut_exact;     // byte codes, few tokens
@@ -87,13 +91,17 @@ struct KernelTable {
   LutKernel lut_float;     // float32 tables, one token
   LutKernel lut_tokens;    // float32 tables, tokens as the vector dimension
   LutKernel lut_many;      // the kernel for passes of more than lut_max_tokens tokens
-  int64_t lut_max_tokens;  // up to here passes of lut_exact or lut_fast
+  int64_t exact_max_tokens, fast_max_tokens;  // up to here passes of lut_exact and lut_fast
   // Up to here a product beats decoding plus a dense GEMM: for one codebook (the cost of a token
   // grows with the codebooks), and for wide codes.
   int64_t matmul_max_m_lut, matmul_max_m_direct;
 
   int direct_tokens;  // tokens one call of `direct` serves
   void (*direct)(const DirectArgs& args, int64_t b0, int64_t b1, float* acc);  // [block][token][8]
+
+  int64_t direct_max_tokens;  // up to here passes of `direct`, above it
+  // x [K][16]; blocks [b0, b1) of at most kDirectTileRows rows; acc [row][16]
+  void (*direct_many)(const DirectArgs& args, int64_t b0, int64_t b1, float* acc);
 
   void (*decode_rows)(const DecodeArgs& args, int64_t row_begin, int64_t row_end);
 

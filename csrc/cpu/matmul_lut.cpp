@@ -4,6 +4,7 @@
 // tile every thread builds some of the tables, all wait, and each adds the tile to the sums of
 // its own rows. Tables are double buffered, so one barrier a tile is enough.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -19,8 +20,10 @@ namespace {
 // outputs leaves no norm to measure its error against.
 constexpr int64_t kFloatUnits = 1;
 
-static int64_t env(const char*n,int64_t d){const char*e=getenv(n);return e?atoi(e):d;}
-const int64_t kTileBytes = env("TILE",640) << 10;  // tables of one tile, within a 1 MB L2 cache
+constexpr int64_t kTileBytes = 640 << 10;  // tables of one tile, within a 1 MB L2 cache
+// With tokens as the vector dimension the sums want L2 more than the tables do: two chunks of 4
+// byte-code lookups.
+constexpr int64_t kTokenTileBytes = 72 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -33,7 +36,8 @@ struct Tiling {
   Tiling(const LutKernel& kernel, const LutArgs& args) {
     chunks = ceil_div(args.shape.lookups(), kernel.chunk);
     chunk_bytes = kernel.chunk_bytes(args);
-    const int64_t fit = std::max<int64_t>(1, kTileBytes / chunk_bytes);
+    const int64_t most = kernel.token_lanes ? kTokenTileBytes : kTileBytes;
+    const int64_t fit = std::max<int64_t>(1, most / chunk_bytes);
     per_tile = ceil_div(chunks, std::max<int64_t>(1, ceil_div(chunks, fit)));
   }
   int64_t tiles() const { return per_tile == 0 ? 0 : ceil_div(chunks, per_tile); }
@@ -87,8 +91,21 @@ class Forms {
     return by_entry_[centred];
   }
 
-  // Largest squared length of an entry, by codebook; after centring.
-  const float* norms() const { return norms_; }
+  // Largest length of a centred entry, by codebook.
+  const float* norms() {
+    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
+    centre();
+    for (int k = 0; k < scheme_.num_codebooks; ++k) {
+      norms_[k] = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        const float* entry = centred_ + (k * count + c) * ig;
+        double squares = 0;
+        for (int64_t j = 0; j < ig; ++j) squares += double(entry[j]) * entry[j];
+        norms_[k] = std::max(norms_[k], float(std::sqrt(squares)));
+      }
+    }
+    return norms_;
+  }
 
   // What centring took out of one row of the product.
   float removed(const float* x) const {
@@ -108,22 +125,22 @@ class Forms {
     if (is_centred_) return;
     is_centred_ = true;
     const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
+    std::vector<double> sums(static_cast<size_t>(ig));
+    std::vector<float> means(static_cast<size_t>(ig));
     std::fill(means_, means_ + ig, 0.0f);
     for (int k = 0; k < scheme_.num_codebooks; ++k) {
       const float* source = natural_ + k * count * ig;
       float* target = centred_ + k * count * ig;
-      for (int64_t j = 0; j < ig; ++j) {
-        double sum = 0;
-        for (int64_t c = 0; c < count; ++c) sum += source[c * ig + j];
-        const float mean = float(sum / double(count));
-        for (int64_t c = 0; c < count; ++c) target[c * ig + j] = source[c * ig + j] - mean;
-        means_[j] += mean;
-      }
-      norms_[k] = 0;
+      std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t c = 0; c < count; ++c) {
-        float squares = 0;
-        for (int64_t j = 0; j < ig; ++j) squares += target[c * ig + j] * target[c * ig + j];
-        norms_[k] = std::max(norms_[k], squares);
+        for (int64_t j = 0; j < ig; ++j) sums[size_t(j)] += source[c * ig + j];
+      }
+      for (int64_t j = 0; j < ig; ++j) {
+        means[size_t(j)] = float(sums[size_t(j)] / double(count));
+        means_[j] += means[size_t(j)];
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t j = 0; j < ig; ++j) target[c * ig + j] = source[c * ig + j] - means[size_t(j)];
       }
     }
   }
@@ -167,7 +184,7 @@ LutArgs pass_args(const MatmulCall& call, const LutKernel& kernel, int tokens) {
 }
 
 int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) {
-  return kernel.chunk * args.entries * (kernel.token_lanes ? kernel.tokens : 1);
+  return kernel.chunk * args.entries;
 }
 
 // Quantized tables need a range: activations and codebooks finite, their products far from the
@@ -219,12 +236,6 @@ void run_pass(const MatmulCall& call, const KernelTable& table, const LutKernel&
   });
 }
 
-void lanes_of(const float* x, int tokens, int64_t K, int lanes, float* out) {
-  for (int64_t j = 0; j < K; ++j) {
-    for (int m = 0; m < lanes; ++m) out[j * lanes + m] = m < tokens ? x[m * K + j] : 0.0f;
-  }
-}
-
 Buffers take_buffers(Workspace& workspace, int64_t tokens, const MatmulCall& call, int64_t lanes,
                      int64_t tile_bytes, int64_t sums, int64_t scratch) {
   Buffers buffers;
@@ -240,14 +251,22 @@ Buffers take_buffers(Workspace& workspace, int64_t tokens, const MatmulCall& cal
 
 void matmul_lut(const MatmulCall& call, const KernelTable& table) {
   const Scheme& s = call.scheme;
-  const LutKernel& quantized = call.precision == Precision::fast ? table.lut_fast : table.lut_exact;
-  const int64_t pass = std::min<int64_t>(
-      call.M, call.M <= table.lut_max_tokens ? quantized.tokens : table.lut_many.tokens);
+  const bool fast = call.precision == Precision::fast;
+  const LutKernel& quantized = fast ? table.lut_fast : table.lut_exact;
+  const int64_t few = fast ? table.fast_max_tokens : table.exact_max_tokens;
+  // The tokens of the pass that begins with `left` tokens to go.
+  const auto pass_of = [&](int64_t left) {
+    return std::min<int64_t>(left, left <= few ? quantized.tokens : table.lut_many.tokens);
+  };
+  const int64_t pass =
+      std::min<int64_t>(call.M, std::max(quantized.tokens, table.lut_many.tokens));
 
-  int64_t tile_bytes = 0, scratch = 0;
-  for (const LutKernel* kernel : {&quantized, &table.lut_float, &table.lut_tokens, &table.lut_many}) {
+  // A tile is within its limit unless one chunk is larger; fewer tokens may well fill it better.
+  int64_t tile_bytes = kTileBytes, scratch = 0;
+  for (const LutKernel* kernel :
+       {&quantized, &table.lut_float, &table.lut_tokens, &table.lut_many}) {
     const LutArgs args = pass_args(call, *kernel, int(std::min<int64_t>(pass, kernel->tokens)));
-    tile_bytes = std::max(tile_bytes, Tiling(*kernel, args).tile_bytes());
+    tile_bytes = std::max(tile_bytes, kernel->chunk_bytes(args));
     scratch = std::max(scratch, scratch_size(args, *kernel) * call.num_threads);
   }
   const int64_t lanes = table.lut_tokens.tokens;
@@ -261,12 +280,13 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
 
   for (int64_t a = 0; a < s.out_group_size; ++a) {
     forms.select(a);
-    for (int64_t m0 = 0; m0 < call.M; m0 += pass) {
-      const int tokens = int(std::min(pass, call.M - m0));
+    int tokens = 0;
+    for (int64_t m0 = 0; m0 < call.M; m0 += tokens) {
+      tokens = int(pass_of(call.M - m0));
       for (int m = 0; m < tokens; ++m) {
         table.to_float(x_row(call, m0 + m), call.x_dtype, s.K, buffers.x + m * s.K);
       }
-      const LutKernel* kernel = tokens <= table.lut_max_tokens ? &quantized : &table.lut_many;
+      const LutKernel* kernel = call.M - m0 <= few ? &quantized : &table.lut_many;
       if (kernel->centred && (s.packed().units() <= kFloatUnits ||
                               !quantizable(table, forms, buffers.x, tokens * s.K, s.K))) {
         kernel = &table.lut_tokens;
@@ -275,10 +295,10 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
       LutArgs args = pass_args(call, *kernel, tokens);
       args.codebook = kernel->token_lanes ? forms.by_vector(kernel->centred)
                                           : forms.by_entry(kernel->centred);
-      args.norms = forms.norms();
       args.x = buffers.x;
       if (kernel->token_lanes) {
-        lanes_of(buffers.x, tokens, s.K, kernel->tokens, buffers.x_lanes);
+        if (kernel->centred) args.norms = forms.norms();
+        lanes_of(buffers.x, tokens, s.K, buffers.x_lanes);
         args.x = buffers.x_lanes;
       }
       std::vector<float> constants(size_t(tokens), 0.0f);
