@@ -14,8 +14,8 @@ from aqlm_infer.formats import AdditiveFormat, parse_scheme
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_LAYERS = sorted(p.stem for p in GOLDEN.glob("aqlm_*.safetensors"))
 
-# Tokens: none, one, around the vector widths 8 and 16, two tiles and a bit.
-TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 129)
+# Tokens: none, one, around the vector widths 8 and 16, passes with every kind of remainder.
+TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 18, 19, 29, 33, 64, 129)
 
 # (scheme, N, K): N around row blocks (odd, one below and above 64), K odd numbers of groups.
 LAYERS = (

@@ -85,6 +85,19 @@ def test_outlier_channels(isa, name, scheme):
 
 
 @pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
+def test_tokens_of_very_different_size_in_one_call(isa, name, scheme):
+    isa(name)
+    layer = random_layer(scheme, 130, 256)
+    x = torch.randn(21, 256, generator=torch.Generator().manual_seed(4))
+    x *= torch.logspace(-12, 12, 21)[:, None]
+    y, weight = matmul(layer, x, bias=False), layer.weight()
+    for m in range(len(x)):
+        row = x[m : m + 1]
+        assert_close(y[m : m + 1], row.double() @ weight.T, row, weight, torch.float32)
+
+
+@pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
 def test_special_inputs(isa, name, precision, scheme):

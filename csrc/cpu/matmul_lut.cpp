@@ -1,11 +1,14 @@
 // Look-up-table driver (codes of up to 8 bits).
 //
-// Passes over the tokens; within a pass tiles of lookups whose tables fit the L2 cache; within a
-// tile every thread builds some of the tables, all wait, and each adds the tile to the sums of
-// its own rows. Tables are double buffered, so one barrier a tile is enough.
+// Passes over the tokens. Within a pass the lookups are cut into a fixed number of segments with
+// sums of their own, added up in order at the end: the result does not depend on which thread did
+// which. A thread builds the tables of its segments for itself, in tiles that fit its L2 cache.
+// (Sharing tables was slower: at 4096 x 4096 fetching half of 512 KB from the other core's cache
+// cost as much as building it, and token tables needed 128 barriers a call.)
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "codebooks.h"
@@ -20,7 +23,8 @@ namespace {
 // outputs leaves no norm to measure its error against.
 constexpr int64_t kFloatUnits = 1;
 
-constexpr int64_t kTileBytes = 640 << 10;  // tables of one tile, within a 1 MB L2 cache
+constexpr int64_t kSegments = 4;
+constexpr int64_t kTileBytes = 256 << 10;  // tables of one tile, within a 1 MB L2 cache
 // With tokens as the vector dimension the sums want L2 more than the tables do: two chunks of 4
 // byte-code lookups.
 constexpr int64_t kTokenTileBytes = 72 << 10;
@@ -29,19 +33,20 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The chunks of a pass, cut into equal tiles.
+// The chunks of a pass: segments, each cut into equal tiles.
 struct Tiling {
-  int64_t chunks, per_tile, chunk_bytes;
+  int64_t chunks, segments, per_tile, chunk_bytes;
 
   Tiling(const LutKernel& kernel, const LutArgs& args) {
     chunks = ceil_div(args.shape.lookups(), kernel.chunk);
+    segments = std::min(kSegments, chunks);
     chunk_bytes = kernel.chunk_bytes(args);
     const int64_t most = kernel.token_lanes ? kTokenTileBytes : kTileBytes;
     const int64_t fit = std::max<int64_t>(1, most / chunk_bytes);
-    per_tile = ceil_div(chunks, std::max<int64_t>(1, ceil_div(chunks, fit)));
+    const int64_t longest = ceil_div(chunks, segments);
+    per_tile = ceil_div(longest, ceil_div(longest, fit));
   }
-  int64_t tiles() const { return per_tile == 0 ? 0 : ceil_div(chunks, per_tile); }
-  int64_t tile_bytes() const { return per_tile * chunk_bytes; }
+  int64_t first_chunk(int64_t segment) const { return chunks * segment / segments; }
 };
 
 // One slice of the codebooks in the forms the kernels read, made when first needed.
@@ -109,13 +114,16 @@ class Forms {
 
   // What centring took out of one row of the product.
   float removed(const float* x) const {
+    constexpr int64_t kChains = 8;  // independent sums hide the latency of double additions
     const int64_t ig = scheme_.in_group_size;
     double total = 0;
-    for (int64_t j = 0; j < ig; ++j) {
-      if (means_[j] == 0) continue;
-      double sum = 0;
-      for (int64_t i = j; i < scheme_.K; i += ig) sum += x[i];
-      total += sum * means_[j];
+    for (int64_t j0 = 0; j0 < ig; j0 += kChains) {
+      const int64_t width = std::min(kChains, ig - j0);
+      double sums[kChains] = {};
+      for (int64_t i = j0; i < scheme_.K; i += ig) {
+        for (int64_t j = 0; j < width; ++j) sums[j] += x[i + j];
+      }
+      for (int64_t j = 0; j < width; ++j) total += sums[j] * means_[j0 + j];
     }
     return float(total);
   }
@@ -168,8 +176,9 @@ class Forms {
 struct Buffers {
   float* x;
   float* x_lanes;  // [K][lanes]
-  std::byte* tables[2];
-  float* sums;
+  std::byte* tables;  // one tile a thread
+  int64_t tile_bytes;
+  float* sums;  // [segment][unit]
   float* scratch;
 };
 
@@ -203,32 +212,51 @@ bool quantizable(const KernelTable& table, const Forms& forms, const float* x, i
   return x_max < 1e30f && c_max < 1e30f && product > 1e-20f && product * float(K) < 1e30f;
 }
 
+// Adds segment `s` to the sums of units [u0, u1), tile by tile.
+void run_segment(const LutKernel& kernel, const LutArgs& args, const Tiling& tiling, int64_t s,
+                 int64_t u0, int64_t u1, std::byte* tables, float* scratch, float* sums) {
+  const int64_t last = tiling.first_chunk(s + 1);
+  for (int64_t c0 = tiling.first_chunk(s); c0 < last; c0 += tiling.per_tile) {
+    const int64_t c1 = std::min(c0 + tiling.per_tile, last);
+    for (int64_t c = c0; c < c1; ++c) {
+      kernel.build(args, c, tables + (c - c0) * tiling.chunk_bytes, scratch);
+    }
+    kernel.accumulate(args, u0, u1, c0, c1, tables, sums);
+  }
+}
+
 void run_pass(const MatmulCall& call, const KernelTable& table, const LutKernel& kernel,
               const LutArgs& args, const float* constants, const Buffers& buffers, int64_t a,
               int64_t m0) {
   const Tiling tiling(kernel, args);
-  const int64_t units = args.shape.units();
+  const int64_t units = args.shape.units(), segments = tiling.segments;
   const int64_t unit_sums = kUnitRows * (kernel.token_lanes ? kernel.tokens : args.tokens);
   const FinishArgs finish = finish_args(call, a);
-  on_threads(int(std::min<int64_t>(call.num_threads, units)), [&](int thread, int threads) {
-    const int64_t u0 = units * thread / threads, u1 = units * (thread + 1) / threads;
-    float* sums = buffers.sums + u0 * unit_sums;
+  const int most = int(std::min<int64_t>(call.num_threads, units * segments));
+  on_threads(most, [&](int thread, int threads) {
+    std::byte* tables = buffers.tables + thread * buffers.tile_bytes;
     float* scratch = buffers.scratch + thread * scratch_size(args, kernel);
-    std::memset(sums, 0, size_t((u1 - u0) * unit_sums) * sizeof(float));
-    for (int64_t tile = 0; tile < tiling.tiles(); ++tile) {
-      std::byte* tables = buffers.tables[tile & 1];
-      const int64_t c0 = tile * tiling.per_tile, c1 = std::min(c0 + tiling.per_tile, tiling.chunks);
-      for (int64_t c = c0 + thread; c < c1; c += threads) {
-        kernel.build(args, c, tables + (c - c0) * tiling.chunk_bytes, scratch);
-      }
-      thread_barrier(threads);
-      kernel.accumulate(args, u0, u1, c0, c1, tables, sums);
+    // Items (segment, share of the rows), as few shares as give every thread as many items.
+    const int64_t shares = threads / std::gcd(int64_t(threads), segments);
+    const int64_t items = segments * shares;
+    for (int64_t i = items * thread / threads; i < items * (thread + 1) / threads; ++i) {
+      const int64_t s = i / shares, share = i % shares;
+      const int64_t u0 = units * share / shares, u1 = units * (share + 1) / shares;
+      float* sums = buffers.sums + (s * units + u0) * unit_sums;
+      std::memset(sums, 0, size_t((u1 - u0) * unit_sums) * sizeof(float));
+      if (u0 < u1) run_segment(kernel, args, tiling, s, u0, u1, tables, scratch, sums);
     }
-    for (int64_t u = u0; u < u1; ++u) {
+    thread_barrier(threads);
+    for (int64_t u = units * thread / threads; u < units * (thread + 1) / threads; ++u) {
+      float* sums = buffers.sums + u * unit_sums;
+      for (int64_t s = 1; s < segments; ++s) {
+        const float* others = sums + s * units * unit_sums;
+        for (int64_t i = 0; i < unit_sums; ++i) sums[i] += others[i];
+      }
       float rows[kUnitRows];
       const int64_t count = std::min(kUnitRows, args.shape.out_groups - u * kUnitRows);
       for (int m = 0; m < args.tokens; ++m) {
-        kernel.collect(args, sums + (u - u0) * unit_sums, m, rows);
+        kernel.collect(args, sums, m, rows);
         for (float& value : rows) value += constants[m];
         table.finish(finish, rows, u * kUnitRows, count, y_row(call, m0 + m));
       }
@@ -241,7 +269,8 @@ Buffers take_buffers(Workspace& workspace, int64_t tokens, const MatmulCall& cal
   Buffers buffers;
   buffers.x = workspace.take<float>(tokens * call.scheme.K);
   buffers.x_lanes = workspace.take<float>(lanes * call.scheme.K);
-  for (std::byte*& tables : buffers.tables) tables = workspace.take<std::byte>(tile_bytes);
+  buffers.tile_bytes = Workspace::padded(tile_bytes);
+  buffers.tables = workspace.take<std::byte>(call.num_threads * buffers.tile_bytes);
   buffers.sums = workspace.take<float>(sums);
   buffers.scratch = workspace.take<float>(scratch);
   return buffers;
@@ -271,9 +300,10 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
   }
   const int64_t lanes = table.lut_tokens.tokens;
   const int64_t sums =
-      s.packed().units() * kUnitRows * (pass > 1 ? lanes : 1);
+      kSegments * s.packed().units() * kUnitRows * (pass > 1 ? lanes : 1);
   Workspace workspace(Forms::workspace_bytes(s) + Workspace::padded(pass * s.K * 4) +
-                      Workspace::padded(lanes * s.K * 4) + 2 * Workspace::padded(tile_bytes) +
+                      Workspace::padded(lanes * s.K * 4) +
+                      call.num_threads * Workspace::padded(tile_bytes) +
                       Workspace::padded(sums * 4) + Workspace::padded(scratch * 4));
   Forms forms(call, table, workspace);
   const Buffers buffers = take_buffers(workspace, pass, call, lanes, tile_bytes, sums, scratch);
