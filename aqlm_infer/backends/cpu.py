@@ -127,6 +127,10 @@ def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
     result = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     y = result.view(M, N)
     limit = native.cpu.matmul_max_m(part.books, part.nbits, part.in_group, part.out_group, K)
+    if part.nbits > 8 and x.dtype == torch.bfloat16:
+        # 1x16 g8, 4096 x 4096, Zen 5, ms decoded / fused: M=16 7.0 / 6.3, M=32 6.6 / 9.6 (in
+        # float32, whose GEMM is slower: M=32 19.0 / 11.7).
+        limit //= 2
     if limit < M:
         _sliced_matmul(rows, part, bias, partitions, y)
     elif M:
