@@ -129,7 +129,7 @@ def cpu_isa(rows: list[Row]) -> str:
 
 
 def cpu_batch(rows: list[Row]) -> str:
-    """Times by number of tokens at 4096 x 4096, beside dense layers, in milliseconds."""
+    """Times by number of tokens at 4096 x 4096 on one thread, beside dense layers, in ms."""
     rows = [
         r for r in rows
         if r["bench"] == "matmul" and r["device"].startswith("cpu") and r["precision"] == "exact"
@@ -139,6 +139,7 @@ def cpu_batch(rows: list[Row]) -> str:
     if not rows:
         return "No rows yet.\n"
     rows = best_isa(rows)
+    rows = [r for r in rows if r["threads"] == 1 and r["M"] in (1, 2, 4, 8, 16, 64, 512)]
     found = latest(rows, "scheme", "dtype", "threads", "M")
     batched = {key[:3] for key in found if key[3] > 1}
     shown = {key: row for key, row in sorted(found.items()) if key[:3] in batched}
@@ -157,7 +158,11 @@ def cpu_batch(rows: list[Row]) -> str:
 
 def cpu_generate(rows: list[Row]) -> str:
     """Decode rate and time to first token beside the dense model."""
-    rows = [r for r in rows if r["bench"] == "generate" and r["device"].startswith("cpu")]
+    rows = [
+        r
+        for r in rows
+        if r["bench"] == "generate" and r["device"].startswith("cpu") and r["batch"] in (1, 16)
+    ]
     if not rows:
         return "No rows yet.\n"
     found = latest(best_isa(rows), "model", "scheme", "dtype", "threads", "batch")
