@@ -66,9 +66,11 @@ def test_a_missing_native_module_is_explained():
         "p = Problem(aqlm_infer.parse_scheme('aqlm-2x8-g8'), 64, 64, torch.float32)\n"
         "print(select(p).id)\n"
         "print([r.reason for r in explain(p) if r.kernel == 'cpu.additive.lut'][0])\n"
+        "aqlm_infer.QuantLinear.from_linear(torch.nn.Linear(8, 4), 'aqlm-1x2-g2')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert "slow reference kernel" in run.stderr and "is not built" in run.stderr
     chosen, reason = run.stdout.strip().splitlines()
     assert chosen == "ref.dequant"
     assert "aqlm_infer._cpu is not built" in reason and "pip install" in reason

@@ -1,7 +1,7 @@
 """Kernels and their registry. Importing this package registers every backend's kernels."""
 
 from . import cpu, cuda, reference
-from .registry import KERNELS, Kernel, KernelError, Problem, explain, select
+from .registry import KERNELS, Kernel, KernelError, Problem, explain, select, why_not_fast
 
 __all__ = [
     "KERNELS",
@@ -13,4 +13,5 @@ __all__ = [
     "explain",
     "reference",
     "select",
+    "why_not_fast",
 ]

@@ -98,6 +98,12 @@ def select(problem: Problem, forced: str | None = None) -> Kernel:
     return min(fits, key=lambda k: k.cost(problem))
 
 
+def why_not_fast(problem: Problem) -> str:
+    """Why no kernel of the problem's own device takes it: what to say when the reference runs."""
+    own = [k for k in KERNELS.values() if k.id.startswith(f"{problem.device}.")]
+    return "; ".join(f"{k.id}: {k.why_not(problem)}" for k in own) or "no kernel for this device"
+
+
 def explain(problem: Problem) -> list[Verdict]:
     """Every registered kernel with its verdict on ``problem``, the chosen one first."""
     rows = []
@@ -132,4 +138,5 @@ __all__ = [
     "first_reason",
     "register",
     "select",
+    "why_not_fast",
 ]

@@ -7,11 +7,14 @@ the code tensors are replaced by a kernel's runtime buffers (never mutated by a 
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..backends import KERNELS, Kernel, Problem, select
+from ..backends import KERNELS, Kernel, Problem, select, why_not_fast
 from ..formats import Format, FormatError, Tensors, parse_scheme
 
 
@@ -167,7 +170,12 @@ class QuantLinear(nn.Module):
             return self
         tensors = self.tensors()
         self.format.check_tensors(tensors, self.out_features, self.in_features, name)
-        kernel = select(self.problem(), self.forced_kernel)
+        problem = self.problem()
+        kernel = select(problem, self.forced_kernel)
+        chosen = self.forced_kernel or os.environ.get("AQLM_KERNEL")
+        if kernel.id == "ref.dequant" and not chosen and problem.dtype != torch.float64:
+            reasons = why_not_fast(problem)
+            warnings.warn(f"{problem}: slow reference kernel ({reasons})", stacklevel=2)
         buffers = kernel.repack(self.format, tensors, (self.out_features,), self.precision)
         for name in self.format.code_names:
             self.register_parameter(name, None)
