@@ -14,6 +14,12 @@ import torch
 
 from ..formats import Format, Tensors
 
+Partitions = tuple[int, ...]
+"""out_features of the fused parts that share an input (one part: the layer's own)."""
+
+Buffers = Mapping[str, torch.Tensor]
+"""A kernel's runtime tensors, by buffer name."""
+
 
 class KernelError(RuntimeError):
     """No kernel takes the problem, or the forced kernel does not; the message says why."""
@@ -123,8 +129,6 @@ def first_reason(*reasons: str | None) -> str | None:
     return next((r for r in reasons if r), None)
 
 
-Partitions = tuple[int, ...]
-Buffers = Mapping[str, torch.Tensor]
 __all__ = [
     "KERNELS",
     "Buffers",
