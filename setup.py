@@ -60,9 +60,9 @@ def cuda_extension() -> Extension:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
     return Extension(
         "aqlm_infer._cuda",
-        sources("csrc/ops_cuda.cpp", "csrc/cuda/*.cu", "csrc/cuda/instances/*.cu"),
+        sources("csrc/ops_cuda*.cpp", "csrc/cuda/*.cu", "csrc/cuda/instances/*.cu"),
         include_dirs=["csrc", *cpp_extension.include_paths(), f"{CUDA_HOME}/include"],
-        depends=sources("csrc/cuda/**/*.cuh", "csrc/cuda/**/*.h", "csrc/cuda/**/*.inl"),
+        depends=sources("csrc/*.h", "csrc/cuda/**/*.cuh", "csrc/cuda/**/*.h", "csrc/cuda/**/*.inl"),
         define_macros=[("USE_CUDA", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args={
             "cxx": ["-O2", "-g0", "-fvisibility=hidden"],

@@ -1,68 +1,26 @@
 // Module aqlm_infer._cuda: CUDA implementations of the additive ops over the LibTorch stable ABI.
 //
-// checks -> Params -> launch. Schemas and fakes live in aqlm_infer/ops.py. Nothing here
+// checks -> Params -> launch. Schemas and fakes live in aqlm_infer/ops/. Nothing here
 // synchronises; memory comes from the caching allocator, so every op can be captured in a graph.
 #include <Python.h>
 
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "ops_cuda_common.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
+using namespace aqlm_ops;
 
-constexpr int64_t kSliceBytes = 40 << 20;  // dense weight alive at a time (mostly stays in L2)
-constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tiles on 132 SMs, halved
-
-#define CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
-
-void check_cuda(cudaError_t e, const char* what) {
-  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction)
-    CHECK(false, what, ": this build of aqlm_infer._cuda has no kernel for the device (",
-          cudaGetErrorString(e), "); rebuild with TORCH_CUDA_ARCH_LIST for it");
-  CHECK(e == cudaSuccess, what, ": ", cudaGetErrorString(e));
-}
-
-// aoti_torch_get_current_cuda_stream lives in libtorch_cuda, which a CPU-only torch does not have
-// to link against: it is looked up in the process instead.
-cudaStream_t current_stream(int device) {
-  using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const GetStream get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<GetStream>(
-        dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  CHECK(get != nullptr, "this torch has no CUDA (aoti_torch_get_current_cuda_stream not found)");
-  void* stream = nullptr;
-  CHECK(get(device, &stream) == 0, "no current CUDA stream on cuda:", device);
-  return static_cast<cudaStream_t>(stream);
-}
-
-aqlm::DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return aqlm::DType::kFloat16;
-    case ScalarType::BFloat16: return aqlm::DType::kBFloat16;
-    case ScalarType::Float: return aqlm::DType::kFloat32;
-    default: CHECK(false, name, " must be float16, bfloat16 or float32");
-  }
-  return aqlm::DType::kFloat32;
-}
+// Dense weight alive at a time. Larger slices cost device memory and leave L2, smaller ones leave
+// SMs idle at the end of each GEMM: 28672 x 8192, M = 512, GEMMs alone: 404 us in slices of 2048
+// rows, 345 of 3072, 333 of 4224, 320 whole (H200, 2026-11-22).
+constexpr int64_t kSliceBytes = 72 << 20;
+constexpr int64_t kSliceRows = 1056;  // 4 such are two full waves of 128 x 256 tiles at M = 2048
 
 aqlm::Precision precision_of(const std::string& s) {
   CHECK(s == "exact" || s == "int8", "precision='", s, "' is neither 'exact' nor 'int8'");
@@ -137,14 +95,6 @@ Tensor as_rows(const Tensor& x, int64_t K) {
   return ok || K % 8 != 0 ? rows : torch::stable::clone(rows);
 }
 
-// out = a @ b
-void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(),
-                                                      TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 aqlm::DequantParams dequant_params(const aqlm::Additive& a, const Tensor& packed,
                                    const Tensor& codebooks, const Tensor& scales, Tensor& out) {
@@ -172,6 +122,7 @@ void matmul_dense(const aqlm::Additive& a, const Tensor& x, const Tensor& packed
   Tensor w = torch::stable::new_empty(codebooks, {rows, K});
   aqlm::DequantParams p = dequant_params(a, packed, codebooks, scales, w);
   p.out_stride = K;
+  p.rounded_sum = true;
   for (int64_t n = 0; n < N; n += rows) {
     const int64_t count = std::min(rows, N - n);
     p.row0 = static_cast<int>(n);
@@ -247,6 +198,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
       if (w.x_scales) p.x_scales = reinterpret_cast<float*>(at + padded(w.x_fragments));
     }
     const size_t aux_needed = config.body == aqlm::Body::kSplit ||
+                                      config.body == aqlm::Body::kSplitWgmma ||
                                       config.precision == aqlm::Precision::kInt8
                                   ? aqlm::aux_bytes(a, config.precision)
                                   : 0;
@@ -293,6 +245,7 @@ Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& codebooks
   const int64_t columns = slice_length(K, N, codebooks.element_size(), multiple);
   Tensor w = torch::stable::new_empty(codebooks, {N * columns});
   aqlm::DequantParams p = dequant_params(a, packed, codebooks, scales, w);
+  p.rounded_sum = true;
   for (int64_t k = 0; k < K; k += columns) {
     const int64_t count = std::min(columns, K - k);
     p.col0 = static_cast<int>(k);
@@ -326,8 +279,8 @@ Tensor pack(const Tensor& codes, int64_t nbits, int64_t out_group, int64_t in_gr
   CHECK(!bytes || nbits <= 8, "int8 codes cannot hold nbits=", nbits);
   const aqlm::Additive a =
       make_additive(codes.size(1), codes.size(2), nbits, out_group, in_group, partitions);
-  CHECK(a.out_groups() == codes.size(0), "codes have ", codes.size(0), " output groups, partitions ",
-        a.out_groups());
+  CHECK(a.out_groups() == codes.size(0), "codes have ", codes.size(0),
+        " output groups, partitions ", a.out_groups());
   DeviceGuard guard(codes.get_device_index());
   Tensor from = torch::stable::contiguous(codes);
   Tensor packed = torch::stable::new_empty(codes, {static_cast<int64_t>(a.packed_bytes())},

@@ -1,7 +1,7 @@
 // Storage of additive codes for the CUDA kernels: which layout a format uses, and where a code is.
 //
-// kByteTiles (nbits <= 8, B <= 16, one row per vector, G in {8, 16, 32}): the fragment order of an MMA whose
-// A operand is 64 rows x 4 vectors. A *step* is 4 neighbouring vectors of one codebook
+// kByteTiles (nbits <= 8, B <= 16, one row per vector, G in {8, 16, 32}): the fragment order of an
+// MMA whose A operand is 64 rows x 4 vectors. A *step* is 4 neighbouring vectors of one codebook
 // (step = (vector / 4) * B + codebook); two steps make a 512-byte unit, 16 bytes per lane:
 //
 //   unit | row block of 64 (all parts) | lane = (row % 8) * 4 + vector % 4 | step % 2 | row / 8 % 8
@@ -9,7 +9,8 @@
 // kWordTiles (B = 1, nbits 9..16, one row per vector, G in {8, 16}): a 512-byte unit is 16 rows x
 // 16 vectors, 8 codes of 2 bytes per lane:
 //
-//   unit | row tile of 16 (all parts) | lane = (row % 8) * 4 + vector / 4 % 4 | row / 8 % 2 | vector % 4
+//   unit | row tile of 16 (all parts) | lane = (row % 8) * 4 + vector / 4 % 4 | row / 8 % 2 |
+//   vector % 4
 //
 // Units of K come first because a CTA reads one unit of many neighbouring row tiles at a time:
 // whole kilobytes of DRAM pages instead of 512 bytes of each (measured: docs/notes/cuda.md).

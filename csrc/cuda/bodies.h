@@ -12,7 +12,11 @@ cudaError_t launch_mma_exact(const LaunchConfig& c, const MatmulParams& p, cudaS
 template <typename T>
 cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_split(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_split_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_gather(const MatmulParams& p, cudaStream_t stream);
 template <typename T>

@@ -1,7 +1,10 @@
 // cuda.additive.dequant: a block of rows and columns of the dense weight.
 //
 // W[row, v * G + c] = scale * sum_b codebook[b][code][c]: float32 sum in codebook order, one
-// rounding. Used for prefill and for the input gradient in slices that stay in L2, and by the
+// rounding. (A product of two 16-bit values is exact in float32: with one codebook, 16-bit
+// multiplication rounds the same once.) DequantParams::rounded_sum lets the sum of two codebooks be
+// rounded to 16 bits before the scale, a third of the instructions. Used for prefill and for the
+// input gradient in slices, and by the
 // dequantize op. One warp per (64 rows x 4 vectors) of byte storage or unit of word storage, so the
 // codes are read as they lie; row storage has one thread per vector. Byte storage with G = 8 reads
 // entries from the replicated shared-memory tables of cuda.additive.mma, the rest gathers them
@@ -28,6 +31,23 @@ __device__ __forceinline__ void add8<float>(const float* from, float (&sum)[8]) 
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] += __ldg(from + i);
 }
+
+// Eight values to be scaled by one number and stored, as loaded: 16-bit values stay packed.
+template <typename T>
+struct Eight {
+  uint4 v;
+  __device__ __forceinline__ void load(const T* from) {
+    v = __ldg(reinterpret_cast<const uint4*>(from));
+  }
+};
+template <>
+struct Eight<float> {
+  float v[8];
+  __device__ __forceinline__ void load(const float* from) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = __ldg(from + i);
+  }
+};
 
 // One 16-byte store.
 __device__ __forceinline__ void store_vector(void* to, uint32_t a, uint32_t b, uint32_t c,
@@ -58,20 +78,20 @@ __device__ __forceinline__ void store8<float>(float* to, const float (&v)[8], fl
   out[1] = make_float4(v[4] * s, v[5] * s, v[6] * s, v[7] * s);
 }
 
-// One vector of byte or word storage (out group 1), all codebooks.
+// A number twice in one register, as the stored type.
 template <typename T>
-__device__ __forceinline__ void dequant_vector(const DequantParams& p, const T* books, int row,
-                                               int vector, const int* codes) {
-  const int G = p.a.in_group, k = vector * G;
-  if (row < p.row0 || row >= p.row1 || k < p.col0 || k >= p.col1) return;
-  const float scale = to_float(static_cast<const T*>(p.scales)[row]);
-  T* out = static_cast<T*>(p.out) + (row - p.row0) * p.out_stride + (k - p.col0);
-  for (int c = 0; c < G; c += 8) {
-    float sum[8] = {};
-    for (int b = 0; b < p.a.codebooks; ++b)
-      add8(books + (size_t(b) * p.a.entries() + codes[b]) * G + c, sum);
-    store8(out + c, sum, scale);
-  }
+__device__ __forceinline__ uint32_t twice(float v) {
+  const T h = from_float<T>(v);
+  return *reinterpret_cast<const uint16_t*>(&h) * 0x10001u;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_scaled(T* to, uint4 v, float scale) {
+  const uint32_t s = twice<T>(scale);
+  store_vector(to, mul2(v.x, s, T()), mul2(v.y, s, T()), mul2(v.z, s, T()), mul2(v.w, s, T()));
+}
+__device__ __forceinline__ void store_scaled(float* to, const float (&v)[8], float scale) {
+  store8(to, v, scale);
 }
 
 // Which part a row tile belongs to, and the first row of the tile.
@@ -86,43 +106,47 @@ __device__ __forceinline__ void locate_tile(const Additive& a, int tile, int* pa
   *row = a.row0[p] + tile * a.tile_rows();
 }
 
-// kBooks: codebooks when fixed at compile time, else 0 (then at most kMaxBooks).
-template <typename T, int kBooks>
+// Any B and G of byte storage: eight gathers (one for each row of the lane) are in flight.
+template <typename T>
 __global__ void __launch_bounds__(kDequantWarps * 32)
 dequant_bytes_kernel(const __grid_constant__ DequantParams p, int tile0) {
   const Additive& a = p.a;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int kstep = p.col0 / (kStepVectors * a.in_group) +
-                    blockIdx.x * kDequantWarps + threadIdx.x / 32;
-  const int vector = kstep * kStepVectors + t;
+  const int G = a.in_group, B = a.codebooks;
+  const int kstep = p.col0 / (kStepVectors * G) + blockIdx.x * kDequantWarps + threadIdx.x / 32;
+  const int k = (kstep * kStepVectors + t) * G;
   grid_dependents_start();
   grid_dependency_wait();
-  if (vector * a.in_group >= p.col1) return;
+  if (k < p.col0 || k >= p.col1) return;
   int part, row;
-  const int tile = tile0 + blockIdx.y, B = kBooks ? kBooks : a.codebooks;
+  const int tile = tile0 + blockIdx.y;
   locate_tile(a, tile, &part, &row);
-  const int rows_end = a.row0[part + 1];
-  const T* books = static_cast<const T*>(p.codebooks) + size_t(part) * B * a.entries() * a.in_group;
-  uint2 words[kBooks ? kBooks : kMaxBooks];
-#pragma unroll
-  for (int b = 0; b < (kBooks ? kBooks : kMaxBooks); ++b)
-    if (b < B) {
+  const int rows_end = min(p.row1, a.row0[part + 1]);
+  const T* books = static_cast<const T*>(p.codebooks) + size_t(part) * B * a.entries() * G;
+  for (int c = 0; c < G; c += 8) {
+    float sum[8][8] = {};
+    for (int b = 0; b < B; ++b) {
       const int step = kstep * B + b;
-      words[b] = *reinterpret_cast<const uint2*>(
-          p.packed + a.unit_offset(tile, step / 2) + lane * 16 + step % 2 * 8);
+      const uint2 words = __ldg(reinterpret_cast<const uint2*>(
+          p.packed + a.unit_offset(tile, step / 2) + lane * 16 + step % 2 * 8));
+      const T* book = books + size_t(b) * a.entries() * G + c;
+#pragma unroll
+      for (int r = 0; r < 8; ++r)
+        add8(book + ((r < 4 ? words.x : words.y) >> (r % 4 * 8) & 255) * G, sum[r]);
     }
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    int codes[kBooks ? kBooks : kMaxBooks];
-#pragma unroll
-    for (int b = 0; b < (kBooks ? kBooks : kMaxBooks); ++b)
-      if (b < B) codes[b] = (r < 4 ? words[b].x : words[b].y) >> (r % 4 * 8) & 255;
-    if (row + r * 8 + g < rows_end) dequant_vector(p, books, row + r * 8 + g, vector, codes);
+    for (int r = 0; r < 8; ++r) {
+      const int n = row + r * 8 + g;
+      if (n < p.row0 || n >= rows_end) continue;
+      T* out = static_cast<T*>(p.out) + (n - p.row0) * p.out_stride + (k - p.col0) + c;
+      store8(out, sum[r], to_float(static_cast<const T*>(p.scales)[n]));
+    }
   }
 }
 
 // Persistent CTAs with the tables of one part after the other; tiles [tile0, tile0 + tiles).
-template <typename T, int B>
+// kRound: two codebooks are added in 16 bits (see above).
+template <typename T, int B, bool kRound>
 __global__ void __launch_bounds__(kDequantWarps * 32)
 dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int tiles) {
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -139,19 +163,28 @@ dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int ti
     __syncthreads();
     fill_books<T, B, false>(p, part, smem);
     __syncthreads();
-    const int row_end = min(p.row1, a.row0[part + 1]);
-    for (int i = blockIdx.x * kDequantWarps + threadIdx.x / 32; i < (end - first) * ksteps;
-         i += warps) {
-      const int tile = first + i / ksteps, kstep = kstep0 + i % ksteps;
-      const int row = a.row0[part] + (tile - a.tile0(part)) * kBlockRows + g, k = kstep * 32 + t * 8;
-      uint2 words[B];
+    const int row_end = min(p.row1, a.row0[part + 1]), items = (end - first) * ksteps;
+    uint2 next[B];
+    auto fetch = [&](int i) {  // the codes of 64 rows x 4 vectors
+      if (i >= items) return;
 #pragma unroll
       for (int b = 0; b < B; ++b) {
-        const int step = kstep * B + b;
-        words[b] = __ldg(reinterpret_cast<const uint2*>(
-            p.packed + (size_t(step / 2) * all_tiles + tile) * kUnitBytes + lane * 16 +
-            step % 2 * 8));
+        const int step = (kstep0 + i % ksteps) * B + b;
+        next[b] = __ldg(reinterpret_cast<const uint2*>(
+            p.packed + (size_t(step / 2) * all_tiles + first + i / ksteps) * kUnitBytes +
+            lane * 16 + step % 2 * 8));
       }
+    };
+    int i = blockIdx.x * kDequantWarps + threadIdx.x / 32;
+    fetch(i);
+    for (; i < items; i += warps) {
+      const int tile = first + i / ksteps, kstep = kstep0 + i % ksteps;
+      const int row = a.row0[part] + (tile - a.tile0(part)) * kBlockRows + g;
+      const int k = kstep * 32 + t * 8;
+      uint2 words[B];
+#pragma unroll
+      for (int b = 0; b < B; ++b) words[b] = next[b];
+      fetch(i + warps);
       float scale[8];
 #pragma unroll
       for (int r = 0; r < 8; ++r)
@@ -160,22 +193,41 @@ dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int ti
       T* out = static_cast<T*>(p.out) + (k - p.col0);
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
+        uint4 v[B];
+#pragma unroll
+        for (int b = 0; b < B; ++b)
+          v[b] = *reinterpret_cast<const uint4*>(
+              smem + b * kMmaBookBytes +
+              entry_offset<7>(r < 4 ? words[b].x : words[b].y, r % 4, lane_offset));
         const int n = row + r * 8;
         if (n < p.row0 || n >= row_end) continue;
-        float sum[8] = {};
+        T* to = out + (n - p.row0) * p.out_stride;
+        if constexpr (B == 1) {
+          store_scaled(to, v[0], scale[r]);
+        } else if constexpr (kRound) {
+          store_scaled(to, MmaTraits<T, false>::add(v[0], v[1]), scale[r]);
+        } else {
+          float sum[8], other[8];
+          unpack8<T>(v[0], sum);
+          unpack8<T>(v[1], other);
 #pragma unroll
-        for (int b = 0; b < B; ++b) {
-          float v[8];
-          const uint32_t w = r < 4 ? words[b].x : words[b].y;
-          unpack8<T>(*reinterpret_cast<const uint4*>(smem + b * kMmaBookBytes +
-                                                     entry_offset<7>(w, r % 4, lane_offset)), v);
-#pragma unroll
-          for (int c = 0; c < 8; ++c) sum[c] += v[c];
+          for (int c = 0; c < 8; ++c) sum[c] += other[c];
+          store8(to, sum, scale[r]);
         }
-        store8(out + (n - p.row0) * p.out_stride, sum, scale[r]);
       }
     }
   }
+}
+
+// Codes of 4 lanes x 4 vectors (2 words of 2 codes each), transposed: lane t gets the t-th code of
+// every lane, so that the four lanes gather, and then store, four consecutive vectors.
+__device__ __forceinline__ void transpose_codes(uint32_t& w0, uint32_t& w1, int t) {
+  const uint32_t far = __shfl_xor_sync(~0u, t < 2 ? w1 : w0, 2);
+  (t < 2 ? w1 : w0) = far;
+  const bool odd = t % 2;
+  const uint32_t near = __shfl_xor_sync(~0u, __byte_perm(w0, w1, odd ? 0x5410 : 0x7632), 1);
+  w0 = odd ? __byte_perm(w0, near, 0x3254) : __byte_perm(w0, near, 0x5410);
+  w1 = odd ? __byte_perm(w1, near, 0x3276) : __byte_perm(w1, near, 0x7610);
 }
 
 // G = 8 or 16, one codebook: eight gathers are in flight before the first store.
@@ -195,7 +247,9 @@ dequant_words_kernel(const __grid_constant__ DequantParams p, int tile0) {
   const int rows_end = a.row0[part + 1];
   const T* books = static_cast<const T*>(p.codebooks) + size_t(part) * a.entries() * a.in_group;
   const uint4 c = load_stream(p.packed + a.unit_offset(tile, unit) + lane * 16);
-  const uint32_t words[4] = {c.x, c.y, c.z, c.w};
+  uint32_t words[4] = {c.x, c.y, c.z, c.w};
+  transpose_codes(words[0], words[1], t);
+  transpose_codes(words[2], words[3], t);
   const int G = a.in_group;
   float scale[2];
 #pragma unroll
@@ -204,16 +258,16 @@ dequant_words_kernel(const __grid_constant__ DequantParams p, int tile0) {
     scale[h] = to_float(__ldg(static_cast<const T*>(p.scales) + n));
   }
   for (int chunk = 0; chunk < G; chunk += 8) {
-    float v[8][8] = {};
+    Eight<T> v[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      add8(books + size_t(words[i / 2] >> (i % 2 * 16) & 0xffff) * G + chunk, v[i]);
+      v[i].load(books + size_t(words[i / 2] >> (i % 2 * 16) & 0xffff) * G + chunk);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int n = row + i / 4 * 8 + g, k = (unit * kTileVectors + t * 4 + i % 4) * G;
+      const int n = row + i / 4 * 8 + g, k = (unit * kTileVectors + i % 4 * 4 + t) * G;
       if (n >= rows_end || n < p.row0 || n >= p.row1 || k < p.col0 || k >= p.col1) continue;
-      store8(static_cast<T*>(p.out) + (n - p.row0) * p.out_stride + (k - p.col0) + chunk, v[i],
-             scale[i / 4]);
+      store_scaled(static_cast<T*>(p.out) + (n - p.row0) * p.out_stride + (k - p.col0) + chunk,
+                   v[i].v, scale[i / 4]);
     }
   }
 }

@@ -9,7 +9,8 @@ namespace aqlm {
 
 // Raises the dynamic shared-memory limit of `kernel` on first use per device (bit per device).
 template <typename Kernel>
-cudaError_t allow_smem(Kernel kernel, std::atomic<unsigned long long>* done, int device, int bytes) {
+cudaError_t allow_smem(Kernel kernel, std::atomic<unsigned long long>* done, int device,
+                       int bytes) {
   if (device >= 64 || (done->load(std::memory_order_relaxed) >> device & 1) == 0) {
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

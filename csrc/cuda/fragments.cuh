@@ -5,6 +5,7 @@
 //                        token m, 2m + 1 = low byte
 //   word storage, int8:  [class][unit][tile]: vectors 4t .. 4t+3, dimensions 2c and 2c + 1 of each
 //   word storage, exact: [class][unit][tile]: vectors 4t .. 4t+3, dimension c as stored; column m
+//   the same for kSplitWgmma: [class][unit][half c][column][t]: word c of those 8 bytes
 //
 // int8: x = scale * (256 * high + low), scale = max|x| / 32639 per token, so both fit in int8.
 // Grid: (padded tokens, chunks of K). Every block of a token recomputes max|x|: it reads x from L2
@@ -56,7 +57,8 @@ __device__ __forceinline__ void split_bytes(const float (&x)[8], float inverse, 
   *low = make_uint2(l[0], l[1]);
 }
 
-template <typename T, bool kInt8>
+// kHalves: the layout of kSplitWgmma, `tiles` * 8 columns.
+template <typename T, bool kInt8, bool kHalves>
 __global__ void __launch_bounds__(kFragmentThreads)
 fragments_kernel(const __grid_constant__ MatmulParams p, int tiles) {
   const Additive& a = p.a;
@@ -102,11 +104,20 @@ fragments_kernel(const __grid_constant__ MatmulParams p, int tiles) {
       t = i % 4;
       if (valid && i * 8 < K) unpack8<T>(load_cached(x + i * 8), v);
     }
-    uint2* at = out + ((tile * tiles + column / 8) * 32 + column % 8 * 4 + t);
-    if constexpr (kInt8) {
-      split_bytes(v, inverse, at, at + 4);
+    uint2 first = make_uint2(raw[0] | raw[1] << 16, raw[2] | raw[3] << 16), second;
+    if constexpr (kInt8) split_bytes(v, inverse, &first, &second);
+    if constexpr (kHalves) {
+      uint32_t* at = reinterpret_cast<uint32_t*>(out) + tile * tiles * 64 + column * 4 + t;
+      at[0] = first.x;
+      at[tiles * 32] = first.y;
+      if constexpr (kInt8) {
+        at[4] = second.x;
+        at[tiles * 32 + 4] = second.y;
+      }
     } else {
-      *at = make_uint2(raw[0] | raw[1] << 16, raw[2] | raw[3] << 16);
+      uint2* at = out + ((tile * tiles + column / 8) * 32 + column % 8 * 4 + t);
+      at[0] = first;
+      if constexpr (kInt8) at[4] = second;
     }
   }
 }

@@ -42,7 +42,7 @@ bool int8_fits(const Additive& a) {
 }
 
 int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
-  if (c.body == Body::kSplit) return 1;
+  if (c.body == Body::kSplit || c.body == Body::kSplitWgmma || c.body == Body::kWgmma) return 1;
   if (c.body == Body::kLut) {
     for (const tune::LutRow& r : tune::kLut)
       if (r.variant == c.variant) return r.ctas_per_sm;
@@ -95,17 +95,31 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     c.precision = Precision::kExact;
     if (tokens <= 8) c.token_tile = 8;
   } else if (storage == Storage::kWordTiles) {
-    if (tokens > 64 || device.max_smem < (2 << a.nbits)) return c;
-    c.body = Body::kSplit;
-    c.token_tile = round_up_tile(tokens, int8 ? 4 : 8, 4);
+    bool wgmma = device.arch == 90 && tokens >= tune::split_wgmma_first(int8);
+#ifdef AQLM_TUNE
+    if (g_body >= 0) wgmma = g_body == 3;
+    if (g_body == 2) return c;
+#endif
+    const int most = wgmma ? tune::split_wgmma_tokens(int8) : tune::kSplitTokens;
+    if (tokens > most || device.max_smem < (2 << a.nbits)) return c;
+    c.body = wgmma ? Body::kSplitWgmma : Body::kSplit;
+    c.token_tile = wgmma ? round_up_tile(tokens, 16, 4) : round_up_tile(tokens, int8 ? 4 : 8, 4);
     c.variant = pick(tune::kSplit, cells).row_warps;
   } else {
     const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
     const int smem = tune::mma_smem(a.codebooks, 1);
     bool lut = tokens <= (mma ? tune::kLutTokens : tune::kLutTokensOther);
+    bool wgmma = mma && device.arch == 90 && tokens >= tune::kWgmmaFirst &&
+                 tokens <= tune::wgmma_tokens(a.codebooks, cells);
+    bool mma_sync = mma && device.max_smem >= smem &&
+                    tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
 #ifdef AQLM_TUNE
-    if (g_body == 0) lut = true;
-    if (g_body == 1) lut = false;
+    if (g_body >= 0) {
+      lut = g_body == 0;
+      wgmma = g_body == 3;
+      mma_sync = g_body == 1 && tokens <= tune::kMmaTokens;
+    }
+    if (g_body == 2) return c;
 #endif
     if (lut) {
       c.body = Body::kLut;
@@ -114,7 +128,11 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       c.variant = device.max_smem < (227 << 10) ? 2
                   : a.in_group > 8              ? tune::kLutLongVectors
                                                 : pick(tune::kLut, cells).variant;
-    } else if (mma && tokens <= tune::kMmaTokens && device.max_smem >= smem) {
+    } else if (wgmma) {
+      c.body = Body::kWgmma;
+      c.precision = Precision::kExact;
+      c.token_tile = round_up_tile(tokens, 32, 4);
+    } else if (mma_sync) {
       c.body = Body::kMma;
       c.token_tile = round_up_tile(tokens, int8 ? 4 : 8, a.codebooks == 4 ? 2 : 8);
       c.variant = pick(tune::kMma, cells).row_warps;
@@ -138,11 +156,17 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.lanes = 1;
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
+  } else if (c.body == Body::kSplitWgmma) {
+    s.group_rows = tune::kSplitWgmmaRows;
+  } else if (c.body == Body::kWgmma) {
+    s.group_rows = tune::wgmma_group_rows(c.token_tile);
+    s.x_steps = a.codebooks == 1 ? 2 * s.units : a.codebooks == 2 ? s.units : s.units / 2;
   } else {
     s.group_rows = c.variant * a.tile_rows();
     s.lanes = warps / c.variant;
   }
-  if (c.body == Body::kSplit)
+  const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
+  if (split)
     s.classes = c.precision == Precision::kInt8 ? a.in_group / 2 : a.in_group;
   while ((1 << s.group_shift) < s.group_rows) ++s.group_shift;
   for (int i = 0; i < a.parts; ++i) s.groups += ceil_div(a.rows_of(i), s.group_rows);
@@ -152,7 +176,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (g_occupancy > 0) per_sm = g_occupancy;
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
-  const int min_units = c.body == Body::kMma ? tune::mma_min_units(p->tokens) : 1;
+  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma;
+  const int min_units = mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
@@ -181,9 +206,11 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   w.partials = slots * std::min(p.tokens, c.token_tile) * s.group_rows * sizeof(float);
   const bool int8 = c.precision == Precision::kInt8;
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  if (c.body == Body::kSplit) w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kSplit || c.body == Body::kSplitWgmma)
+    w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
   if (c.body == Body::kMma && int8)
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
+  if (c.body == Body::kWgmma) w.x_fragments = size_t(s.x_steps) * c.token_tile * 64;
   if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
   return w;
 }
@@ -195,10 +222,13 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   const bool int8 = c.precision == Precision::kInt8;
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
   cudaError_t e = cudaSuccess;
-  if (c.body == Body::kSplit || int8) e = launch_fragments<T>(c, p, stream);
+  const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
+  if (split || int8) e = launch_fragments<T>(c, p, stream);
   if (e != cudaSuccess) return e;
   if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
+  else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
   return e == cudaSuccess ? launch_reduce<T>(p, stream) : e;
 }
@@ -218,7 +248,7 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant and CTAs per SM (0: as tuned), body (0 table, 1 mma,
-// -1: as tuned) and dependent launch of every later call.
+// 2 dequantize, 3 wgmma, -1: as tuned) and dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

@@ -14,7 +14,9 @@ enum class DType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 enum class Precision : int { kExact = 0, kInt8 = 1 };
 
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
-enum class Body : int { kLut = 0, kMma = 1, kSplit = 2, kGather = 3 };
+enum class Body : int {
+  kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5
+};
 
 // Stream-K schedule: `ctas` blocks per class share groups * units cells in linear order, so a row
 // group is computed by a run of blocks; each writes float partials into slots of its own, which a
@@ -30,6 +32,7 @@ struct Schedule {
   int lanes;          // partial slots that one block writes per piece (warps along K)
   int max_slots;      // slots reserved per group
   int max_units;      // longest K range of one block
+  int x_steps;        // K steps of 32 columns in the x image (kWgmma)
 };
 
 struct MatmulParams {
@@ -45,7 +48,7 @@ struct MatmulParams {
   long long x_stride;
   int tokens;                // M
   float* partials;           // [groups][max_slots][tokens][group_rows]
-  uint8_t* x_fragments;      // activations in MMA order (kSplit, int8 kMma)
+  uint8_t* x_fragments;      // activations in MMA order (all but kLut, kGather and exact kMma)
   float* x_scales;           // [M] of the int8 activations
 };
 
@@ -53,7 +56,7 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; others: warps along K
+  int variant;    // kLut: row blocks per warp; kMma, kSplit: warps along rows
   int token_tile; // tokens one pass of the body covers
 };
 
@@ -102,6 +105,7 @@ struct DequantParams {
   void* out;
   long long out_stride;
   int row0, row1, col0, col1;
+  bool rounded_sum;  // the sum of two codebooks may be rounded to 16 bits before the scale
 };
 cudaError_t launch_dequant(DType dtype, const DequantParams& p, cudaStream_t stream);
 

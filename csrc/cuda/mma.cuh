@@ -1,4 +1,5 @@
-// cuda.additive.mma: y = x W^T for up to 64 tokens, codebook entries straight into MMA fragments.
+// cuda.additive.mma: y = x W^T for up to 64 tokens (Hopper: 8), codebook entries straight into MMA
+// fragments.
 //
 // nbits <= 8, G = 8, B in {1, 2, 4}. Weights are the A operand, tokens the N columns, and the
 // codebooks are additional K with the same activations, so nothing is added outside the MMA.
@@ -19,7 +20,7 @@
 // A warp owns a 64-row block and walks units of K (16 bytes of codes per lane); kDepth units are in
 // flight in registers. Warps of a CTA: `group_rows / 64` along rows, the rest along K.
 // Bytes of shared memory per weight and codebook: 2 exact, 1 int8. Architectures sm_80+.
-// H200, 2026-11-22, 2x8 g8 28672 x 8192: M = 4 exact 56 us, int8 36 us; M = 16 68 us; M = 64 136 us.
+// H200, 2026-11-22, 2x8 g8 28672 x 8192: M = 4 exact 52 us, int8 35 us; M = 8 58 us.
 #pragma once
 
 #include "decode/additive.cuh"
@@ -64,11 +65,13 @@ struct MmaTraits<T, true> {
   }
 };
 
-// Copies one part's codebooks to shared memory, every entry to all of its bank columns.
+// Copies one part's codebooks to shared memory, every entry to all of its bank columns; by threads
+// 0 .. threads - 1.
 template <typename T, int B, bool kInt8, typename Params>
-__device__ __forceinline__ void fill_books(const Params& p, int part, unsigned char* smem) {
+__device__ __forceinline__ void fill_books(const Params& p, int part, unsigned char* smem,
+                                           int threads = blockDim.x) {
   const int entries = p.a.entries();
-  for (int i = threadIdx.x; i < B * 256; i += blockDim.x) {
+  for (int i = threadIdx.x; i < B * 256; i += threads) {
     const int e = i % 256, index = (part * B + i / 256) * entries + e;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (e < entries) {
@@ -100,7 +103,7 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
   const int row_warps = p.s.group_rows / kBlockRows;
   const int row_warp = warp % row_warps, k_warp = warp / row_warps, k_warps = p.s.lanes;
   const uint32_t lane_offset = (lane & kLaneMask) * kLaneBytes;
-  const uint32_t K = p.a.in_features();
+  const uint32_t K = p.a.in_features(), x_stride = p.x_stride;
   unsigned char* ring = smem + B * kMmaBookBytes;
   int loaded_part = -1;
   grid_dependents_start();
@@ -108,8 +111,9 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
   for_each_piece(p.a, p.s, [&](const Piece& piece) {
     const bool active = row_warp < piece.tiles;
     const int u0 = piece.u0 + k_warp, u_end = active ? piece.u1 : 0;
-    const uint8_t* codes = p.packed + size_t(piece.tile + row_warp) * kUnitBytes + lane * 16;
-    const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
+    // The lane's codes of the next unit to fetch, and the way to the one after it, in 16 bytes.
+    const uint32_t code_stride = k_warps * p.s.tiles * (kUnitBytes / 16);
+    uint32_t codes = (u0 * p.s.tiles + piece.tile + row_warp) * (kUnitBytes / 16) + lane;
     typename Traits::Acc acc[4][kTiles][4] = {};
 
     // This lane's 16 bytes of the i-th unit of this warp.
@@ -117,8 +121,8 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
       return reinterpret_cast<uint4*>(ring + (warp * kDepth + i % kDepth) * kUnitBytes) + lane;
     };
     auto fetch = [&](int i) {
-      const int u = u0 + i * k_warps;
-      if (u < u_end) copy_async(slot(i), codes + u * unit_stride);
+      if (u0 + i * k_warps < u_end) copy_async(slot(i), p.packed + size_t(codes) * 16);
+      codes += code_stride;
       copy_commit();
     };
     auto load_x = [&](int step, Fragment (&x)[kTiles]) {
@@ -127,10 +131,10 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
         if constexpr (kInt8) {
           x[n] = load_cached8(p.x_fragments + (size_t(step * kTiles + n) * 32 + lane) * 8);
         } else {
-          const uint32_t row = min(n * 8 + g, p.tokens - 1) * static_cast<uint32_t>(p.x_stride);
+          const uint32_t row = min(n * 8 + g, p.tokens - 1);
           const uint32_t k = step * 32 + t * 8;
           x[n] = make_uint4(0, 0, 0, 0);
-          if (k < K) x[n] = load_cached(static_cast<const T*>(p.x) + (row + k));
+          if (k < K) x[n] = load_cached(static_cast<const T*>(p.x) + (row * x_stride + k));
         }
       }
     };
@@ -144,6 +148,7 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
       };
 #pragma unroll
       for (int i = 0; i < (kSumBooks ? 8 : 16); i += 2) {
+        if constexpr (kTiles == 8) __syncwarp();  // else lookups move up and registers spill
         if (i == 0 || (B == 1 && i == 8)) load_x(B == 1 ? 2 * u + i / 8 : B == 2 ? u : u / 2, x);
         auto lo = entry(i), hi = entry(i + 1);
         if constexpr (kSumBooks) {

@@ -42,6 +42,17 @@ __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b, __nv_bfloat16) 
   return *reinterpret_cast<const uint32_t*>(&s);
 }
 
+// Product of two pairs, rounded to the stored type.
+__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b, __half) {
+  const __half2 s = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&s);
+}
+__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b, __nv_bfloat16) {
+  const __nv_bfloat162 s =
+      __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&s);
+}
+
 // Eight consecutive values of one 16-byte vector.
 template <typename T>
 __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {

@@ -8,7 +8,8 @@ namespace aqlm {
 
 // One thread per canonical code [out group][in group][codebook]; Code is int8_t or int16_t.
 template <typename Code>
-__global__ void pack_kernel(const __grid_constant__ Additive a, const Code* codes, uint8_t* packed) {
+__global__ void pack_kernel(const __grid_constant__ Additive a, const Code* codes,
+                            uint8_t* packed) {
   const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= size_t(a.out_groups()) * a.in_groups * a.codebooks) return;
   const int b = i % a.codebooks, v = i / a.codebooks % a.in_groups;
@@ -63,7 +64,8 @@ prepare_split_kernel(const __grid_constant__ Additive a, const uint16_t* codeboo
                      uint16_t* to) {
   const int i = blockIdx.x * 256 + threadIdx.x, G = a.in_group, n = a.entries() * G;
   if (i < n)
-    to[size_t(blockIdx.y) * n + i % G * a.entries() + i / G] = codebooks[size_t(blockIdx.y) * n + i];
+    to[size_t(blockIdx.y) * n + i % G * a.entries() + i / G] =
+        codebooks[size_t(blockIdx.y) * n + i];
 }
 
 template <typename T>

@@ -27,7 +27,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
                :: "r"(smem_address(to)), "l"(from) : "memory");
 }
 // Closes a group of copies (an empty group is fine).
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Waits until at most n of this thread's groups are unfinished.
 template <int n>
 __device__ __forceinline__ void copy_wait() {

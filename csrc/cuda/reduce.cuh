@@ -1,11 +1,13 @@
 // Second kernel of every matmul: y = scale * (sum of the partial slots, in order) + bias.
 //
-// Grid: (element chunks, row groups). A block covers kReduceThreads / ways elements of the group's
-// [tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all loads
-// of a thread are in flight together. Launched as a dependent of the matmul: its blocks are already
+// Grid: (element chunks, row groups). A block covers a chunk of the group's
+// [tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all
+// loads of a thread are in flight together. Launched as a dependent of the matmul: its blocks are already
 // resident when the last partial is written. (The alternative, one CTA per row group that arrives
 // last and reduces alone, cost 8 to 40 us: one SM's worth of loads. H200, 2026-11-22.)
 #pragma once
+
+#include <type_traits>
 
 #include "streamk.cuh"
 
@@ -14,14 +16,16 @@ namespace aqlm {
 constexpr int kReduceThreads = 256;
 constexpr int kReduceInFlight = 8;
 
+// kWays > 1: many slots, one element a thread; kWays = 1: few slots, four neighbouring rows.
 template <typename T, int kWays>
 __global__ void __launch_bounds__(kReduceThreads)
 reduce_kernel(const __grid_constant__ MatmulParams p) {
-  constexpr int kElements = kReduceThreads / kWays;
-  __shared__ float sums[kWays][kElements];
+  constexpr int kThreads = kReduceThreads / kWays, kEach = kWays == 1 ? 4 : 1;
+  using Sum = std::conditional_t<kWays == 1, float4, float>;
+  __shared__ float sums[kWays][kThreads];
   const Schedule& s = p.s;
-  const int element = threadIdx.x % kElements, way = threadIdx.x / kElements;
-  const int i = blockIdx.x * kElements + element;
+  const int element = threadIdx.x % kThreads, way = threadIdx.x / kThreads;
+  const int i = (blockIdx.x * kThreads + element) * kEach;
   const int r = i & (s.group_rows - 1), m = i >> s.group_shift;
   Piece g;
   locate_group(p.a, s, blockIdx.y, &g);
@@ -32,33 +36,44 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
   const int slots = ctas * s.classes * s.lanes;
   const size_t stride = size_t(p.tokens) * s.group_rows;
   const float* from = p.partials + size_t(g.group) * s.max_slots * stride + i;
-  const float scale = valid ? to_float(static_cast<const T*>(p.scales)[n]) : 0.f;
+  float scale[kEach] = {};
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    if (valid && r + e < g.rows) scale[e] = to_float(static_cast<const T*>(p.scales)[n + e]);
   grid_dependents_start();
   grid_dependency_wait();
 
-  float sum = 0.f;
+  float sum[kEach] = {};
   if (valid)
     for (int k = way; k < slots; k += kWays * kReduceInFlight) {
-      float v[kReduceInFlight];
+      Sum v[kReduceInFlight];
 #pragma unroll
       for (int j = 0; j < kReduceInFlight; ++j)
-        v[j] = k + j * kWays < slots ? __ldcg(from + (k + j * kWays) * stride) : 0.f;
+        v[j] = k + j * kWays < slots
+                   ? __ldcg(reinterpret_cast<const Sum*>(from + (k + j * kWays) * stride))
+                   : Sum();
 #pragma unroll
-      for (int j = 0; j < kReduceInFlight; ++j) sum += v[j];
+      for (int j = 0; j < kReduceInFlight; ++j)
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) sum[e] += reinterpret_cast<const float*>(&v[j])[e];
     }
   if constexpr (kWays > 1) {
-    sums[way][element] = sum;
+    sums[way][element] = sum[0];
     __syncthreads();
     if (way > 0) return;
 #pragma unroll
-    for (int k = 1; k < kWays; ++k) sum += sums[k][element];
+    for (int k = 1; k < kWays; ++k) sum[0] += sums[k][element];
   }
   if (!valid) return;
-  float v = sum * scale;
-  if (p.x_scales != nullptr)
-    v *= reinterpret_cast<const float*>(p.aux)[g.part] * p.x_scales[m];
-  if (p.bias != nullptr) v += to_float(static_cast<const T*>(p.bias)[n]);
-  static_cast<T*>(p.y)[size_t(m) * p.a.out_groups() + n] = from_float<T>(v);
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    if (r + e >= g.rows) return;
+    float v = sum[e] * scale[e];
+    if (p.x_scales != nullptr)
+      v *= reinterpret_cast<const float*>(p.aux)[g.part] * p.x_scales[m];
+    if (p.bias != nullptr) v += to_float(static_cast<const T*>(p.bias)[n + e]);
+    static_cast<T*>(p.y)[size_t(m) * p.a.out_groups() + n + e] = from_float<T>(v);
+  }
 }
 
 }  // namespace aqlm

@@ -74,10 +74,24 @@ __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule
   }
 }
 
+// The same with a piece of each thread's own and no barriers, for warps with different roles.
+template <typename Fn>
+__device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule& s, Fn&& body) {
+  const int cta = blockIdx.x / s.classes;
+  const int cells = s.groups * s.units, end = (cta + 1) * cells / s.ctas;
+  for (int cell = cta * cells / s.ctas; cell < end;) {
+    Piece piece;
+    locate(a, s, cell, end, &piece);
+    cell += piece.u1 - piece.u0;
+    body(const_cast<const Piece&>(piece));
+  }
+}
+
 // Partials of warp `lane` (0 .. lanes - 1) of this CTA: [tokens][group_rows] floats.
 __device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
   const Schedule& s = p.s;
-  const int arrival = (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
+  const int arrival =
+      (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
   const size_t slot = size_t(piece.group) * s.max_slots + arrival * s.lanes + lane;
   return p.partials + slot * p.tokens * s.group_rows;
 }

@@ -11,7 +11,7 @@ namespace aqlm::tune {
 // Shape of the MMA body: registers and shared memory decide (0 spills).
 AQLM_HD constexpr int mma_warps(int codebooks) { return codebooks == 4 ? 16 : 8; }
 AQLM_HD constexpr int mma_ctas_per_sm(int codebooks, int tiles) {
-  return codebooks == 4 || tiles > 4 ? 1 : tiles == 1 && codebooks == 2 ? 3 : 2;
+  return codebooks == 4 || tiles > 2 ? 1 : tiles == 1 && codebooks == 2 ? 3 : 2;
 }
 // Units in flight per warp; with three CTAs per SM shared memory leaves room for two.
 AQLM_HD constexpr int mma_depth(int codebooks, int tiles) {
@@ -35,6 +35,28 @@ constexpr int kLutTokensOther = 32;  // against dequantize + GEMM
 
 // Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
 constexpr int kMmaTokens = 128;
+
+// Hopper: warpgroup MMAs decode weights once for up to 128 tokens. From kWgmmaFirst on they beat
+// mma.sync (2x8, 28672 x 8192: M = 8 58 us both, M = 9 58 against 63, int8 111, M = 64 85 against
+// 129); up to wgmma_tokens they beat dequantize + GEMM (2x8, M = 512: 541 against 556).
+constexpr int kWgmmaFirst = 9;
+inline int wgmma_tokens(int codebooks, long long cells) {
+  if (cells < 10000) return 32;  // 4096 x 4096, M = 64: 27 us of mostly partial sums against 21
+  return codebooks == 1 ? 1024 : codebooks == 2 ? 512 : 256;
+}
+
+// Rows that a CTA of the warpgroup body covers: 128 tokens leave registers for half of them.
+AQLM_HD constexpr int wgmma_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
+
+// The split body runs in passes of 8 .. 32 tokens up to these.
+constexpr int kSplitTokens = 64;
+
+// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (int8
+// M = 8 85 us against 88, M = 16 116 against 89; exact M = 16 175 both, M = 32 263 against 198),
+// up to those where dequantize + GEMM wins (28672 x 8192: 467 us at M = 128).
+inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
+inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
+constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
 
 constexpr int kLutMaxX = 24 << 10;  // staged activations of one K range, bytes
 

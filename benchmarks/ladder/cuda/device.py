@@ -1,43 +1,28 @@
-"""Checks and times build/cuda/_cuda.so on a GPU machine; needs only torch.
+"""Checks build/cuda/_cuda.so on a GPU machine and times variants that no user can choose.
 
-    python3 benchmarks/ladder/cuda/device.py check|tiny|tune|bench|chain [--out DIR] [--commit ID]
+    PYTHONPATH=. python3 benchmarks/ladder/cuda/device.py check|tiny|tune|chain|profile|one
 
-``check`` compares with a float64 dequantize-and-matmul; ``tune`` sweeps launch variants through the
-override of the ladder build; ``bench`` writes the published rows.
+``check`` compares with a float64 dequantize-and-matmul; ``tune`` sweeps bodies and launch variants
+through the override of the ladder build; ``chain`` times dependent layers with and without
+dependent launch. Published rows come from ``benchmarks/bench_matmul.py --device cuda``. The package
+must be the source tree, without its own ``_cuda``.
 """
 
 import argparse
 import ctypes
-import datetime
-import json
 import math
 import os
-import statistics
 import sys
 import time
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+
+import aqlm_infer  # noqa: F401  (declares the operators)
+from aqlm_infer.bench.timing import time_graph
 
 LIB = "build/cuda/_cuda.so"
-SCHEMAS = [
-    "additive_pack(Tensor codes, int nbits, int out_group_size, int in_group_size,"
-    " int[] partitions) -> Tensor",
-    "additive_unpack(Tensor packed, SymInt out_groups, SymInt in_groups, int num_codebooks,"
-    " int nbits, int out_group_size, int in_group_size, int[] partitions) -> Tensor",
-    "additive_prepare(Tensor codebooks, str precision, int[] partitions) -> Tensor",
-    "additive_matmul(Tensor x, Tensor packed, Tensor codebooks, Tensor scales, Tensor? bias,"
-    " Tensor aux, int[] partitions, str precision) -> Tensor",
-    "additive_matmul_dx(Tensor dy, Tensor packed, Tensor codebooks, Tensor scales,"
-    " SymInt in_features, int[] partitions) -> Tensor",
-    "additive_dequantize(Tensor packed, Tensor codebooks, Tensor scales, SymInt in_features,"
-    " int[] partitions) -> Tensor",
-]
-library = torch.library.Library("aqlm_infer", "DEF")
-for schema in SCHEMAS:
-    library.define(schema)
-torch.ops.load_library(LIB)
+torch.ops.load_library(LIB)  # kernels for the operators that the package declares
 ops = torch.ops.aqlm_infer
 DEV = "cuda"
 
@@ -128,10 +113,10 @@ def check(tiny=False):
         (2048, 4096, None, 1),
         (96, 256, None, 2),
     ]
-    tokens = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130]
+    tokens = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300]
     if tiny:
         formats = [(2, 8, 8), (1, 16, 8), (2, 12, 8)]
-        cases, tokens = [(70, 256, None, 1), (4200, 256, None, 1)], [1, 2, 9]
+        cases, tokens = [(70, 256, None, 1), (4200, 256, None, 1)], [1, 2, 9, 17, 65]
     for dtype in (torch.float16, torch.bfloat16):
         limit = 1e-3 if dtype == torch.float16 else 5e-3
         for B, b, G in formats:
@@ -233,33 +218,6 @@ def check(tiny=False):
     print("CHECK", "FAILED" if bad else "OK", bad)
 
 
-def timed_graph(calls, repeats=15):
-    for c in calls[:2]:
-        c()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for c in calls:
-            c()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        graph.replay()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b) * 1e3 / len(calls))
-    times.sort()
-
-    def q(f):
-        return times[min(len(times) - 1, int(f * len(times)))]
-
-    del graph
-    return statistics.median(times), q(0.2), q(0.8)
-
-
 def layers_for(B, b, G, N, K, dtype, precision):
     codes = N * K // G * B * b // 8
     n = max(2, math.ceil(256e6 / codes))
@@ -269,17 +227,10 @@ def layers_for(B, b, G, N, K, dtype, precision):
     return out, codes
 
 
-def time_layers(layers, M, K, dtype, repeats=15):
+def time_layers(layers, M, K, dtype, replays=7):
+    """Median microseconds of one call, layers in rotation."""
     x = torch.randn(M, K, device=DEV).to(dtype)
-    n = max(16, len(layers))
-    keep = []
-
-    def call(layer):
-        keep.append(layer(x))
-        if len(keep) > 4:
-            keep.pop(0)
-
-    return timed_graph([partial(call, layers[i % len(layers)]) for i in range(n)], repeats)
+    return time_graph([partial(layer, x) for layer in layers], replays).median_us
 
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
@@ -291,154 +242,42 @@ def sweep(label, fmt, shapes, Ms, precision, grid):
         layers, codes = layers_for(*fmt, N, K, torch.float16, precision)
         for M in Ms:
             row = []
-            for variant, occ, body in grid:
-                override(variant, occ, body)
-                try:
-                    t = time_layers(layers, M, K, torch.float16, 7)[0]
-                    row.append((t, f"{variant}/{occ}"))
-                except RuntimeError as e:
-                    row.append((9e9, f"{variant}/{occ}!" + str(e)[:60]))
+            for name, knobs in grid.items():
+                override(*knobs)
+                row.append((time_layers(layers, M, K, torch.float16), name))
             override()
-            base = time_layers(layers, M, K, torch.float16, 7)[0]
-            text = "  ".join(f"{n}:{t:.1f}" for t, n in row)
+            base = time_layers(layers, M, K, torch.float16)
             best = min(row)
             print(
                 f"{label} {N}x{K} M={M} tuned {base:.1f} best {best[1]} {best[0]:.2f}"
-                f" ({codes / best[0] / 1e6:.2f} TB/s) | {text}",
+                f" ({codes / best[0] / 1e6:.2f} TB/s) | "
+                + "  ".join(f"{name}:{t:.1f}" for t, name in row),
                 flush=True,
             )
         del layers
         torch.cuda.empty_cache()
 
 
-def tune(which):
+BODIES = {"mma": (0, 0, 1), "dense": (0, 0, 2), "wgmma": (0, 0, 3)}
+LUTS = {f"lut{variant}": (variant, occupancy, 0) for variant, occupancy in ((2, 2), (4, 2), (8, 1))}
+
+
+def tune():
+    """The comparisons behind the rows of csrc/cuda/tune.h."""
     torch.manual_seed(2)
-    small = [(4096, 4096), (28672, 8192)]
-    if "lut" in which:
-        sweep(
-            "2x8 lut",
-            (2, 8, 8),
-            SHAPES,
-            [1],
-            "exact",
-            [(2, 2, 0), (4, 2, 0), (8, 1, 0), (16, 1, 0)],
-        )
-        sweep(
-            "1x8 lut", (1, 8, 8), SHAPES, [1], "exact", [(2, 1, 0), (2, 2, 0), (4, 2, 0), (8, 1, 0)]
-        )
-        sweep("2x8 lut", (2, 8, 8), SHAPES, [2], "exact", [(0, 0, 0), (0, 0, 1)])
-        sweep("8x8g32 lut", (8, 8, 32), small, [1, 8], "exact", [(4, 2, 0), (8, 1, 0), (16, 1, 0)])
-    if "mma" in which:
-        sweep(
-            "2x8 mma",
-            (2, 8, 8),
-            small,
-            [4, 8, 16, 32, 64, 128],
-            "exact",
-            [(8, o, 1) for o in (-66, 1, 2, 3)],
-        )
-        sweep(
-            "2x8 mma-int8",
-            (2, 8, 8),
-            small,
-            [1, 2, 4, 8, 16, 32],
-            "int8",
-            [(8, o, 1) for o in (1, 2, 3)],
-        )
-        sweep("4x8 mma", (4, 8, 8), small, [4, 16], "exact", [(8, 1, 1), (16, 1, 1)])
-    if "split" in which:
-        sweep("1x16 split", (1, 16, 8), SHAPES, [1, 16], "int8", [(v, 1, -1) for v in (16, 32)])
-        sweep("1x16 split", (1, 16, 8), small, [1, 16], "exact", [(v, 1, -1) for v in (16, 32)])
-    if "prefill" in which:
-        for fmt in ((2, 8, 8), (1, 16, 8)):
-            tokens = [128, 256, 512, 2048]
-            sweep(f"{fmt} prefill", fmt, [(28672, 8192)], tokens, "exact", [(0, 0, -1)])
-
-
-def copy_bandwidth():
-    """GB/s read plus written by an elementwise kernel (a graph's memcpy node is much slower)."""
-    a = torch.randn(1 << 29, device=DEV)
-    b = torch.empty_like(a)
-    t = timed_graph([lambda: torch.neg(a, out=b)] * 2, 9)[0]
-    return 2 * a.numel() * 4 / t / 1e3
-
-
-def dense_times(N, K, M, dtype):
-    n = max(2, math.ceil(256e6 / (N * K * 2)))
-    ws = [(torch.randn(N, K, device=DEV) * 0.02).to(dtype) for _ in range(n)]
-    x = torch.randn(M, K, device=DEV).to(dtype)
-    y = [None]
-
-    def call(w):
-        y[0] = F.linear(x, w)
-
-    return timed_graph([lambda w=ws[i % n]: call(w) for i in range(max(16, n))])[0]
-
-
-def bench(out, commit):
-    torch.manual_seed(3)
-    copy = copy_bandwidth()
-    name = torch.cuda.get_device_name()
-    print("device", name, "copy GB/s", round(copy), "torch", torch.__version__)
-    rows = []
-    schemes = [
-        ("aqlm-2x8-g8", (2, 8, 8)),
-        ("aqlm-1x16-g8", (1, 16, 8)),
-        ("aqlm-1x8-g8", (1, 8, 8)),
-        ("aqlm-4x8-g8", (4, 8, 8)),
-        ("aqlm-8x8-g32", (8, 8, 32)),
-    ]
-    dense = {}
-    jobs, prefill = [], []  # prefill last: it heats the card and lowers the clocks for a while
-    for scheme, fmt in schemes:
-        main = scheme in ("aqlm-2x8-g8", "aqlm-1x16-g8")
-        shapes = SHAPES if main or scheme == "aqlm-1x8-g8" else [(28672, 8192)]
-        for N, K in shapes:
-            big = (N, K) == (28672, 8192)
-            for precision in ("exact", "int8") if main else ("exact",):
-                Ms = [1, 2, 4, 8, 16, 32, 64] if big or main else [1, 16]
-                jobs.append((scheme, fmt, N, K, precision, Ms))
-                if big and main and precision == "exact":
-                    prefill.append((scheme, fmt, N, K, precision, [128, 512, 2048]))
-    for scheme, fmt, N, K, precision, Ms in jobs + prefill:
-        layers, codes = layers_for(*fmt, N, K, torch.float16, precision)
-        for M in Ms:
-            if (N, K, M) not in dense:
-                dense[N, K, M] = dense_times(N, K, M, torch.float16)
-            t, lo, hi = time_layers(layers, M, K, torch.float16)
-            rows.append(
-                {
-                    "bench": "matmul",
-                    "date": datetime.date.today().isoformat(),
-                    "commit": commit,
-                    "device": name,
-                    "backend": "cuda",
-                    "scheme": scheme,
-                    "precision": precision,
-                    "dtype": "float16",
-                    "N": N,
-                    "K": K,
-                    "M": M,
-                    "median_us": round(t, 3),
-                    "p20_us": round(lo, 3),
-                    "p80_us": round(hi, 3),
-                    "gb_per_s": round(codes / t / 1e3, 1),
-                    "copy_gb_per_s": round(copy, 1),
-                    "dense_us": round(dense[N, K, M], 3),
-                    "command": "python3 benchmarks/ladder/cuda/device.py bench",
-                }
-            )
-            print(
-                f"{scheme:13s} {precision:5s} {N}x{K} M={M:<4d} {t:8.2f} us "
-                f"[{lo:.2f} {hi:.2f}] dense {dense[N, K, M]:.2f} "
-                f"{codes / t / 1e3 / copy * 100:.0f}% of copy",
-                flush=True,
-            )
-        del layers
-        torch.cuda.empty_cache()
-    with open(os.path.join(out, "matmul.jsonl"), "w") as f:
-        for r in rows:
-            f.write(json.dumps(r) + "\n")
+    big, small = [(28672, 8192)], [(4096, 4096)]
+    for name, fmt in (("2x8", (2, 8, 8)), ("1x8", (1, 8, 8))):
+        sweep(f"{name} table", fmt, SHAPES, [1], "exact", LUTS)
+        sweep(f"{name} mma", fmt, big + small, [2, 8], "exact", {"mma": (0, 0, 1), **LUTS})
+    sweep(
+        "2x8 int8", (2, 8, 8), big, [1, 4, 8, 9], "int8", {k: BODIES[k] for k in ("mma", "wgmma")}
+    )
+    for name, fmt in (("2x8", (2, 8, 8)), ("1x8", (1, 8, 8)), ("4x8", (4, 8, 8))):
+        sweep(f"{name} batch", fmt, big + small, [8, 9, 16, 32, 64, 128], "exact", BODIES)
+        passes = {k: BODIES[k] for k in ("dense", "wgmma")}
+        sweep(f"{name} prefill", fmt, big, [256, 512, 1024], "exact", passes)
+    for precision in ("exact", "int8"):
+        sweep("1x16", (1, 16, 8), big + small, [8, 9, 16, 32, 64, 128], precision, BODIES)
 
 
 def profile():
@@ -508,7 +347,7 @@ def chain():
 
         for dependent in (1, 0):
             override(dependent=dependent)
-            t = timed_graph([run])[0] / len(layers)
+            t = time_graph([run]).median_us / len(layers)
             print(f"chain {fmt} {precision} dependent={dependent}: {t:.2f} us per layer")
     override()
 
@@ -516,8 +355,6 @@ def chain():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", nargs="+")
-    parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--commit", default="worktree")
     args = parser.parse_args()
     for what in args.what:
         start = time.time()
@@ -525,10 +362,8 @@ if __name__ == "__main__":
             check()
         elif what == "tiny":
             check(tiny=True)
-        elif what.startswith("tune"):
-            tune(what)
-        elif what == "bench":
-            bench(args.out, args.commit)
+        elif what == "tune":
+            tune()
         elif what == "chain":
             chain()
         elif what == "one":

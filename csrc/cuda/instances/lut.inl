@@ -14,7 +14,8 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   const int xs = steps * kStepVectors * p.a.in_group * sizeof(AQLM_T);
   if (xs > tune::kLutMaxX) return cudaErrorInvalidConfiguration;
   const int tables = 2 * kStages * kLutStepBytes + lut_ring_bytes(kWarps, kBlocks);
-  constexpr int limit = 2 * kStages * kLutStepBytes + lut_ring_bytes(kWarps, kBlocks) + tune::kLutMaxX;
+  constexpr int limit =
+      2 * kStages * kLutStepBytes + lut_ring_bytes(kWarps, kBlocks) + tune::kLutMaxX;
   if (p.a.in_group == 8) {
     auto kernel = lut_kernel<AQLM_T, kWarps, kBlocks, kStages, 8>;
     return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);

@@ -26,7 +26,8 @@ cudaError_t launch_reduce(const MatmulParams& p, cudaStream_t stream) {
   const int elements = p.tokens * p.s.group_rows;
   const int slots = p.s.max_slots;
   auto run = [&](auto kernel, int ways) {
-    const dim3 grid(ceil_div(elements, kReduceThreads / ways), p.s.groups);
+    const int chunk = ways == 1 ? 4 * kReduceThreads : kReduceThreads / ways;
+    const dim3 grid(ceil_div(elements, chunk), p.s.groups);
     return enqueue(kernel, grid, kReduceThreads, 0, stream, p);
   };
   if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1>, 1);
@@ -42,8 +43,12 @@ cudaError_t launch_fragments(const LaunchConfig& c, const MatmulParams& p, cudaS
   const bool int8 = c.precision == Precision::kInt8;
   const dim3 grid(c.token_tile, kChunks);
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  auto kernel = int8 ? fragments_kernel<T, true> : fragments_kernel<T, false>;
-  return enqueue(kernel, grid, kFragmentThreads, 0, stream, p, tiles);
+  const bool halves = c.body == Body::kSplitWgmma;
+  auto run = [&](auto kernel) {
+    return enqueue(kernel, grid, kFragmentThreads, 0, stream, p, tiles);
+  };
+  if (int8) return run(halves ? fragments_kernel<T, true, true> : fragments_kernel<T, true, false>);
+  return run(halves ? fragments_kernel<T, false, true> : fragments_kernel<T, false, false>);
 }
 template cudaError_t launch_fragments<__half>(const LaunchConfig&, const MatmulParams&,
                                               cudaStream_t);
@@ -62,7 +67,7 @@ void tile_range(const Additive& a, int row0, int row1, int* first, int* count) {
   *count = tile_of(row1 - 1) - *first + 1;
 }
 
-template <typename T, int B>
+template <typename T, int B, bool kRound>
 cudaError_t dequant_tables(const DequantParams& p, int tile0, int tiles, cudaStream_t stream) {
   int device = 0;
   DeviceInfo info;
@@ -71,11 +76,12 @@ cudaError_t dequant_tables(const DequantParams& p, int tile0, int tiles, cudaStr
   if (e != cudaSuccess) return e;
   static std::atomic<unsigned long long> done{0};
   constexpr int kSmem = B * kMmaBookBytes;
-  auto kernel = dequant_tables_kernel<T, B>;
+  auto kernel = dequant_tables_kernel<T, B, kRound>;
   e = allow_smem(kernel, &done, device, kSmem);
   if (e != cudaSuccess) return e;
   const int items = tiles * ceil_div(p.col1 - p.col0, 32);
-  const int ctas = std::min(ceil_div(items, kDequantWarps), info.sms * (B == 1 ? 4 : B == 2 ? 3 : 1));
+  constexpr int kPerSm = B == 1 ? 4 : B == 2 ? 3 : 1;
+  const int ctas = std::min(ceil_div(items, kDequantWarps), info.sms * kPerSm);
   return enqueue(kernel, ctas, kDequantWarps * 32, kSmem, stream, p, tile0, tiles);
 }
 
@@ -105,15 +111,13 @@ cudaError_t dequant(const DequantParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(ceil_div(p.col1 - p.col0, span), kDequantWarps), tiles);
   if constexpr (!std::is_same_v<T, float>) {
     if (!words && a.in_group == 8 && a.codebooks == 1)
-      return dequant_tables<T, 1>(p, tile0, tiles, stream);
+      return dequant_tables<T, 1, false>(p, tile0, tiles, stream);
     if (!words && a.in_group == 8 && a.codebooks == 2)
-      return dequant_tables<T, 2>(p, tile0, tiles, stream);
+      return p.rounded_sum ? dequant_tables<T, 2, true>(p, tile0, tiles, stream)
+                           : dequant_tables<T, 2, false>(p, tile0, tiles, stream);
   }
   if (words) return enqueue(dequant_words_kernel<T>, grid, kThreads, 0, stream, p, tile0);
-  auto kernel = a.codebooks == 1   ? dequant_bytes_kernel<T, 1>
-                : a.codebooks == 2 ? dequant_bytes_kernel<T, 2>
-                                   : dequant_bytes_kernel<T, 0>;
-  return enqueue(kernel, grid, kThreads, 0, stream, p, tile0);
+  return enqueue(dequant_bytes_kernel<T>, grid, kThreads, 0, stream, p, tile0);
 }
 
 template <typename T>

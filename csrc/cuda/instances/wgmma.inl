@@ -1,0 +1,64 @@
+// Instantiates cuda.additive.wgmma and cuda.additive.split_wgmma for AQLM_T.
+#include "../bodies.h"
+#include "../enqueue.cuh"
+#include "../split_wgmma.cuh"
+#include "../wgmma.cuh"
+
+namespace aqlm {
+
+namespace {  // the two dtypes must not share these names
+
+template <int B, int kTokens>
+cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32));
+  const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
+  if (e != cudaSuccess) return e;
+  constexpr int kSmem = wg_smem(B, kTokens);
+  auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWgWarps + 4) * 32, kSmem, stream, p);
+}
+
+template <int B>
+cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  switch (c.token_tile) {
+    case 32: return wgmma_pass<B, 32>(p, stream);
+    case 64: return wgmma_pass<B, 64>(p, stream);
+    case 128: return wgmma_pass<B, 128>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <int kTokens, bool kInt8>
+cudaError_t split_pass(const MatmulParams& p, cudaStream_t stream) {
+  constexpr int kColumns = kInt8 ? 2 * kTokens : kTokens;
+  auto kernel = split_wgmma_kernel<AQLM_T, kTokens, kInt8>;
+  return AQLM_ENQUEUE_SMEM(kernel, split_wg_smem(16, kColumns), p.s.ctas * p.s.classes,
+                           (kSplitWgWarps + 4) * 32, split_wg_smem(p.a.nbits, kColumns), stream, p);
+}
+
+}  // namespace
+
+template <>
+cudaError_t launch_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                 cudaStream_t stream) {
+  switch (p.a.codebooks) {
+    case 1: return wgmma_books<1>(c, p, stream);
+    case 2: return wgmma_books<2>(c, p, stream);
+    case 4: return wgmma_books<4>(c, p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_split_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                       cudaStream_t stream) {
+  const bool int8 = c.precision == Precision::kInt8;
+  switch (c.token_tile) {
+    case 16: return int8 ? split_pass<16, true>(p, stream) : split_pass<16, false>(p, stream);
+    case 32: return int8 ? split_pass<32, true>(p, stream) : split_pass<32, false>(p, stream);
+    case 64: return int8 ? split_pass<64, true>(p, stream) : split_pass<64, false>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace aqlm

@@ -1,0 +1,223 @@
+// cuda.additive.wgmma: y = x W^T for 9 .. 128 tokens a pass on Hopper's warpgroup MMA.
+//
+// nbits <= 8, G = 8, B in {1, 2, 4}. As in cuda.additive.mma a codebook lookup (16 bytes,
+// replicated tables) is half the A registers of two MMAs; here the tokens are the B operand in
+// shared memory, where all eight warps share them, and the MMAs run while the next lookups are
+// under way. Weights are decoded once for up to 128 tokens.
+//
+//   x image (x_image_kernel), one K step of 32 columns: [pair c = 0..3][token][vector t = 0..3]
+//     = elements 2c, 2c + 1 of vector t: the columns that lane t holds of A, as 8 x 16-byte core
+//     matrices without swizzle
+//   warps 0 .. 7: MMAs. Up to 64 tokens: a 64-row block each, 4 MMA row tiles; 128: half a block
+//   warp 8 (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
+//     of neighbouring row blocks) and x into a ring of stages
+//
+// Codebooks are added in pairs in 16 bits (the rounding of a dequantized weight; B = 1: exact).
+// H200, 2026-11-22, 2x8 28672 x 8192: M = 16 60 us, 32 62, 64 85, 128 118 (docs/notes/cuda.md).
+// Architecture sm_90a only.
+#pragma once
+
+#include "decode/additive.cuh"
+#include "mma.cuh"
+#include "wgmma_ptx.cuh"
+
+namespace aqlm {
+
+constexpr int kWgWarps = 8;   // that multiply
+constexpr int kWgStages = 8;  // units in flight
+
+AQLM_HD constexpr int wg_row_tiles(int tokens) {
+  return tune::wgmma_group_rows(tokens) / (kWgWarps * 16);
+}
+AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a unit
+AQLM_HD constexpr int wg_x_bytes(int codebooks, int tokens) {
+  return wg_ksteps(codebooks) * tokens * 64;
+}
+AQLM_HD constexpr int wg_stage_bytes(int codebooks, int tokens) {
+  return wg_x_bytes(codebooks, tokens) + tune::wgmma_group_rows(tokens) / kBlockRows * kUnitBytes;
+}
+AQLM_HD constexpr int wg_smem(int codebooks, int tokens) {
+  return codebooks * kMmaBookBytes + kWgStages * (wg_stage_bytes(codebooks, tokens) + 16);
+}
+
+// Grid: (K steps / 8, ceil(tokens / 32)); one thread transposes 4 vectors of one token.
+template <typename T>
+__global__ void __launch_bounds__(256)
+x_image_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
+  const int m = blockIdx.y * 32 + threadIdx.x % 32, step = blockIdx.x * 8 + threadIdx.x / 32;
+  const int K = p.a.in_features();
+  grid_dependents_start();
+  grid_dependency_wait();
+  if (m >= padded_tokens || step >= p.s.x_steps) return;
+  uint4 v[4] = {};
+  const T* x = static_cast<const T*>(p.x) + m * p.x_stride + step * 32;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+    if (m < p.tokens && step * 32 + t * 8 < K) v[t] = load_cached(x + t * 8);
+  uint4* out = reinterpret_cast<uint4*>(p.x_fragments) + size_t(step) * 4 * padded_tokens + m;
+  out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
+  out[padded_tokens] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+  out[2 * padded_tokens] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
+  out[3 * padded_tokens] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "Hopper needs its own instructions: build for 9.0a, not 9.0"
+#endif
+
+// kTokens: columns of the MMA (32, 64 or 128).
+template <typename T, int B, int kTokens>
+__global__ void __launch_bounds__((kWgWarps + 4) * 32, 1)
+wgmma_kernel(const __grid_constant__ MatmulParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Traits = MmaTraits<T, false>;
+  constexpr int kTiles = wg_row_tiles(kTokens), kSteps = wg_ksteps(B);
+  constexpr int kX = wg_x_bytes(B, kTokens), kStage = wg_stage_bytes(B, kTokens);
+  constexpr int kGroups = kTiles * kSteps;  // MMA groups of a unit
+  constexpr int kSlots = kTiles;            // A registers of so many groups
+  constexpr int kBooks = B == 1 ? 1 : 2;    // codebooks of a group
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned char* const stages = smem + B * kMmaBookBytes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kWgStages * kStage);
+  uint64_t* const empty = full + kWgStages;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWgStages; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, kWgWarps);
+    }
+    barrier_init_fence();
+  }
+  grid_dependents_start();
+  __syncthreads();
+
+  if (warp >= kWgWarps) {
+    registers_down<24>();
+    if (threadIdx.x != kWgWarps * 32) return;
+    Ring<kWgStages> ring;
+    bool waited = false;
+    int produced = 0;
+    for_own_pieces(p.a, p.s, [&](const Piece& piece) {
+      const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
+      const uint8_t* codes = p.packed + piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
+      const int bytes = min(piece.tiles, p.s.group_rows / kBlockRows) * kUnitBytes;
+      auto copy_x = [&](int u, int stage) {
+        const int step = B == 1 ? 2 * u : B == 2 ? u : u / 2;
+        bulk_copy(stages + stage * kStage, p.x_fragments + size_t(step) * kTokens * 64, kX,
+                  full + stage);
+      };
+      auto copy_codes = [&](int stage) {
+        barrier_expect(full + stage, kX + bytes);
+        bulk_copy(stages + stage * kStage + kX, codes, bytes, full + stage);
+        codes += unit_stride;
+      };
+      int u = piece.u0;
+      if (!waited) {  // codes do not depend on the previous kernel
+        const int first = min(kWgStages, piece.u1 - u);
+        for (int i = 0; i < first; ++i) copy_codes(i);
+        grid_dependency_wait();
+        waited = true;
+        for (int i = 0; i < first; ++i, ++u, ++produced, ring.advance()) copy_x(u, i);
+      }
+      for (; u < piece.u1; ++u, ++produced, ring.advance()) {
+        if (produced >= kWgStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        copy_codes(ring.stage);
+        copy_x(u, ring.stage);
+      }
+    });
+  } else {
+    registers_up<240>();
+    const int g = lane / 4, t = lane % 4;
+    const int block = kTiles == 4 ? warp : warp / 2, half = kTiles == 4 ? 0 : warp % 2;
+    const uint32_t lane_offset = lane % 8 * 16;
+    int loaded_part = -1;
+    Ring<kWgStages> ring, ahead;  // of the unit that is multiplied; of the codes that are read
+    for_own_pieces(p.a, p.s, [&](const Piece& piece) {
+      const int u0 = piece.u0, count = piece.u1 - u0;
+      if (piece.part != loaded_part) {
+        if (loaded_part >= 0) consumers_sync<kWgWarps * 32>();
+        fill_books<T, B, false>(p, piece.part, smem, kWgWarps * 32);
+        loaded_part = piece.part;
+        consumers_sync<kWgWarps * 32>();
+      }
+      // Warps past the part's last row block repeat it; they write nothing.
+      const uint32_t code_offset = kX + min(block, piece.tiles - 1) * kUnitBytes + lane * 16;
+      float acc[kTiles][kTokens / 2] = {};
+      auto read_codes = [&] {
+        barrier_wait(full + ahead.stage, ahead.phase);
+        const unsigned char* from = stages + ahead.stage * kStage + code_offset;
+        const uint4 c = *reinterpret_cast<const uint4*>(from);
+        ahead.advance();
+        return c;
+      };
+      // Lookups of MMA group n of a unit: rows 2m and 2m + 1 of the lane are two bytes of one word.
+      auto lookup = [&](int n, int u, uint4 c, uint4 (&e)[2 * kBooks]) {
+        const int m = n % kTiles, byte = m % 2 * 2;
+        const bool high = kTiles == 2 ? half : m > 1;
+        const unsigned char* book = smem + (B == 4 ? (u & 1) * 2 * kMmaBookBytes : 0);
+        const uint32_t w[2] = {high ? c.y : c.x, high ? c.w : c.z};
+#pragma unroll
+        for (int i = 0; i < 2 * kBooks; ++i)
+          e[i] = Traits::lookup(book + i / 2 * kMmaBookBytes +
+                                entry_offset<7>(w[B == 1 ? n / kTiles : i / 2], byte + i % 2,
+                                                lane_offset));
+      };
+
+      // The lookups of two further groups are under way while this group's MMAs are issued.
+      uint32_t a[kSlots][8];
+      uint4 e[2][2 * kBooks];
+      uint4 c = read_codes(), next = c, after = c;
+      if (count > 1) next = read_codes();
+      lookup(0, u0, c, e[0]);
+      lookup(1, u0, c, e[1]);
+      int released = ring.stage;
+      for (int i = 0; i < count; ++i) {
+        if (i + 2 < count) after = read_codes();
+        const uint64_t x = core_matrices(stages + ring.stage * kStage, kTokens * 16, 128);
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+          const int m = n % kTiles, step = n / kTiles;
+          mma_groups_wait<kSlots - 1>();
+          if (n == kSlots - 1 && i > 0 && lane == 0) barrier_arrive(empty + released);
+          uint4 lo = e[n % 2][0], hi = e[n % 2][1];
+          if constexpr (B > 1) {
+            lo = Traits::add(lo, e[n % 2][2]);
+            hi = Traits::add(hi, e[n % 2][3]);
+          }
+          uint32_t(&r)[8] = a[n % kSlots];
+          r[0] = lo.x, r[1] = hi.x, r[2] = lo.y, r[3] = hi.y;
+          r[4] = lo.z, r[5] = hi.z, r[6] = lo.w, r[7] = hi.w;
+          if (n + 2 < kGroups) lookup(n + 2, u0 + i, c, e[n % 2]);
+          else lookup(n + 2 - kGroups, u0 + i + 1, next, e[n % 2]);  // past the end: dropped
+          mma_fence();
+          const uint64_t at = x + (step * 4 * kTokens * 16 >> 4);
+          wgmma(acc[m], r, at, T());
+          wgmma(acc[m], r + 4, at + (2 * kTokens * 16 >> 4), T());
+          mma_group_commit();
+        }
+        released = ring.stage;
+        ring.advance();
+        c = next;
+        next = after;
+      }
+      mma_groups_wait<0>();
+      if (lane == 0) barrier_arrive(empty + released);
+
+      if (block >= piece.tiles) return;
+      float* out = slot_of(p, piece, 0) + block * kBlockRows + half * 32 + g;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = n * 8 + 2 * t + i % 2;
+            if (token < p.tokens)
+              out[token * p.s.group_rows + m * 16 + i / 2 * 8] = acc[m][n * 4 + i];
+          }
+    });
+  }
+#endif
+}
+
+}  // namespace aqlm

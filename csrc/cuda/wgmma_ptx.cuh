@@ -1,0 +1,152 @@
+// Hopper only: barriers, bulk copies and warpgroup MMAs, thin wrappers of one or two instructions.
+//
+// A warpgroup is 4 warps; every instruction here that starts with wgmma needs all of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ptx.cuh"
+
+namespace aqlm {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+               :: "r"(smem_address(barrier)), "r"(arrivals));
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem_address(barrier)) : "memory");
+}
+// Arrives and announces bytes that a bulk copy will deliver.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(smem_address(barrier)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity is complete.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nretry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra retry;\n}"
+      :: "r"(smem_address(barrier)), "r"(parity) : "memory");
+}
+// Copies contiguous global memory (16-byte multiples); completion is counted on the barrier.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)) : "memory");
+}
+
+// A ring of shared-memory stages, walked by the producer and by every consumer warp.
+template <int kStages>
+struct Ring {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Registers of this warpgroup's threads from here on.
+template <int n>
+__device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n>
+__device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+// Barrier of the first `threads` threads of the block.
+template <int threads>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
+}
+
+// Registers written before are ordered before the following MMAs.
+__device__ __forceinline__ void mma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void mma_group_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most n of this warpgroup's groups are unfinished.
+template <int n>
+__device__ __forceinline__ void mma_groups_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory");
+}
+
+// Descriptor of a K-major operand of 8 x 16-byte core matrices without swizzle: distances in bytes
+// between core matrices along K and along the other dimension.
+__device__ __forceinline__ uint64_t core_matrices(const void* p, int k_distance,
+                                                  int other_distance) {
+  return static_cast<uint64_t>(smem_address(p) >> 4 & 0x3fff) |
+         static_cast<uint64_t>(k_distance >> 4) << 16 |
+         static_cast<uint64_t>(other_distance >> 4) << 32;
+}
+
+#define AQLM_F8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
+                      "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define AQLM_F32(c, i) AQLM_F8(c, i), AQLM_F8(c, i + 8), AQLM_F8(c, i + 16), AQLM_F8(c, i + 24)
+#define AQLM_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define AQLM_R16 AQLM_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define AQLM_R32 AQLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define AQLM_R64 AQLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+                          ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// 64 x N += 64 x 16 (registers) times 16 x N (shared memory), float32 accumulation.
+#define AQLM_WGMMA(N, type, name, registers, a0, a1, a2, a3, desc, ...)                         \
+  __device__ __forceinline__ void wgmma(float (&c)[N / 2], const uint32_t* a, uint64_t b, type) { \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" registers   \
+                 "}, {" a0 "," a1 "," a2 "," a3 "}, " desc ", add, 1, 1, 0;\n}"                   \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));             \
+  }
+#define AQLM_WGMMAS(type, name)                                                               \
+  AQLM_WGMMA(16, type, name, AQLM_R8, "%8", "%9", "%10", "%11", "%12", AQLM_F8(c, 0))         \
+  AQLM_WGMMA(32, type, name, AQLM_R16, "%16", "%17", "%18", "%19", "%20", AQLM_F8(c, 0),      \
+             AQLM_F8(c, 8))                                                                   \
+  AQLM_WGMMA(64, type, name, AQLM_R32, "%32", "%33", "%34", "%35", "%36", AQLM_F32(c, 0))     \
+  AQLM_WGMMA(128, type, name, AQLM_R64, "%64", "%65", "%66", "%67", "%68", AQLM_F32(c, 0),    \
+             AQLM_F32(c, 32))
+AQLM_WGMMAS(__half, "f16")
+AQLM_WGMMAS(__nv_bfloat16, "bf16")
+
+
+// 64 x N += 64 x 32 (registers) times 32 x N (shared memory) in int8, exact int32 accumulation.
+#define AQLM_I8(c, i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), \
+                      "+r"(c[i + 5]), "+r"(c[i + 6]), "+r"(c[i + 7])
+#define AQLM_I32(c, i) AQLM_I8(c, i), AQLM_I8(c, i + 8), AQLM_I8(c, i + 16), AQLM_I8(c, i + 24)
+#define AQLM_WGMMA_INT8(N, registers, a0, a1, a2, a3, desc, ...)                                 \
+  __device__ __forceinline__ void wgmma(int (&c)[N / 2], const uint32_t* a, uint64_t b) {        \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" registers "}, {" a0 "," \
+                 a1 "," a2 "," a3 "}, " desc ", add;\n}"                                         \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));            \
+  }
+AQLM_WGMMA_INT8(32, AQLM_R16, "%16", "%17", "%18", "%19", "%20", AQLM_I8(c, 0), AQLM_I8(c, 8))
+AQLM_WGMMA_INT8(64, AQLM_R32, "%32", "%33", "%34", "%35", "%36", AQLM_I32(c, 0))
+AQLM_WGMMA_INT8(128, AQLM_R64, "%64", "%65", "%66", "%67", "%68", AQLM_I32(c, 0), AQLM_I32(c, 32))
+
+#undef AQLM_I8
+#undef AQLM_I32
+#undef AQLM_WGMMA_INT8
+#undef AQLM_F8
+#undef AQLM_F32
+#undef AQLM_R8
+#undef AQLM_R16
+#undef AQLM_R32
+#undef AQLM_R64
+#undef AQLM_WGMMA
+#undef AQLM_WGMMAS
+
+#endif
+
+}  // namespace aqlm
