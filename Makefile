@@ -7,6 +7,10 @@ PY ?= $(VENV)/bin/python
 READY := $(if $(filter command line environment,$(origin PY)),,$(VENV)/.ready)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*)
 
+# Not in requirements.txt: a CUDA build of torch brings the Triton that it was made for.
+TRITON = $(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname -s)" != Linux || \
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check triton==3.9.0
+
 .PHONY: demo test bench wheel-cpu wheel-cuda lint clean
 
 demo: $(READY)
@@ -37,6 +41,7 @@ $(VENV)/.deps: requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit("aqlm_infer needs Python 3.10 or newer; this is " + v)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(TRITON)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.deps $(SOURCES)

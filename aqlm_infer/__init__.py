@@ -12,10 +12,12 @@ from .formats import FormatError, parse_scheme
 from .layers import (
     PlanError,
     QuantLinear,
+    RotatedLinear,
     plan_layers,
     quantized_cost,
     quantized_layers,
     replace_linears,
+    share_rotations,
 )
 from .version import __version__
 
@@ -25,6 +27,7 @@ __all__ = [
     "KernelError",
     "PlanError",
     "QuantLinear",
+    "RotatedLinear",
     "__version__",
     "explain",
     "parse_scheme",
@@ -34,6 +37,7 @@ __all__ = [
     "replace_linears",
     "save_quantized",
     "select",
+    "share_rotations",
 ]
 
 _integrations.register_lazily()

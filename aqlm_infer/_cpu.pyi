@@ -17,9 +17,6 @@ def set_isa(name: str) -> None: ...
 def supported_isas() -> list[str]: ...
 def kernel_table() -> list[KernelRow]: ...
 def packed_nbytes(out_groups: int, in_groups: int, num_codebooks: int, nbits: int) -> int: ...
-def matmul_max_m(
-    num_codebooks: int, nbits: int, in_group_size: int, out_group_size: int, K: int
-) -> int: ...
 def advise_huge_pages(ptr: int, nbytes: int) -> bool: ...
 def measure_read_bandwidth(ptr: int, nbytes: int, num_threads: int) -> float: ...
 def additive_pack(
@@ -42,25 +39,113 @@ def additive_unpack(
     code_bytes: int,
     num_threads: int,
 ) -> None: ...
-def additive_matmul(
+
+class AdditivePlan:
+    """Sizes and types of calls on layers that share x. Holds no addresses, so it never goes stale.
+
+    ``prepare`` fills ``prepared_bytes`` bytes with forms of the codebooks that ``matmul`` would
+    otherwise compute in every call; it compares them with the codebooks it is given. ``matmul``
+    returns False, having done nothing, for an M at which decoding and a dense GEMM is faster.
+    """
+
+    def __init__(
+        self,
+        partitions: list[int],
+        K: int,
+        num_codebooks: int,
+        nbits: int,
+        in_group_size: int,
+        out_group_size: int,
+        param_dtype: str,
+        x_dtype: str,
+        precision: str,
+    ) -> None: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def prepared_bytes(self) -> int: ...
+    def prepare(self, codebooks: int, prepared: int) -> None: ...
+    def matmul(
+        self,
+        x: int,
+        x_row_stride: int,
+        packed: int,
+        codebooks: int,
+        scales: int,
+        bias: int,
+        prepared: int,
+        y: int,
+        y_row_stride: int,
+        M: int,
+        num_threads: int,
+    ) -> bool: ...
+
+class TiledWeight:
+    """An E8P or scalar weight: sizes, and its products and decoding (csrc/cpu/tiled.h).
+
+    ``scales``, ``zeros`` [N, groups] belong to scalar weights; ``zeros`` 0: the grid's middle.
+    ``h``, ``factor``, ``block`` are the rotation of the outputs (factor 0: none).
+    """
+
+    @staticmethod
+    def e8p(bits: int, residual: float, N: int, K: int) -> TiledWeight: ...
+    @staticmethod
+    def scalar(bits: int, group_size: int, N: int, K: int) -> TiledWeight: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def matmul(
+        self,
+        x: int,
+        x_row_stride: int,
+        x_dtype: str,
+        packed: int,
+        scales: int,
+        zeros: int,
+        values_dtype: str,
+        sv: int,
+        bias: int,
+        bias_dtype: str,
+        h: int,
+        factor: int,
+        block: int,
+        y: int,
+        M: int,
+        precision: str,
+        num_threads: int,
+    ) -> None: ...
+    def decode(
+        self,
+        packed: int,
+        scales: int,
+        zeros: int,
+        values_dtype: str,
+        out: int,
+        out_row_stride: int,
+        out_dtype: str,
+        row_begin: int,
+        row_end: int,
+        num_threads: int,
+    ) -> None: ...
+
+def e8p_pack(weight: TiledWeight, words: int, rest: int, packed: int, num_threads: int) -> None: ...
+def e8p_unpack(
+    weight: TiledWeight, packed: int, words: int, rest: int, num_threads: int
+) -> None: ...
+def scalar_pack(weight: TiledWeight, qweight: int, packed: int, num_threads: int) -> None: ...
+def scalar_unpack(weight: TiledWeight, packed: int, qweight: int, num_threads: int) -> None: ...
+def hadamard(
     x: int,
     x_row_stride: int,
-    x_dtype: str,
-    packed: int,
-    codebooks: int,
-    scales: int,
-    bias: int,
-    param_dtype: str,
+    dtype: str,
+    pre: int,
+    post: int,
+    h: int,
+    factor: int,
+    block: int,
+    transpose: bool,
     y: int,
-    y_row_stride: int,
     M: int,
-    N: int,
-    K: int,
-    num_codebooks: int,
-    nbits: int,
-    in_group_size: int,
-    out_group_size: int,
-    precision: str,
+    n: int,
     num_threads: int,
 ) -> None: ...
 def additive_dequantize(

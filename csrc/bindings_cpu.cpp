@@ -7,6 +7,8 @@
 #include "cpu/additive.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+#include "cpu/plan.h"
+#include "cpu/tiled.h"
 
 namespace py = pybind11;
 
@@ -33,27 +35,21 @@ Precision parse_precision(const std::string& name) {
   return name == "fast" ? Precision::fast : Precision::exact;
 }
 
-void matmul(Address x, int64_t x_row_stride, const std::string& x_dtype, Address packed,
-            Address codebooks, Address scales, Address bias, const std::string& param_dtype,
-            Address y, int64_t y_row_stride, int64_t M, int64_t N, int64_t K, int num_codebooks,
-            int nbits, int64_t in_group_size, int64_t out_group_size, const std::string& precision,
-            int num_threads) {
-  MatmulCall call;
-  call.scheme = {N, K, num_codebooks, nbits, in_group_size, out_group_size};
-  call.x = pointer<void>(x);
-  call.x_row_stride = x_row_stride;
-  call.x_dtype = parse_dtype(x_dtype, "x_dtype");
-  call.packed = pointer<uint8_t>(packed);
-  call.codebooks = pointer<void>(codebooks);
-  call.scales = pointer<void>(scales);
-  call.bias = pointer<void>(bias);
-  call.param_dtype = parse_dtype(param_dtype, "param_dtype");
-  call.y = pointer<void>(y);
-  call.y_row_stride = y_row_stride;
-  call.M = M;
-  call.precision = parse_precision(precision);
-  call.num_threads = num_threads;
-  additive_matmul(call);
+AdditivePlan make_plan(const std::vector<int64_t>& partitions, int64_t K, int num_codebooks,
+                       int nbits, int64_t in_group_size, int64_t out_group_size,
+                       const std::string& param_dtype, const std::string& x_dtype,
+                       const std::string& precision) {
+  return AdditivePlan({0, K, num_codebooks, nbits, in_group_size, out_group_size}, partitions,
+                      parse_dtype(param_dtype, "param_dtype"), parse_dtype(x_dtype, "x_dtype"),
+                      parse_precision(precision));
+}
+
+bool matmul(const AdditivePlan& plan, Address x, int64_t x_row_stride, Address packed,
+            Address codebooks, Address scales, Address bias, Address prepared, Address y,
+            int64_t y_row_stride, int64_t M, int num_threads) {
+  return plan.matmul({pointer<void>(x), x_row_stride, pointer<uint8_t>(packed),
+                      pointer<void>(codebooks), pointer<void>(scales), pointer<void>(bias),
+                      pointer<uint8_t>(prepared), pointer<void>(y), y_row_stride, M, num_threads});
 }
 
 void dequantize(Address packed, Address codebooks, Address scales, const std::string& param_dtype,
@@ -75,6 +71,39 @@ void dequantize(Address packed, Address codebooks, Address scales, const std::st
   call.apply_scales = apply_scales;
   call.num_threads = num_threads;
   additive_dequantize(call);
+}
+
+void rotate(Address x, int64_t x_row_stride, const std::string& dtype, Address pre, Address post,
+            Address h, int64_t factor, int64_t block, bool transpose, Address y, int64_t M,
+            int64_t n, int num_threads) {
+  hadamard({pointer<void>(x), x_row_stride, parse_dtype(dtype, "dtype"), pointer<float>(pre),
+            pointer<float>(post), {factor, block, pointer<int8_t>(h)}, transpose, pointer<void>(y),
+            M, n, num_threads});
+}
+
+GroupValues group_values(Address scales, Address zeros, const std::string& dtype) {
+  return {pointer<void>(scales), pointer<void>(zeros), parse_dtype(dtype, "values_dtype")};
+}
+
+void multiply(const TiledWeight& weight, Address x, int64_t x_row_stride,
+              const std::string& x_dtype, Address packed, Address scales, Address zeros,
+              const std::string& values_dtype, Address sv, Address bias,
+              const std::string& bias_dtype, Address h, int64_t factor, int64_t block, Address y,
+              int64_t M, const std::string& precision, int num_threads) {
+  tiled_matmul(weight, {pointer<void>(x), x_row_stride, parse_dtype(x_dtype, "x_dtype"),
+                        pointer<uint8_t>(packed), group_values(scales, zeros, values_dtype),
+                        pointer<float>(sv), pointer<void>(bias),
+                        parse_dtype(bias_dtype, "bias_dtype"),
+                        {factor, block, pointer<int8_t>(h)}, pointer<void>(y), M,
+                        parse_precision(precision), num_threads});
+}
+
+void decode(const TiledWeight& weight, Address packed, Address scales, Address zeros,
+            const std::string& values_dtype, Address out, int64_t out_row_stride,
+            const std::string& out_dtype, int64_t row_begin, int64_t row_end, int num_threads) {
+  tiled_decode(weight, {pointer<uint8_t>(packed), group_values(scales, zeros, values_dtype),
+                        pointer<void>(out), out_row_stride, parse_dtype(out_dtype, "out_dtype"),
+                        row_begin, row_end, num_threads});
 }
 
 // One row a kernel: its id, the code widths it serves and the instruction sets that have it.
@@ -101,6 +130,8 @@ py::list kernel_table() {
     }
     add("cpu.additive.direct", 9, 16, table->isa);
     add("cpu.additive.decode", 1, 16, table->isa);
+    add("cpu.e8p", 2, 4, table->isa);
+    add("cpu.scalar", 2, 8, table->isa);
   }
   py::list result;
   for (const Row& row : rows) {
@@ -155,26 +186,75 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("num_codebooks"), py::arg("nbits"), py::arg("codes"), py::arg("code_bytes"),
       py::arg("num_threads"));
 
-  m.def("additive_matmul", &matmul, ReleaseGil(), py::arg("x"), py::arg("x_row_stride"),
-        py::arg("x_dtype"), py::arg("packed"), py::arg("codebooks"), py::arg("scales"),
-        py::arg("bias"), py::arg("param_dtype"), py::arg("y"), py::arg("y_row_stride"),
-        py::arg("M"), py::arg("N"), py::arg("K"), py::arg("num_codebooks"), py::arg("nbits"),
-        py::arg("in_group_size"), py::arg("out_group_size"), py::arg("precision"),
-        py::arg("num_threads"));
+  py::class_<AdditivePlan>(m, "AdditivePlan")
+      .def(py::init(&make_plan), py::arg("partitions"), py::arg("K"), py::arg("num_codebooks"),
+           py::arg("nbits"), py::arg("in_group_size"), py::arg("out_group_size"),
+           py::arg("param_dtype"), py::arg("x_dtype"), py::arg("precision"))
+      .def_property_readonly("packed_bytes", &AdditivePlan::packed_bytes)
+      .def_property_readonly("prepared_bytes", &AdditivePlan::prepared_bytes)
+      .def(
+          "prepare",
+          [](const AdditivePlan& plan, Address codebooks, Address prepared) {
+            plan.prepare(pointer<void>(codebooks), pointer<uint8_t>(prepared));
+          },
+          ReleaseGil(), py::arg("codebooks"), py::arg("prepared"))
+      .def("matmul", &matmul, ReleaseGil(), py::arg("x"), py::arg("x_row_stride"),
+           py::arg("packed"), py::arg("codebooks"), py::arg("scales"), py::arg("bias"),
+           py::arg("prepared"), py::arg("y"), py::arg("y_row_stride"), py::arg("M"),
+           py::arg("num_threads"));
   m.def("additive_dequantize", &dequantize, ReleaseGil(), py::arg("packed"), py::arg("codebooks"),
         py::arg("scales"), py::arg("param_dtype"), py::arg("out"), py::arg("out_row_stride"),
         py::arg("out_dtype"), py::arg("N"), py::arg("K"), py::arg("num_codebooks"),
         py::arg("nbits"), py::arg("in_group_size"), py::arg("out_group_size"),
         py::arg("out_group_begin"), py::arg("out_group_end"), py::arg("apply_scales"),
         py::arg("num_threads"));
+  py::class_<TiledWeight>(m, "TiledWeight")
+      .def_static("e8p", &TiledWeight::e8p, py::arg("bits"), py::arg("residual"), py::arg("N"),
+                  py::arg("K"))
+      .def_static("scalar", &TiledWeight::scalar, py::arg("bits"), py::arg("group_size"),
+                  py::arg("N"), py::arg("K"))
+      .def_property_readonly("packed_bytes", &TiledWeight::packed_bytes)
+      .def("matmul", &multiply, ReleaseGil(), py::arg("x"), py::arg("x_row_stride"),
+           py::arg("x_dtype"), py::arg("packed"), py::arg("scales"), py::arg("zeros"),
+           py::arg("values_dtype"), py::arg("sv"), py::arg("bias"), py::arg("bias_dtype"),
+           py::arg("h"), py::arg("factor"), py::arg("block"), py::arg("y"), py::arg("M"),
+           py::arg("precision"), py::arg("num_threads"))
+      .def("decode", &decode, ReleaseGil(), py::arg("packed"), py::arg("scales"), py::arg("zeros"),
+           py::arg("values_dtype"), py::arg("out"), py::arg("out_row_stride"),
+           py::arg("out_dtype"), py::arg("row_begin"), py::arg("row_end"), py::arg("num_threads"));
   m.def(
-      "matmul_max_m",
-      [](int num_codebooks, int nbits, int64_t in_group_size, int64_t out_group_size, int64_t K) {
-        return matmul_max_m(
-            {out_group_size, K, num_codebooks, nbits, in_group_size, out_group_size});
+      "e8p_pack",
+      [](const TiledWeight& weight, Address words, Address rest, Address packed, int num_threads) {
+        e8p_pack(weight, pointer<int64_t>(words), pointer<void>(rest), pointer<uint8_t>(packed),
+                 num_threads);
       },
-      py::arg("num_codebooks"), py::arg("nbits"), py::arg("in_group_size"),
-      py::arg("out_group_size"), py::arg("K"));
+      ReleaseGil(), py::arg("weight"), py::arg("words"), py::arg("rest"), py::arg("packed"),
+      py::arg("num_threads"));
+  m.def(
+      "e8p_unpack",
+      [](const TiledWeight& weight, Address packed, Address words, Address rest, int num_threads) {
+        e8p_unpack(weight, pointer<uint8_t>(packed), pointer<int64_t>(words), pointer<void>(rest),
+                   num_threads);
+      },
+      ReleaseGil(), py::arg("weight"), py::arg("packed"), py::arg("words"), py::arg("rest"),
+      py::arg("num_threads"));
+  m.def(
+      "scalar_pack",
+      [](const TiledWeight& weight, Address qweight, Address packed, int num_threads) {
+        scalar_pack(weight, pointer<uint8_t>(qweight), pointer<uint8_t>(packed), num_threads);
+      },
+      ReleaseGil(), py::arg("weight"), py::arg("qweight"), py::arg("packed"),
+      py::arg("num_threads"));
+  m.def(
+      "scalar_unpack",
+      [](const TiledWeight& weight, Address packed, Address qweight, int num_threads) {
+        scalar_unpack(weight, pointer<uint8_t>(packed), pointer<uint8_t>(qweight), num_threads);
+      },
+      ReleaseGil(), py::arg("weight"), py::arg("packed"), py::arg("qweight"),
+      py::arg("num_threads"));
+  m.def("hadamard", &rotate, ReleaseGil(), py::arg("x"), py::arg("x_row_stride"), py::arg("dtype"),
+        py::arg("pre"), py::arg("post"), py::arg("h"), py::arg("factor"), py::arg("block"),
+        py::arg("transpose"), py::arg("y"), py::arg("M"), py::arg("n"), py::arg("num_threads"));
 
   m.def(
       "advise_huge_pages",

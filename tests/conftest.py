@@ -1,9 +1,15 @@
 """Shared fixtures; GPU tests skip themselves, with a count, where there is no CUDA device."""
 
+import os
+
 import pytest
 import torch
 
 from aqlm_infer.backends import native
+
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported (torch's inductor does so too), not at a launch.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config, items):

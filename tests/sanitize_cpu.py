@@ -3,7 +3,8 @@
     python tests/sanitize_cpu.py [pytest arguments]
 
 Builds ``_cpu`` with -fsanitize=address,undefined in a temporary folder and runs
-tests/test_kernels_cpu.py against that build. Any report ends the run with a failure.
+tests/test_kernels_cpu.py and test_kernels_cpu_rotated.py against that build. Any report ends the
+run with a failure (add ``-s`` to see it: pytest keeps what a dying process printed).
 """
 
 import os
@@ -64,8 +65,8 @@ def main() -> int:
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        tests = str(ROOT / "tests/test_kernels_cpu.py")
-        command = [sys.executable, "-c", RUN, str(module), tests, "-p", "no:cacheprovider"]
+        tests = [str(ROOT / "tests" / f"test_kernels_cpu{part}.py") for part in ("", "_rotated")]
+        command = [sys.executable, "-c", RUN, str(module), *tests, "-p", "no:cacheprovider"]
         return subprocess.run([*command, *sys.argv[1:]], env=environment, cwd=ROOT).returncode
 
 

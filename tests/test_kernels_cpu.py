@@ -237,18 +237,39 @@ def test_no_write_outside_the_output(isa, name):
         packed = calls.repack(format, layer.tensors, (N,), "exact")["packed_codes"]
         for M in (1, 2, 5, 16):
             x, guard = random_input(M, K), torch.full((M + 2, N + 3), 7.5)
-            native.cpu.additive_matmul(
-                x=x.data_ptr(), x_row_stride=x.stride(0), x_dtype="float32",
-                packed=packed.data_ptr(), codebooks=layer.tensors["codebooks"].data_ptr(),
-                scales=layer.tensors["scales"].data_ptr(), bias=0, param_dtype="float32",
-                y=guard[1:, 1:].data_ptr(), y_row_stride=N + 3, M=M, N=N, K=K,
-                num_codebooks=format.num_codebooks, nbits=format.nbits,
-                in_group_size=format.in_group_size, out_group_size=format.out_group_size,
-                precision="exact", num_threads=2,
+            plan = native.cpu.AdditivePlan(
+                [N], K, format.num_codebooks, format.nbits, format.in_group_size,
+                format.out_group_size, "float32", "float32", "exact",
             )  # fmt: skip
+            done = plan.matmul(
+                x=x.data_ptr(), x_row_stride=x.stride(0), packed=packed.data_ptr(),
+                codebooks=layer.tensors["codebooks"].data_ptr(),
+                scales=layer.tensors["scales"].data_ptr(), bias=0, prepared=0,
+                y=guard[1:, 1:].data_ptr(), y_row_stride=N + 3, M=M, num_threads=2,
+            )  # fmt: skip
+            assert done
             written = guard != 7.5
             written[1 : M + 1, 1 : N + 1] = False
             assert not written.any()
+
+
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-4x4-g8", "aqlm-2x8-g8-o2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codebooks_that_change_in_place(scheme, dtype):
+    """What was prepared for the old values is not used for the new ones, nor ever needed."""
+    layer = random_layer(scheme, 130, 136, dtype)
+    buffers = calls.repack(layer.format, layer.tensors, (130,), "exact")
+    assert buffers["aux"].numel() > 0
+    for M in (1, 2, 16):
+        x = random_input(M, 136, dtype)
+        assert torch.equal(
+            matmul(layer, x, packed=buffers),
+            matmul(layer, x, packed={**buffers, "aux": torch.empty(0, dtype=torch.uint8)}),
+        )
+    layer.tensors["codebooks"].data[-1, -1] += 3
+    for M in (1, 2, 16):
+        x = random_input(M, 136, dtype)
+        check(layer, x, y=matmul(layer, x, packed=buffers))
 
 
 def test_out_of_range_code_is_refused_when_packing():
@@ -279,6 +300,8 @@ def test_operands_that_disagree_are_refused():
         call(
             torch.randn(2, 64, dtype=torch.float64), codes, books, scales, None, aux, [16], "exact"
         )
+    with pytest.raises(ValueError, match="aux holds 3 bytes"):
+        call(torch.randn(2, 64), codes, books, scales, None, aux[:3], [16], "exact")
     with pytest.raises(ValueError, match="scales has 15 rows"):
         call(torch.randn(2, 64), codes, books, scales[1:], None, aux, [16], "exact")
 
@@ -311,5 +334,5 @@ def test_isa_override_by_environment():
 def test_kernel_table_matches_the_registry():
     """The registry knows families; the module lists their bodies (lut-bytes, lut-tokens, ...)."""
     compiled = [row["id"] for row in native.cpu.kernel_table()]
-    for family in (k for k in KERNELS if k.startswith("cpu.")):
+    for family in (k.removesuffix(".rotated") for k in KERNELS if k.startswith("cpu.")):
         assert any(body.startswith(family) for body in compiled), family

@@ -1,6 +1,6 @@
 """Kernels and their registry. Importing this package registers every backend's kernels."""
 
-from . import cpu, cuda, reference
+from . import cpu, cpu_rotated, cuda, cuda_rotated, reference, triton
 from .registry import KERNELS, Kernel, KernelError, Problem, explain, select, why_not_fast
 
 __all__ = [
@@ -9,9 +9,12 @@ __all__ = [
     "KernelError",
     "Problem",
     "cpu",
+    "cpu_rotated",
     "cuda",
+    "cuda_rotated",
     "explain",
     "reference",
     "select",
+    "triton",
     "why_not_fast",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..formats import AdditiveFormat, Tensors
-from .registry import Buffers, Partitions
+from .registry import Buffers, Partitions, call
 
 
 def repack(format: AdditiveFormat, tensors: Tensors, partitions: Partitions, precision: str):
@@ -34,7 +34,8 @@ def unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions:
 
 def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
     """y = x W^T + bias through ``ops.additive_matmul``."""
-    return ops.additive_matmul(
+    return call(
+        ops.additive_matmul,
         x,
         buffers["packed_codes"],
         values["codebooks"],

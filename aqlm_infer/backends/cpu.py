@@ -1,12 +1,13 @@
 """CPU backend: the operators over ``_cpu`` (torch-free C++ on raw buffers), and kernel records.
 
-Small M goes to the fused kernels. Above ``matmul_max_m`` tokens the weight is decoded in row slices
+Small M goes to the fused kernels. At an M that they decline the weight is decoded in row slices
 that stay in the cache and multiplied by torch's GEMM, so that it is never dense as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -110,43 +111,75 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x as [M, K] whose last dimension is contiguous."""
+    """x as [M, K] whose last dimension is contiguous and whose rows do not overlap."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if dense and x.stride(0) >= x.shape[-1] else x.contiguous()
 
 
-def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same in every call on tensors of given shapes and dtypes."""
+
+    N: int
+    native: object  # _cpu.AdditivePlan
+
+
+# By shapes and dtypes alone: an entry can never be wrong, and a model has a handful of them.
+_PLANS: dict[tuple, _Plan] = {}
+
+
+def _make_plan(x, packed, codebooks, scales, bias, aux, partitions, precision) -> _Plan:
     N = ops.check_matmul(x, codebooks, scales, bias, partitions)
     if precision not in ("exact", "fast"):
         raise ops.OperandError(f"precision {precision!r}: the CPU kernels have 'exact' and 'fast'")
-    part = _Part(packed, codebooks, scales, x.shape[-1], partitions)
+    _Part(packed, codebooks, scales, x.shape[-1], partitions)  # checks packed
+    plan = _native_plan(codebooks, x.shape[-1], partitions, _dtype_name(x, "x"), precision)
+    if aux.numel() not in (0, plan.prepared_bytes):
+        raise ops.OperandError(
+            f"aux holds {aux.numel()} bytes, expected 0 or {plan.prepared_bytes} (additive_prepare)"
+        )
+    return _Plan(N, plan)
+
+
+def _native_plan(codebooks, K, partitions, x_dtype: str, precision: str):
+    return native.cpu.AdditivePlan(
+        partitions=list(partitions), K=K, num_codebooks=codebooks.shape[0] // len(partitions),
+        nbits=codebooks.shape[1].bit_length() - 1, in_group_size=codebooks.shape[3],
+        out_group_size=codebooks.shape[2], param_dtype=_dtype_name(codebooks, "codebooks"),
+        x_dtype=x_dtype, precision=precision,
+    )  # fmt: skip
+
+
+def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
+    # The call is on the path of every token: 5 us of Python in all, so it asks for little twice.
+    key = (
+        x.shape[-1:], x.dtype, packed.shape, packed.dtype, codebooks.shape, codebooks.dtype,
+        scales.shape, scales.dtype, None if bias is None else bias.shape, aux.shape,
+        tuple(partitions), precision,
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        args = (x, packed, codebooks, scales, bias, aux, partitions, precision)
+        plan = _PLANS[key] = _make_plan(*args)
+    N, K = plan.N, x.shape[-1]
     if bias is not None:
         bias = bias.to(codebooks.dtype).contiguous()
-    rows = _rows(x)
-    M, K = rows.shape
-    result = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
-    y = result.view(M, N)
-    limit = native.cpu.matmul_max_m(part.books, part.nbits, part.in_group, part.out_group, K)
-    if part.nbits > 8 and x.dtype == torch.bfloat16:
-        # 1x16 g8, 4096 x 4096, Zen 5, ms decoded / fused: M=16 7.0 / 6.3, M=32 6.6 / 9.6 (in
-        # float32, whose GEMM is slower: M=32 19.0 / 11.7).
-        limit //= 2
-    if limit < M:
-        _sliced_matmul(rows, part, bias, partitions, y)
-    elif M:
-        x_dtype, y_ptr = _dtype_name(x, "x"), y.data_ptr()
-        bias_ptr = 0 if bias is None else bias.data_ptr()
-        for row, size, packed_ptr, books, scale in part.pointers(partitions):
-            native.cpu.additive_matmul(
-                x=rows.data_ptr(), x_row_stride=rows.stride(0), x_dtype=x_dtype,
-                packed=packed_ptr, codebooks=books, scales=scale,
-                bias=bias_ptr and bias_ptr + row * bias.element_size(),
-                param_dtype=part.param_dtype, y=y_ptr + row * y.element_size(), y_row_stride=N,
-                M=M, N=size, K=K,
-                num_codebooks=part.books, nbits=part.nbits, in_group_size=part.in_group,
-                out_group_size=part.out_group, precision=precision, num_threads=_threads(),
-            )  # fmt: skip
-    return result
+    if x.is_contiguous() and K:
+        rows, M, stride = x, x.numel() // K, K
+    else:
+        rows = _rows(x)
+        M, stride = rows.shape[0], rows.stride(0)
+    codebooks, scales = codebooks.contiguous(), scales.contiguous()
+    y = x.new_empty((*x.shape[:-1], N))
+    done = plan.native.matmul(
+        rows.data_ptr(), stride, packed.data_ptr(), codebooks.data_ptr(), scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(), aux.data_ptr(), y.data_ptr(), N, M, _threads(),
+    )  # fmt: skip
+    if not done:
+        part = _Part(packed, codebooks, scales, K, partitions)
+        _sliced_matmul(rows.view(M, K), part, bias, partitions, y.view(M, N))
+    return y
 
 
 def _sliced_matmul(rows, part, bias, partitions, y):
@@ -223,7 +256,12 @@ def _unpack(
 
 
 def _prepare(codebooks, precision, partitions):
-    return torch.empty(0, dtype=torch.uint8)  # the CPU kernels read the codebooks as stored
+    # K and x's dtype do not matter for what is prepared.
+    plan = _native_plan(codebooks, codebooks.shape[3], partitions, "float32", precision)
+    aux = torch.empty(plan.prepared_bytes, dtype=torch.uint8)
+    if aux.numel():
+        plan.prepare(codebooks.contiguous().data_ptr(), aux.data_ptr())
+    return aux
 
 
 if native.cpu is not None:

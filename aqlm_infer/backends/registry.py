@@ -55,6 +55,11 @@ class Kernel:
     ``repack(format, tensors, partitions, precision)`` turns the canonical code tensors of one layer
     into runtime buffers; ``unpack`` restores the code tensors bit for bit. ``matmul(x, buffers,
     tensors, bias, partitions, precision)`` is what a layer calls; ``dequantize`` gives the weight.
+
+    ``fold(format, values)`` gives buffers that are derived from the values (codebooks, sign
+    vectors): a layer computes them anew when the values have changed. ``rotate(format, x, buffers,
+    values)`` transforms the input first: ``matmul`` takes its result, which layers may share.
+    ``trains``: all of them together are differentiable in the values, not in x and bias alone.
     """
 
     id: str
@@ -64,6 +69,9 @@ class Kernel:
     dequantize: Callable[..., torch.Tensor]
     why_not: Callable[[Problem], str | None]
     cost: Callable[[Problem], float]
+    fold: Callable[..., dict[str, torch.Tensor]] | None = None
+    rotate: Callable[..., torch.Tensor] | None = None
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,18 @@ def explain(problem: Problem) -> list[Verdict]:
     return [Verdict(r.kernel, r.reason, r.predicted_us, r.kernel == chosen) for r in rows]
 
 
+def call(op, *args):
+    """Call an operator. Where no gradient is recorded the Python autograd kernel is skipped.
+
+    It would only pass the arguments on, and costs 5 us: 4.2 us a call instead of 9.2 (Zen 5,
+    torch 2.13, an operator that does nothing).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def first_reason(*reasons: str | None) -> str | None:
     """The first reason that is not None: ``why_not`` functions are lists of checks."""
     return next((r for r in reasons if r), None)
@@ -138,6 +158,7 @@ __all__ = [
     "Problem",
     "Tensors",
     "Verdict",
+    "call",
     "explain",
     "first_reason",
     "register",

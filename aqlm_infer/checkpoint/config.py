@@ -12,6 +12,7 @@ from ..formats import AdditiveFormat
 from ..layers import QuantLinear, quantized_layers
 from .headers import CheckpointError
 from .layout import TENSORS, quantized_names
+from .own import METHOD, describe_layers
 
 
 def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
@@ -57,6 +58,29 @@ def checkpoint_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
+def names_on_disk(model: nn.Module) -> dict[str, str]:
+    """The name that ``save_pretrained`` gives each quantized layer, by module path."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {path: torch.empty(0, device="meta") for path, _ in quantized_layers(model)}
+    saved = revert_weight_conversion(model, {f"{p}.mark": t for p, t in marks.items()})
+    names = {id(tensor): key.removesuffix(".mark") for key, tensor in saved.items()}
+    return {path: names[id(tensor)] for path, tensor in marks.items()}
+
+
+def method_fields(model: nn.Module) -> dict[str, object]:
+    """The ``quantization_config`` block of a model: AQLM's own where it can express all layers."""
+    layers = dict(quantized_layers(model))
+    if all(isinstance(layer.format, AdditiveFormat) for layer in layers.values()):
+        return {"quant_method": "aqlm", **describe(checkpoint_parameters(model))}
+    names = names_on_disk(model)
+    shapes = {
+        names[path]: (layer.format, layer.out_features, layer.in_features)
+        for path, layer in layers.items()
+    }
+    return {"quant_method": METHOD, **describe_layers(shapes)}
+
+
 def attach_config(model: nn.Module) -> None:
     """Make a transformers model whose layers were swapped in this process savable.
 
@@ -71,12 +95,12 @@ def attach_config(model: nn.Module) -> None:
         raise CheckpointError(f"{type(model).__name__} is not a transformers model")
     if not any(True for _ in quantized_layers(model)):
         raise CheckpointError(f"{type(model).__name__} has no quantized layer")
-    from transformers import AqlmConfig
-    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
-    fields = describe(checkpoint_parameters(model))
-    config = AqlmConfig(**fields)
-    config.__dict__.update(fields)  # the stock class drops layer_schemes, but saves what it holds
+    fields = method_fields(model)
+    config = AutoQuantizationConfig.from_dict(fields)
+    # The stock class of AQLM drops layer_schemes, but saves what it holds.
+    config.__dict__.update({k: v for k, v in fields.items() if k != "quant_method"})
     if isinstance(model.get_output_embeddings(), QuantLinear):
         model.config.get_text_config().tie_word_embeddings = False
     model.config.quantization_config = config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..formats import AdditiveFormat, FormatError, TensorSpec
+from ..formats import AdditiveFormat, Format, FormatError, TensorSpec
 from ..formats.base import check_spec
 from .headers import CheckpointError
 
@@ -30,9 +30,9 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One quantized layer of a checkpoint; ``transposed`` codes are stored [I, O, B]."""
+    """One quantized layer of a checkpoint; ``transposed`` AQLM codes are stored [I, O, B]."""
 
-    format: AdditiveFormat
+    format: Format
     shape: LinearShape
     transposed: bool = False
 

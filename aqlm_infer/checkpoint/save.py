@@ -16,6 +16,7 @@ from torch import nn
 from ..layers import quantized_layers
 from .config import attach_config
 from .headers import CheckpointError
+from .own import METHOD
 
 _REPLACEABLE = (
     "config.json",
@@ -29,6 +30,7 @@ _REPLACEABLE = (
     "chat_template*",
     "vocab.*",
     "merges.txt",
+    "quantize_report.*",
 )
 """What an earlier save may have left in a folder; anything else belongs to somebody."""
 
@@ -36,7 +38,7 @@ _REPLACEABLE = (
 def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None) -> Path:
     """Save a quantized transformers model as a checkpoint folder; returns its path.
 
-    Codes are written [O, I, B]; codebooks, scales and all other tensors keep the model's dtype
+    AQLM codes are written [O, I, B]; values and all other tensors keep the model's dtype
     (published checkpoints are float16: load the model as float16 if that matters).
     Everything is written to a temporary sibling folder, which then takes the place of ``out_dir``:
     a failure leaves what was there. An earlier quantized checkpoint in ``out_dir`` is replaced.
@@ -74,7 +76,7 @@ def refuse_foreign(out: Path) -> None:
 def _is_quantized(config: Path) -> bool:
     try:
         block = json.loads(config.read_text())["quantization_config"]
-        return block["quant_method"] == "aqlm"
+        return block["quant_method"] in ("aqlm", METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

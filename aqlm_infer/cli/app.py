@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from . import bench, eval, generate, info, quantize
+from . import bench, convert, eval, generate, info, quantize, tune
 from .options import DEBUG_VARIABLE
 
 INTERRUPTED = 130
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
+app.command("tune")(tune.tune)
+app.command("convert")(convert.convert)
 app.command("eval")(eval.eval_)
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench")

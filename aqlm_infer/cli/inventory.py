@@ -15,8 +15,9 @@ import torch
 
 from ..backends import KERNELS, Problem, explain, native
 from ..bench.record import device_name
-from ..checkpoint import CheckpointError, quantized_names, read_headers
-from ..formats import FAMILIES, AdditiveFormat, FormatError, parse_scheme
+from ..checkpoint import CheckpointError, check_block, quantized_names, read_headers
+from ..checkpoint.own import METHOD
+from ..formats import FAMILIES, AdditiveFormat, Format, FormatError, parse_scheme
 from ..version import __version__
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "triton", "numpy")
@@ -60,8 +61,38 @@ def system_info() -> dict[str, Any]:
     }
 
 
-def _layer(name: str, headers: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """One quantized layer from its headers; codes may be stored [O, I, B] or [I, O, B]."""
+def _layers(config: dict, headers: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Every quantized layer: those that our own config block lists, or else AQLM's by headers."""
+    block = config.get("quantization_config") or {}
+    if block.get("quant_method") == METHOD:
+        return [_listed_layer(n, format, headers) for n, format in check_block(block).items()]
+    return [_additive_layer(name, headers) for name in quantized_names(headers)]
+
+
+def _listed_layer(name: str, format: Format, headers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    prefix = f"{name}."
+    found = {k.removeprefix(prefix): t for k, t in headers.items() if k.startswith(prefix)}
+    N, K = format.out_features(found, name), format.in_features(found, name)
+    specs = format.tensor_specs(N, K)
+    for key in specs:
+        if key not in found:
+            raise FormatError(f"{name}.{key} is missing ({format.id})")
+    return _row(name, format, N, K, [found[key] for key in specs])
+
+
+def _row(name: str, format: Format, N: int, K: int, tensors) -> dict[str, Any]:
+    return {
+        "name": name,
+        "scheme": format.id,
+        "N": N,
+        "K": K,
+        "bits_per_weight": format.bits_per_weight(N, K),
+        "bytes": sum(t.nbytes for t in tensors),
+    }
+
+
+def _additive_layer(name: str, headers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One AQLM layer from its headers; codes may be stored [O, I, B] or [I, O, B]."""
     tensors = {}
     for key in ("codes", "codebooks", "scales"):
         if f"{name}.{key}" not in headers:
@@ -74,14 +105,7 @@ def _layer(name: str, headers: dict[str, torch.Tensor]) -> dict[str, Any]:
     rows, columns, _ = tensors["codes"].shape
     K = (columns if rows == groups else rows) * format.in_group_size
     N = groups * format.out_group_size
-    return {
-        "name": name,
-        "scheme": format.id,
-        "N": N,
-        "K": K,
-        "bits_per_weight": format.bits_per_weight(N, K),
-        "bytes": sum(t.nbytes for t in tensors.values()),
-    }
+    return _row(name, format, N, K, tensors.values())
 
 
 def checkpoint_info(folder: str | Path) -> dict[str, Any]:
@@ -97,7 +121,7 @@ def checkpoint_info(folder: str | Path) -> dict[str, Any]:
     if not files:
         raise CheckpointError(f"{folder} has no .safetensors file")
     headers = read_headers(files)
-    layers = [_layer(name, headers) for name in quantized_names(headers)]
+    layers = _layers(config, headers)
     total = sum(t.nbytes for t in headers.values())
     schemes = defaultdict(list)
     for layer in layers:

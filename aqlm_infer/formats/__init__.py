@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from .additive import AdditiveFormat
 from .base import FLOAT_DTYPES, Format, FormatError, Tensors, TensorSpec
+from .e8p import E8PFormat
+from .scalar import QuipFormat, ScalarFormat
 
 __all__ = [
     "FAMILIES",
     "FLOAT_DTYPES",
     "AdditiveFormat",
+    "E8PFormat",
     "Format",
     "FormatError",
+    "QuipFormat",
+    "ScalarFormat",
     "TensorSpec",
     "Tensors",
     "parse_scheme",
@@ -18,6 +23,10 @@ __all__ = [
 
 FAMILIES: dict[str, type[Format]] = {
     "aqlm-{B}x{bits}-g{G}": AdditiveFormat,
+    "quip-e8p-{bits}bit": E8PFormat,
+    "quip-int{bits}": QuipFormat,
+    "gptq-int{bits}-g{G}": ScalarFormat,
+    "rtn-int{bits}-g{G}": ScalarFormat,
 }
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Format, FormatError, Tensors, TensorSpec
+from .base import Format, FormatError, Tensors, TensorSpec, size_of
 
 _ID = re.compile(r"aqlm-(\d+)x(\d+)-g(\d+)(?:-o(\d+))?")
 
@@ -95,11 +95,10 @@ class AdditiveFormat(Format):
         }
 
     def out_features(self, tensors: Tensors, name: str = "layer") -> int:
-        if "scales" not in tensors:
-            raise FormatError(f"{name}.scales is missing ({self.id})")
-        if tensors["scales"].dim() == 0:
-            raise FormatError(f"{name}.scales has no dimensions, expected [O, 1, 1, 1]")
-        return tensors["scales"].shape[0] * self.out_group_size
+        return size_of(tensors, "scales", 0, name, self.id) * self.out_group_size
+
+    def in_features(self, tensors: Tensors, name: str = "layer") -> int:
+        return size_of(tensors, "codes", 1, name, self.id) * self.in_group_size
 
     def check_codes(self, codes: torch.Tensor, name: str) -> None:
         half = 1 << (self.nbits - 1)

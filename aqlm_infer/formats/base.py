@@ -25,7 +25,10 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and kind of one canonical tensor: ``dtype`` None means any floating dtype."""
+    """Shape and kind of one canonical tensor.
+
+    ``dtype`` None means any floating dtype, that of the layer; another one is the tensor's own.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -36,7 +39,7 @@ class Format(ABC):
     """Base record of a weight format for a linear layer ``y = x W^T`` with W of shape [N, K]."""
 
     code_names: ClassVar[tuple[str, ...]]
-    """Tensors that hold codes: integers that kernels repack, and that never follow the dtype."""
+    """Integer tensors, which kernels repack. The others are the format's values."""
 
     @classmethod
     @abstractmethod
@@ -59,6 +62,10 @@ class Format(ABC):
     @abstractmethod
     def out_features(self, tensors: Tensors, name: str = "layer") -> int:
         """N of the layer that these canonical tensors belong to."""
+
+    @abstractmethod
+    def in_features(self, tensors: Tensors, name: str = "layer") -> int:
+        """K of the layer that these canonical tensors belong to (only shapes are looked at)."""
 
     @abstractmethod
     def dequantize(self, tensors: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -95,6 +102,16 @@ class Format(ABC):
     @abstractmethod
     def check_codes(self, codes: torch.Tensor, name: str) -> None:
         """Raise FormatError when a stored code is out of range."""
+
+
+def size_of(tensors: Tensors, key: str, dim: int, name: str, format_id: str) -> int:
+    """Size of one dimension of ``tensors[key]``; FormatError when it has no such dimension."""
+    if key not in tensors:
+        raise FormatError(f"{name}.{key} is missing ({format_id})")
+    shape = tensors[key].shape
+    if len(shape) <= dim:
+        raise FormatError(f"{name}.{key} has shape {list(shape)}, too few dimensions ({format_id})")
+    return shape[dim]
 
 
 def check_spec(tensor: torch.Tensor, spec: TensorSpec, name: str, format_id: str) -> None:

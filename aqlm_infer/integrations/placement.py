@@ -7,9 +7,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoint import CheckpointError, LinearShape, StoredLayer, quantized_names, stored_layers
+from ..checkpoint import (
+    CheckpointError,
+    LinearShape,
+    StoredLayer,
+    check_block,
+    declared_layers,
+    quantized_names,
+    stored_layers,
+)
 from ..formats import AdditiveFormat, FormatError
 from ..layers import QuantLinear
+from .fused import check_parts, fused_slots, place
 from .moe import LAYOUTS, QuantExperts
 
 
@@ -26,9 +35,7 @@ def linear_slots(model: nn.Module) -> dict[str, LinearShape]:
     return slots
 
 
-def model_paths(
-    model: nn.Module, names: Iterable[str], slots: Mapping[str, LinearShape]
-) -> dict[str, str]:
+def model_paths(model: nn.Module, names: Iterable[str], slots: Iterable[str]) -> dict[str, str]:
     """Where the loader will put each quantized module of the checkpoint: ``{name: slot path}``.
 
     The loader's own rules decide: renamings of the model type, and the base model's prefix added or
@@ -80,6 +87,36 @@ def _refuse_unplaced(model: nn.Module, name: str, path: str) -> None:
         )
 
 
+def block_layers(
+    model: nn.Module,
+    block: Mapping,
+    headers: Mapping[str, torch.Tensor] | None,
+    slots: Mapping[str, LinearShape],
+) -> dict[str, StoredLayer]:
+    """The layers that our own config block lists, by module path; ``headers`` None: not checked.
+
+    Raises CheckpointError when the model has no place for one, or when block, headers and model
+    disagree; FormatError naming a tensor that does not fit.
+    """
+    formats = check_block(block)
+    fused = fused_slots(slots)
+    paths = model_paths(model, formats, (*slots, *fused))
+    shapes = {}
+    for name, path in paths.items():
+        if path in fused and path not in slots:
+            check_parts(path, formats[name], fused[path])
+            shapes[name] = fused[path].shape
+        elif path in slots:
+            shapes[name] = slots[path]
+        else:
+            raise CheckpointError(
+                f"{name} is quantized ({formats[name].id}), but {type(model).__name__} has no"
+                " linear layer of that name"
+            )
+    stored = declared_layers(headers, formats, shapes)
+    return {paths[name]: layer for name, layer in stored.items()}
+
+
 def listed_layers(
     model: nn.Module, config, slots: Mapping[str, LinearShape]
 ) -> dict[str, StoredLayer]:
@@ -110,8 +147,8 @@ def refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
         source = (model.all_tied_weights_keys or {}).get(f"{path}.weight")
         if source:
             raise CheckpointError(
-                f"{path}.codes: the config ties {path}.weight to {source}, a quantized layer cannot"
-                " be tied (tie_word_embeddings must be false)"
+                f"{path}: the config ties {path}.weight to {source}, a quantized layer cannot be"
+                " tied (tie_word_embeddings must be false)"
             )
 
 
@@ -128,17 +165,21 @@ def replace_modules(model: nn.Module, layers: Mapping[str, StoredLayer]) -> None
             continue
         if absent:
             raise CheckpointError(
-                f"{path}.{absent[0]}.codes is missing from the checkpoint, which quantizes"
+                f"{path}.{absent[0]} is missing from the checkpoint, which quantizes"
                 f" {len(slots) - len(absent)} of the {len(slots)} matrices of these experts"
             )
         model.set_submodule(path, QuantExperts(module, slots))
+    modules = dict(model.named_modules())
     for path, layer in empty.items():
-        model.set_submodule(path, layer)
+        if path in modules:
+            model.set_submodule(path, layer)
+        else:
+            place(model, path, layer)
 
 
 def _empty(stored: StoredLayer) -> QuantLinear:
     N, K, bias = stored.shape.N, stored.shape.K, stored.shape.bias
-    layer = QuantLinear(K, N, stored.format, bias, device="meta")
+    layer = QuantLinear.class_for(stored.format)(K, N, stored.format, bias, device="meta")
     if stored.transposed:
         layer.codes = nn.Parameter(layer.codes.transpose(0, 1), requires_grad=False)
     return layer

@@ -1,8 +1,10 @@
-"""Load, save and train AQLM checkpoints through transformers 5, under its own method name "aqlm".
+"""Load, save and train quantized checkpoints through transformers 5.
 
-Importing this module imports transformers' quantizer table, and puts our quantizer in the place of
-the stock one; ``unregister`` takes it out. Which modules of a model are quantized, and how, is read
-from the headers of the checkpoint, never from the exclusion list of its config.
+Two methods: "aqlm", the published AQLM format, and "aqlm_infer", our own block for everything else.
+Importing this module imports transformers' quantizer table, and puts our quantizers into it, for
+"aqlm" in the place of the stock one; ``unregister`` takes them out. Which modules of an AQLM model
+are quantized, and how, is read from the headers of the checkpoint, never from the exclusion list of
+its config.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import CheckpointError, describe, read_headers
-from ..checkpoint.config import checkpoint_parameters
-from ..layers import QuantLinear, quantized_layers
+from ..checkpoint import CheckpointError, StoredLayer, read_headers
+from ..checkpoint.config import method_fields
+from ..checkpoint.own import METHOD as OWN_METHOD
+from ..layers import FusedPart, QuantLinear, quantized_layers, share_rotations
 from . import stop_watching
 from .moe import QuantExperts
 from .placement import (
+    block_layers,
     header_layers,
     linear_slots,
     listed_layers,
@@ -65,10 +70,8 @@ class AqlmInferQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         slots = linear_slots(model)
-        if checkpoint_files:
-            layers = header_layers(model, read_headers(checkpoint_files), slots)
-        else:
-            layers = listed_layers(model, self.quantization_config, slots)
+        headers = read_headers(checkpoint_files) if checkpoint_files else None
+        layers = self._find_layers(model, headers, slots)
         if not layers:
             source = checkpoint_files[0] if checkpoint_files else "the state dict"
             raise CheckpointError(
@@ -80,18 +83,26 @@ class AqlmInferQuantizer(HfQuantizer):
         self._transposed = frozenset(path for path, layer in layers.items() if layer.transposed)
         return model
 
+    def _find_layers(self, model, headers, slots) -> dict[str, StoredLayer]:
+        """The layers to replace, by module path; ``headers`` None for loads from memory."""
+        if headers is None:
+            return listed_layers(model, self.quantization_config, slots)
+        return header_layers(model, headers, slots)
+
     def _process_model_after_weight_loading(self, model, **kwargs):
         _require_loaded(model)
         for name, layer in quantized_layers(model):
             if name in self._transposed:
                 codes = layer.codes.transpose(0, 1).contiguous()
                 layer.codes = nn.Parameter(codes, requires_grad=False)
-            layer.codebooks.requires_grad_(False)
-            layer.scales.requires_grad_(False)
+            layer.freeze()
             layer.prepare(name)
+        share_rotations(model)
         self._transposed = frozenset()
         # What the tensors say wins over what the config said: a later save describes them truly.
-        self.quantization_config.__dict__.update(describe(checkpoint_parameters(model)))
+        fields = method_fields(model)
+        fields.pop("quant_method")
+        self.quantization_config.__dict__.update(fields)
         return model
 
     def _dequantize(self, model, dtype: torch.dtype | None = None):
@@ -102,9 +113,37 @@ class AqlmInferQuantizer(HfQuantizer):
                 model.set_submodule(name, module.to_fused(model.config.get_text_config(), dtype))
                 # The renamings recorded at load are those of separate experts.
                 model._weight_conversions = None
+        fused = {}
+        for name, part in list(model.named_modules()):
+            if isinstance(part, FusedPart):
+                fused.setdefault(part.fused, []).append((name, part))
         for name, layer in list(quantized_layers(model)):
-            model.set_submodule(name, _dense(layer, dtype))
+            if layer not in fused:
+                model.set_submodule(name, _dense(layer, layer.weight, layer.bias, dtype))
+                continue
+            weight, bias = layer.weight, layer.bias
+            for part_name, part in fused[layer]:
+                rows = part.rows
+                part_bias = None if bias is None else bias[rows]
+                model.set_submodule(part_name, _dense(part, weight[rows], part_bias, dtype))
+            block, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(block), leaf)
         return model
+
+
+class OwnConfig(QuantizationConfigMixin):
+    """The block of our own method: see ``checkpoint.own``."""
+
+    def __init__(self, version=None, layers=None, rotations=None, **kwargs):
+        self.quant_method = OWN_METHOD
+        self.version, self.layers, self.rotations = version, layers, rotations
+
+
+class OwnQuantizer(AqlmInferQuantizer):
+    """Loads checkpoints of any mixture of our formats, as their config block lists them."""
+
+    def _find_layers(self, model, headers, slots) -> dict[str, StoredLayer]:
+        return block_layers(model, self.quantization_config.to_dict(), headers, slots)
 
 
 def _require_loaded(model: nn.Module) -> None:
@@ -133,12 +172,12 @@ def _kind(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    has_bias = layer.bias is not None
-    dense = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta", dtype=dtype)
-    dense.weight = nn.Parameter(layer.weight.detach().to(dtype))
-    if has_bias:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+def _dense(layer: nn.Module, weight, bias, dtype: torch.dtype) -> nn.Linear:
+    N, K = weight.shape
+    dense = nn.Linear(K, N, bias is not None, device="meta", dtype=dtype)
+    dense.weight = nn.Parameter(weight.detach().to(dtype).contiguous())
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(dtype).clone())
     return dense.train(layer.training)
 
 
@@ -151,23 +190,28 @@ class LegacyLlamaConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         raise CheckpointError(
             f"model_type {cls.model_type!r} is the legacy AQLM layout: convert the folder with"
-            " aqlm_infer.checkpoint.convert_legacy(folder, out_dir) and load out_dir"
+            " aqlm_infer.checkpoint.convert_legacy(folder, out_dir) or `aqlm-infer convert`, and"
+            " load out_dir"
         )
 
 
 def register() -> None:
-    """Take over "aqlm" in transformers' table of quantizers; calling it again changes nothing."""
+    """Put our two methods into transformers' tables; calling it again changes nothing."""
     current = auto.AUTO_QUANTIZER_MAPPING.get(METHOD)
     if current is not AqlmInferQuantizer:
         # After a reload of this module, ``current`` is our own earlier class.
         AqlmInferQuantizer.replaces = getattr(current, "replaces", current)
         auto.AUTO_QUANTIZER_MAPPING[METHOD] = AqlmInferQuantizer
+    auto.AUTO_QUANTIZER_MAPPING[OWN_METHOD] = OwnQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD] = OwnConfig
     CONFIG_MAPPING.register(LegacyLlamaConfig.model_type, LegacyLlamaConfig, exist_ok=True)
 
 
 def unregister() -> None:
     """Give "aqlm" back to the class that had it, and stop watching for imports of transformers."""
     stop_watching()
+    auto.AUTO_QUANTIZER_MAPPING.pop(OWN_METHOD, None)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OWN_METHOD, None)
     CONFIG_MAPPING._extra_content.pop(LegacyLlamaConfig.model_type, None)
     if auto.AUTO_QUANTIZER_MAPPING.get(METHOD) is AqlmInferQuantizer:
         auto.AUTO_QUANTIZER_MAPPING[METHOD] = AqlmInferQuantizer.replaces

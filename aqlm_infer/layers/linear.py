@@ -1,8 +1,8 @@
 """``QuantLinear``: a drop-in ``nn.Linear`` whose weight is stored in a quantized format.
 
 Two states. *Canonical*: the format's own tensors, under the names that checkpoints use. *Prepared*:
-the code tensors are replaced by a kernel's runtime buffers (never mutated by a forward), the values
-(codebooks, scales, bias) stay. ``state_dict`` gives canonical tensors in both states, bit for bit.
+the code tensors are replaced by a kernel's runtime buffers, the values (codebooks, scales, sign
+vectors, bias) stay. ``state_dict`` gives canonical tensors in both states, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backends import KERNELS, Kernel, Problem, select, why_not_fast
-from ..formats import Format, FormatError, Tensors, parse_scheme
+from ..formats import Format, Tensors, parse_scheme
+
+LAYER_CLASSES: dict[type[Format], type[QuantLinear]] = {}
+"""Subclasses of ``QuantLinear`` for formats that need one."""
 
 
 class QuantLinear(nn.Module):
@@ -25,14 +28,19 @@ class QuantLinear(nn.Module):
         in_features, out_features: K and N.
         scheme: scheme id or format record.
         bias: whether the layer has one.
-        dtype, device: of codebooks, scales and bias.
+        dtype, device: of the values and the bias. Values with a dtype of their own (Wscale) keep
+            it, also in ``half()`` and the like.
         precision: what the kernels may round: "exact", or one that ``aqlm-infer info`` lists.
         kernel: kernel id to force, instead of the cheapest that takes the layer.
 
     A new layer's tensors are uninitialised until ``load_state_dict`` fills them;
-    ``prepare`` then picks a kernel and repacks. Codes never require grad; codebooks and scales do
-    only when ``requires_grad_`` is called on them, and then the layer computes through its
-    differentiable dequantized weight.
+    ``prepare`` then picks a kernel and repacks. Codes never require grad; values do only when
+    ``requires_grad_`` is called on them. Then the layer computes through its differentiable
+    dequantized weight, or, when rotated, through differentiable operators.
+
+    Kernels may keep buffers derived from the values (``Kernel.fold``). An eager forward renews them
+    after any in-place change of the values; a compiled graph or a captured CUDA graph reads what
+    the last eager forward left.
     """
 
     def __init__(
@@ -57,14 +65,21 @@ class QuantLinear(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         specs = self.format.tensor_specs(out_features, in_features)
         self._value_names = tuple(n for n in specs if n not in self.format.code_names)
+        self._own_dtype = tuple(n for n in self._value_names if specs[n].dtype is not None)
         for name, spec in specs.items():
             value = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         value = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         self._buffer_names: tuple[str, ...] = ()
+        self._folded: tuple[int, ...] | None = None
 
     # -- construction ------------------------------------------------------------------------------
+
+    @classmethod
+    def class_for(cls, format: Format) -> type[QuantLinear]:
+        """The layer class of a format; a subclass stands by itself."""
+        return LAYER_CLASSES.get(type(format), cls) if cls is QuantLinear else cls
 
     @classmethod
     def from_tensors(
@@ -80,17 +95,15 @@ class QuantLinear(nn.Module):
     ) -> QuantLinear:
         """A prepared layer from canonical tensors; FormatError names a bad one and its values."""
         format = parse_scheme(scheme)
-        values = [t for k, t in tensors.items() if k not in format.code_names]
-        if not values:
-            raise FormatError(f"{name} has no tensors of {format.id}: {sorted(tensors)}")
         out_features = format.out_features(tensors, name)
         format.check_tensors(tensors, out_features, in_features, name)
-        layer = cls(
+        specs = format.tensor_specs(out_features, in_features)
+        layer = cls.class_for(format)(
             in_features,
             out_features,
             format,
             bias is not None,
-            dtype=values[0].dtype,
+            dtype=next(tensors[n].dtype for n, spec in specs.items() if spec.dtype is None),
             device="meta",
             precision=precision,
             kernel=kernel,
@@ -117,9 +130,10 @@ class QuantLinear(nn.Module):
         format.check_shape(linear.out_features, linear.in_features)
         quantizer = quantizer or quantizer_for(format)
         weight = linear.weight.detach()
-        tensors = quantizer.fit(weight, hessian)
+        specs = format.tensor_specs(linear.out_features, linear.in_features)
         tensors = {
-            k: t if k in format.code_names else t.to(weight.dtype) for k, t in tensors.items()
+            k: t if specs[k].dtype else t.to(weight.dtype)
+            for k, t in quantizer.fit(weight, hessian).items()
         }
         layer = cls.from_tensors(
             format, tensors, linear.in_features, linear.bias, precision=precision, kernel=kernel
@@ -139,6 +153,12 @@ class QuantLinear(nn.Module):
         # From the module's own dict: nn.Module's attribute look-up costs a microsecond a tensor.
         return {n: self._parameters[n] for n in self._value_names}
 
+    def freeze(self) -> QuantLinear:
+        """Let no value require grad (the bias is left as it is)."""
+        for value in self._values().values():
+            value.requires_grad_(False)
+        return self
+
     def _buffers_of_kernel(self) -> dict[str, torch.Tensor]:
         return {n: self._buffers[n] for n in self._buffer_names}
 
@@ -152,9 +172,14 @@ class QuantLinear(nn.Module):
         N, K = self.out_features, self.in_features
         return self.kernel.unpack(self.format, self._buffers_of_kernel(), N, K, (N,))
 
+    def _reference_value(self) -> torch.Tensor:
+        # A value that has the layer's dtype: formats without one do not exist.
+        name = next(n for n in self._value_names if n not in self._own_dtype)
+        return self._parameters[name]
+
     def problem(self) -> Problem:
         """What kernel selection sees of this layer."""
-        value = next(iter(self._values().values()))
+        value = self._reference_value()
         N, K = self.out_features, self.in_features
         return Problem(self.format, N, K, value.dtype, value.device.type, self.precision)
 
@@ -166,7 +191,7 @@ class QuantLinear(nn.Module):
         when the tensors are not what the format asks for, KernelError when no kernel takes the
         layer or the forced one does not.
         """
-        if self.kernel_id is not None or next(iter(self._values().values())).is_meta:
+        if self.kernel_id is not None or self._reference_value().is_meta:
             return self
         tensors = self.tensors()
         self.format.check_tensors(tensors, self.out_features, self.in_features, name)
@@ -177,13 +202,21 @@ class QuantLinear(nn.Module):
             reasons = why_not_fast(problem)
             warnings.warn(f"{problem}: slow reference kernel ({reasons})", stacklevel=2)
         buffers = kernel.repack(self.format, tensors, (self.out_features,), self.precision)
+        if kernel.fold is not None:
+            buffers |= kernel.fold(self.format, self._values())
+            self._folded = self._versions()
         for name in self.format.code_names:
             self.register_parameter(name, None)
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
+            self.register_buffer(name, buffer.detach(), persistent=False)
         self._buffer_names = tuple(buffers)
         self.kernel_id = kernel.id
         return self
+
+    def _versions(self) -> tuple[int, ...]:
+        """A number for each value that any in-place change of it changes."""
+        values = self._values().values()
+        return tuple(0 if v.is_inference() else v._version for v in values)
 
     @torch.no_grad()
     def restore(self) -> QuantLinear:
@@ -193,7 +226,7 @@ class QuantLinear(nn.Module):
         codes = self._codes()
         for name in self._buffer_names:
             delattr(self, name)
-        self.kernel_id, self._buffer_names = None, ()
+        self.kernel_id, self._buffer_names, self._folded = None, (), None
         for name, tensor in codes.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
@@ -202,7 +235,12 @@ class QuantLinear(nn.Module):
         # Runtime layouts belong to a device and a dtype: move the canonical tensors, then repack.
         prepared = self.kernel is not None
         self.restore()
+        kept = {n: self._parameters[n].detach() for n in self._own_dtype}
         super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = self._parameters[name]
+            if moved.dtype != value.dtype:
+                moved.data = value.to(moved.device)
         return self.prepare() if prepared else self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -227,7 +265,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized [N, K] weight in the layer's dtype (computed anew at every access)."""
-        if self.trains_values:
+        if self.trains_values:  # differentiable
             return self.format.dequantize({**self._codes(), **self._values()})
         if self.kernel is None:
             return self.format.dequantize(self.tensors())
@@ -237,26 +275,42 @@ class QuantLinear(nn.Module):
 
     @property
     def trains_values(self) -> bool:
-        """Whether codebooks or scales require grad."""
+        """Whether any value (codebooks, scales, sign vectors) requires grad."""
         return any(self._parameters[n].requires_grad for n in self._value_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.trains_values and torch.is_grad_enabled():
+        kernel, trains = self.kernel, self.trains_values
+        if trains and torch.is_grad_enabled() and not (kernel is not None and kernel.trains):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
-        if self.kernel is None:
+        if kernel is None:
             raise RuntimeError(
-                f"QuantLinear {self.format.id} is not prepared: load its tensors, then prepare()"
+                f"{type(self).__name__} {self.format.id} is not prepared: load its tensors, then"
+                " prepare()"
             )
-        return self.kernel.matmul(
-            self.format,
-            x,
-            self._buffers_of_kernel(),
-            self._values(),
-            self.bias,
-            (self.out_features,),
-            self.precision,
+        buffers, values = self._buffers_of_kernel(), self._values()
+        if kernel.fold is not None:
+            if trains and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                buffers |= kernel.fold(self.format, values)
+            elif not torch.compiler.is_compiling() and self._folded != self._versions():
+                buffers |= self._renew_folded()
+        if kernel.rotate is not None:
+            x = self._rotated(x, buffers, values)
+        return kernel.matmul(
+            self.format, x, buffers, values, self.bias, (self.out_features,), self.precision
         )
+
+    @torch.no_grad()
+    def _renew_folded(self) -> dict[str, torch.Tensor]:
+        folded = self.kernel.fold(self.format, self._values())
+        for name, new in folded.items():
+            # In place, so that a captured CUDA graph reads it too.
+            self._buffers[name].copy_(new)
+        self._folded = self._versions()
+        return {name: self._buffers[name] for name in folded}
+
+    def _rotated(self, x, buffers: dict[str, torch.Tensor], values: dict[str, torch.Tensor]):
+        return self.kernel.rotate(self.format, x, buffers, values)
 
     def extra_repr(self) -> str:
         kernel = self.kernel.id if self.kernel else "not prepared"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..formats import Format, parse_scheme
 from .linear import QuantLinear
+from .rotated import share_rotations
 
 DENSE = "dense"
 """The scheme name of a plan entry that keeps its layers as they are."""
@@ -80,7 +81,8 @@ def replace_linears(
 
     ``plan`` and ``skip`` are those of :func:`plan_layers`; ``quantizer`` None uses each scheme's
     default; ``hessians`` maps layer names to input second moments [K, K]. ``on_layer(name, linear,
-    layer)`` is called after each layer, before the dense one is dropped.
+    layer)`` is called after each layer, before the dense one is dropped. Rotated siblings with
+    equal sign vectors then share one rotation of their input.
     """
     chosen = plan_layers(model, plan, skip)
     replaced: dict[str, QuantLinear] = {}
@@ -96,6 +98,7 @@ def replace_linears(
             on_layer(name, linear, layer)
         model.set_submodule(name, layer)
         replaced[name] = layer
+    share_rotations(model)
     return replaced
 
 

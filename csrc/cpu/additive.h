@@ -32,6 +32,7 @@ struct MatmulCall {
   const void* scales;
   const void* bias;  // may be null
   Dtype param_dtype;
+  const uint8_t* prepared;  // of additive_prepare, or null
   void* y;
   int64_t y_row_stride;
   int64_t M;
@@ -59,10 +60,15 @@ void additive_pack(const PackedShape& shape, const void* codes, int code_bytes, 
                    int num_threads);
 void additive_unpack(const PackedShape& shape, const uint8_t* packed, void* codes, int code_bytes,
                      int num_threads);
+// Forms of the codebooks that additive_matmul would otherwise compute in every call (forms.h):
+// their size (0: nothing to prepare), and filling them in.
+int64_t additive_prepared_bytes(const Scheme& scheme, Dtype dtype);
+void additive_prepare(const Scheme& scheme, const void* codebooks, Dtype dtype, uint8_t* prepared);
+
 void additive_matmul(const MatmulCall& call);
 void additive_dequantize(const DequantizeCall& call);
 
-// Largest M for which additive_matmul beats decoding row slices and a dense GEMM.
-int64_t matmul_max_m(const Scheme& scheme);
+// Largest M for which additive_matmul beats decoding row slices and a dense GEMM in x's dtype.
+int64_t matmul_max_m(const Scheme& scheme, Dtype x_dtype);
 
 }  // namespace aqlm::cpu

@@ -31,7 +31,9 @@ std::vector<Candidate> candidates() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
+  // Every CPU with VBMI has VNNI but one that was hardly sold (Cannon Lake).
+  const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("avx512vnni");
   found.push_back({&table_avx512vbmi(), vbmi});
   found.push_back({&table_avx512(), avx512});
   found.push_back({&table_avx2(), avx2});

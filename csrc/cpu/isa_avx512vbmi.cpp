@@ -9,7 +9,8 @@
 
 #include "kernels.h"
 
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx512vbmi,avx512vnni")
 #define AQLM_LEVEL 3  // g++ does not update __AVX2__ and its kind at the pragma
 #define AQLM_ISA "avx512vbmi"
 #define AQLM_TABLE table_avx512vbmi

@@ -8,10 +8,9 @@
 #include <cstdint>
 
 #include "packed.h"
+#include "tile.h"
 
 namespace aqlm::cpu {
-
-enum class Dtype { f32, bf16, f16 };
 
 inline int64_t dtype_size(Dtype dtype) {
   return dtype == Dtype::f32 ? 4 : 2;
@@ -112,6 +111,8 @@ struct KernelTable {
   uint32_t (*max_abs_bits)(const float* src, int64_t count);
   // [entries][ig] -> [ig][entries]
   void (*transpose)(const float* src, int64_t rows, int64_t cols, int64_t dst_stride, float* dst);
+
+  TileKernels tile;  // E8P, scalar grids, rotations
 };
 
 }  // namespace aqlm::cpu

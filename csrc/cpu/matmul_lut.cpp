@@ -6,14 +6,12 @@
 // (Sharing tables was slower: at 4096 x 4096 fetching half of 512 KB from the other core's cache
 // cost as much as building it, and token tables needed 128 barriers a call.)
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "codebooks.h"
+#include "forms.h"
 #include "matmul.h"
-#include "memory.h"
 #include "threads.h"
 
 namespace aqlm::cpu {
@@ -49,129 +47,6 @@ struct Tiling {
   int64_t first_chunk(int64_t segment) const { return chunks * segment / segments; }
 };
 
-// One slice of the codebooks in the forms the kernels read, made when first needed.
-class Forms {
- public:
-  Forms(const MatmulCall& call, const KernelTable& table, Workspace& workspace)
-      : scheme_(call.scheme),
-        table_(table),
-        slices_(call.scheme, call.codebooks, call.param_dtype),
-        natural_(workspace.take<float>(slices_.slice_size())),
-        centred_(workspace.take<float>(slices_.slice_size())),
-        by_entry_{workspace.take<float>(transposed_size(call.scheme)),
-                  workspace.take<float>(transposed_size(call.scheme))},
-        means_(workspace.take<float>(call.scheme.in_group_size)),
-        norms_(workspace.take<float>(call.scheme.num_codebooks)) {}
-
-  static int64_t entries(const Scheme& s) { return std::max<int64_t>(16, int64_t(1) << s.nbits); }
-  static int64_t transposed_size(const Scheme& s) {
-    return s.num_codebooks * s.in_group_size * entries(s);
-  }
-  static int64_t workspace_bytes(const Scheme& s) {
-    const int64_t slice = (int64_t(s.num_codebooks) << s.nbits) * s.in_group_size;
-    return 2 * Workspace::padded(slice * 4) + 2 * Workspace::padded(transposed_size(s) * 4) +
-           Workspace::padded(s.in_group_size * 4) + Workspace::padded(s.num_codebooks * 4);
-  }
-
-  void select(int64_t a) {
-    slices_.to_float(table_, a, natural_);
-    ready_[0] = ready_[1] = is_centred_ = false;
-  }
-  const float* natural() const { return natural_; }
-
-  // [B][entries][ig]; centred: every codebook minus its mean.
-  const float* by_vector(bool centred) {
-    if (!centred) return natural_;
-    centre();
-    return centred_;
-  }
-  int64_t size() const { return slices_.slice_size(); }
-
-  // [B][ig][entries]; centred: every codebook minus its mean.
-  const float* by_entry(bool centred) {
-    if (!ready_[centred]) {
-      transpose(by_vector(centred), by_entry_[centred]);
-      ready_[centred] = true;
-    }
-    return by_entry_[centred];
-  }
-
-  // Largest length of a centred entry, by codebook.
-  const float* norms() {
-    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
-    centre();
-    for (int k = 0; k < scheme_.num_codebooks; ++k) {
-      norms_[k] = 0;
-      for (int64_t c = 0; c < count; ++c) {
-        const float* entry = centred_ + (k * count + c) * ig;
-        double squares = 0;
-        for (int64_t j = 0; j < ig; ++j) squares += double(entry[j]) * entry[j];
-        norms_[k] = std::max(norms_[k], float(std::sqrt(squares)));
-      }
-    }
-    return norms_;
-  }
-
-  // What centring took out of one row of the product.
-  float removed(const float* x) const {
-    constexpr int64_t kChains = 8;  // independent sums hide the latency of double additions
-    const int64_t ig = scheme_.in_group_size;
-    double total = 0;
-    for (int64_t j0 = 0; j0 < ig; j0 += kChains) {
-      const int64_t width = std::min(kChains, ig - j0);
-      double sums[kChains] = {};
-      for (int64_t i = j0; i < scheme_.K; i += ig) {
-        for (int64_t j = 0; j < width; ++j) sums[j] += x[i + j];
-      }
-      for (int64_t j = 0; j < width; ++j) total += sums[j] * means_[j0 + j];
-    }
-    return float(total);
-  }
-
- private:
-  void centre() {
-    if (is_centred_) return;
-    is_centred_ = true;
-    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
-    std::vector<double> sums(static_cast<size_t>(ig));
-    std::vector<float> means(static_cast<size_t>(ig));
-    std::fill(means_, means_ + ig, 0.0f);
-    for (int k = 0; k < scheme_.num_codebooks; ++k) {
-      const float* source = natural_ + k * count * ig;
-      float* target = centred_ + k * count * ig;
-      std::fill(sums.begin(), sums.end(), 0.0);
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t j = 0; j < ig; ++j) sums[size_t(j)] += source[c * ig + j];
-      }
-      for (int64_t j = 0; j < ig; ++j) {
-        means[size_t(j)] = float(sums[size_t(j)] / double(count));
-        means_[j] += means[size_t(j)];
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t j = 0; j < ig; ++j) target[c * ig + j] = source[c * ig + j] - means[size_t(j)];
-      }
-    }
-  }
-
-  void transpose(const float* source, float* target) const {
-    const int64_t count = int64_t(1) << scheme_.nbits, ig = scheme_.in_group_size;
-    for (int k = 0; k < scheme_.num_codebooks; ++k) {
-      table_.transpose(source + k * count * ig, count, ig, entries(scheme_),
-                       target + k * ig * entries(scheme_));
-    }
-  }
-
-  Scheme scheme_;
-  const KernelTable& table_;
-  CodebookSlices slices_;
-  float* natural_;
-  float* centred_;
-  float* by_entry_[2];
-  float* means_;
-  float* norms_;
-  bool ready_[2] = {false, false}, is_centred_ = false;
-};
-
 // Buffers of one call, sized for whichever kernel a pass ends up with.
 struct Buffers {
   float* x;
@@ -198,15 +73,12 @@ int64_t scratch_size(const LutArgs& args, const LutKernel& kernel) {
 
 // Quantized tables need a range: activations and codebooks finite, their products far from the
 // ends of float32. Anything else takes float tables, which propagate NaN and infinities.
-bool quantizable(const KernelTable& table, const Forms& forms, const float* x, int64_t count,
+bool quantizable(const KernelTable& table, Forms& forms, const float* x, int64_t count,
                  int64_t K) {
-  const auto magnitude = [&](const float* values, int64_t n) {
-    const uint32_t bits = table.max_abs_bits(values, n);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;  // infinity or NaN if anything is not finite
-  };
-  const float x_max = magnitude(x, count), c_max = magnitude(forms.natural(), forms.size());
+  const uint32_t bits = table.max_abs_bits(x, count);
+  float x_max;
+  std::memcpy(&x_max, &bits, 4);  // infinity or NaN if anything is not finite
+  const float c_max = forms.magnitude();
   if (x_max == 0 || c_max == 0) return x_max < 1e30f && c_max < 1e30f;
   const float product = x_max * c_max;
   return x_max < 1e30f && c_max < 1e30f && product > 1e-20f && product * float(K) < 1e30f;
@@ -305,7 +177,7 @@ void matmul_lut(const MatmulCall& call, const KernelTable& table) {
                       Workspace::padded(lanes * s.K * 4) +
                       call.num_threads * Workspace::padded(tile_bytes) +
                       Workspace::padded(sums * 4) + Workspace::padded(scratch * 4));
-  Forms forms(call, table, workspace);
+  Forms forms(s, call.codebooks, call.param_dtype, call.prepared, table, workspace);
   const Buffers buffers = take_buffers(workspace, pass, call, lanes, tile_bytes, sums, scratch);
 
   for (int64_t a = 0; a < s.out_group_size; ++a) {

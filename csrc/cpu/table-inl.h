@@ -13,6 +13,10 @@
 #include "direct-inl.h"
 #include "decode-inl.h"
 #include "direct_tokens-inl.h"
+#include "tile-inl.h"
+#include "scalar-inl.h"
+#include "e8p-inl.h"
+#include "hadamard-inl.h"
 
 namespace aqlm::cpu {
 namespace {
@@ -39,6 +43,7 @@ constexpr KernelTable kTable = {
     kLutMany,      kExactMaxTokens, kFastMaxTokens,   kMaxMLut,         kMaxMDirect,
     kDirectTokens, direct,          kDirectMaxTokens, direct_tokens_of, decode_rows,
     finish,        to_float,        max_abs_bits,     transpose,
+    kTileKernels,
 };
 
 }  // namespace

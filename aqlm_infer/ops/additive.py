@@ -1,7 +1,4 @@
-"""Torch operators: schemas, fakes (= the shape contract) and autograd, once for every backend.
-
-Backends register their implementations for a device key: ``backends/cpu.py`` for CPU,
-``csrc/ops_cuda.cpp`` for CUDA. All operators are functional; shapes carry the format:
+"""Operators of additive codebooks (AQLM). Shapes carry the format:
 
     x [..., K]      packed: 1-D uint8 in the device's runtime layout (``additive_pack``)
     codebooks [P*B, 2^b, og, ig]      scales [O, 1, 1, 1]      bias [N]      y [..., N] in x's dtype
@@ -16,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-NAMESPACE = "aqlm_infer"
+from .library import OperandError, bias_gradient, check_input, define, differentiate, fresh_bytes
 
 _SCHEMAS = (
     "additive_pack(Tensor codes, int nbits, int out_group_size, int in_group_size,"
@@ -31,22 +28,6 @@ _SCHEMAS = (
     "additive_dequantize(Tensor packed, Tensor codebooks, Tensor scales, SymInt in_features,"
     " int[] partitions) -> Tensor",
 )
-
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-for _schema in _SCHEMAS:
-    LIBRARY.define(_schema)
-
-_ops = torch.ops.aqlm_infer
-additive_pack = _ops.additive_pack
-additive_unpack = _ops.additive_unpack
-additive_prepare = _ops.additive_prepare
-additive_matmul = _ops.additive_matmul
-additive_matmul_dx = _ops.additive_matmul_dx
-additive_dequantize = _ops.additive_dequantize
-
-
-class OperandError(ValueError):
-    """Tensors that an operator cannot combine; the message prints their shapes or dtypes."""
 
 
 def check_operands(
@@ -73,44 +54,48 @@ def check_operands(
 def check_matmul(x, codebooks, scales, bias, partitions) -> int:
     """Check the operands of ``additive_matmul`` and return N."""
     N = sum(partitions)
-    if not x.is_floating_point():
-        raise OperandError(f"x has dtype {x.dtype}, expected float32, bfloat16 or float16")
-    if x.dim() == 0:
-        raise OperandError("x has no dimensions, expected [..., K]")
+    check_input(x, bias, N)
     check_operands(codebooks, scales, N, x.shape[-1], partitions)
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise OperandError(f"bias has shape {list(bias.shape)}, expected [{N}]")
     return N
 
 
-def _register_fakes() -> None:
-    def pack(codes, nbits, out_group_size, in_group_size, partitions):
-        # The runtime layout's size belongs to the backend: a fresh unbacked size.
-        return codes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+def _pack(codes, nbits, out_group_size, in_group_size, partitions):
+    return fresh_bytes(codes)
 
-    def unpack(packed, out_groups, in_groups, num_codebooks, nbits, og, ig, partitions):
-        dtype = torch.int8 if nbits <= 8 else torch.int16
-        return packed.new_empty((out_groups, in_groups, num_codebooks), dtype=dtype)
 
-    def prepare(codebooks, precision, partitions):
-        return codebooks.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+def _unpack(packed, out_groups, in_groups, num_codebooks, nbits, og, ig, partitions):
+    dtype = torch.int8 if nbits <= 8 else torch.int16
+    return packed.new_empty((out_groups, in_groups, num_codebooks), dtype=dtype)
 
-    def matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
-        N = check_matmul(x, codebooks, scales, bias, partitions)
-        return x.new_empty((*x.shape[:-1], N))
 
-    def matmul_dx(dy, packed, codebooks, scales, in_features, partitions):
-        check_operands(codebooks, scales, dy.shape[-1], in_features, partitions)
-        return dy.new_empty((*dy.shape[:-1], in_features))
+def _prepare(codebooks, precision, partitions):
+    return fresh_bytes(codebooks)
 
-    def dequantize(packed, codebooks, scales, in_features, partitions):
-        check_operands(codebooks, scales, sum(partitions), in_features, partitions)
-        return codebooks.new_empty((sum(partitions), in_features))
 
-    fakes = (pack, unpack, prepare, matmul, matmul_dx, dequantize)
-    for schema, fake in zip(_SCHEMAS, fakes, strict=True):
-        name = schema[: schema.index("(")]
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+def _matmul(x, packed, codebooks, scales, bias, aux, partitions, precision):
+    N = check_matmul(x, codebooks, scales, bias, partitions)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def _matmul_dx(dy, packed, codebooks, scales, in_features, partitions):
+    check_operands(codebooks, scales, dy.shape[-1], in_features, partitions)
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def _dequantize(packed, codebooks, scales, in_features, partitions):
+    check_operands(codebooks, scales, sum(partitions), in_features, partitions)
+    return codebooks.new_empty((sum(partitions), in_features))
+
+
+define(_SCHEMAS, (_pack, _unpack, _prepare, _matmul, _matmul_dx, _dequantize))
+
+_ops = torch.ops.aqlm_infer
+additive_pack = _ops.additive_pack
+additive_unpack = _ops.additive_unpack
+additive_prepare = _ops.additive_prepare
+additive_matmul = _ops.additive_matmul
+additive_matmul_dx = _ops.additive_matmul_dx
+additive_dequantize = _ops.additive_dequantize
 
 
 def _refuse_value_gradients(needs_input_grad) -> None:
@@ -135,12 +120,8 @@ def _matmul_backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = additive_matmul_dx(dy, packed, codebooks, scales, ctx.in_features, ctx.partitions)
     if ctx.needs_input_grad[4]:
-        # float32 sum over tokens, whatever dy's dtype.
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        dbias = bias_gradient(dy, ctx.bias_dtype)
     return dx, None, None, None, dbias, None, None, None
 
 
-_register_fakes()
-torch.library.register_autograd(
-    f"{NAMESPACE}::additive_matmul", _matmul_backward, setup_context=_matmul_context, lib=LIBRARY
-)
+differentiate("additive_matmul", _matmul_backward, _matmul_context)

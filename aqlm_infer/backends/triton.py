@@ -1,0 +1,102 @@
+"""Triton backend: kernel records over ``aqlm_infer.triton_kernels``, imported on first use.
+
+It takes what no CUDA kernel of ours was built for. With TRITON_INTERPRET=1 it also runs on the CPU,
+slowly, through Triton's interpreter: that is how CI tests it without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from ..formats import AdditiveFormat, Format, Tensors
+from .registry import Buffers, Kernel, Partitions, Problem, first_reason, register
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INDEX_LIMIT = 1 << 31
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device_reason(device: str) -> str | None:
+    if interpreted():
+        return None if device == "cpu" else f"TRITON_INTERPRET=1 runs on cpu, not {device}"
+    if device not in ("cuda", "xpu"):
+        return f"runs on cuda or xpu, not {device} (on cpu with TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def _kernels():
+    return importlib.import_module("aqlm_infer.triton_kernels.additive_ops")
+
+
+def _repack(format: AdditiveFormat, tensors: Tensors, partitions: Partitions, precision: str):
+    codes = _kernels().pack(tensors["codes"], format.out_group_size, list(partitions))
+    books = tensors["codebooks"].detach().float().unflatten(0, (len(partitions), -1))
+    return {"packed_codes": codes, "widest": books.abs().flatten(1).amax(1)}
+
+
+def _unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions: Partitions):
+    codes = _kernels().unpack(
+        buffers["packed_codes"],
+        K // format.in_group_size,
+        format.num_codebooks,
+        format.out_group_size,
+        list(partitions),
+    )
+    return {"codes": codes}
+
+
+def _matmul(format: Format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
+    return _kernels().additive_matmul(
+        x, buffers["packed_codes"], values["codebooks"], values["scales"], bias,
+        buffers["widest"], list(partitions),
+    )  # fmt: skip
+
+
+def _dequantize(format: Format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
+    return _kernels().additive_dequantize(
+        buffers["packed_codes"], values["codebooks"], values["scales"], K, list(partitions)
+    )
+
+
+def _why_not(problem: Problem) -> str | None:
+    format = problem.format
+    if not isinstance(format, AdditiveFormat):
+        return f"takes additive codebooks, not {format.id}"
+    codes = problem.N * problem.K // (format.in_group_size * format.out_group_size)
+    largest = max(problem.N * problem.K, codes * format.num_codebooks)
+    return first_reason(
+        _missing(),
+        _device_reason(problem.device),
+        None if problem.dtype in _DTYPES else f"takes {list(_DTYPES)}, not {problem.dtype}",
+        None if problem.precision == "exact" else f"has precision exact, not {problem.precision}",
+        None if largest < _INDEX_LIMIT else f"{largest} elements, at most 2^31 - 1 (32-bit)",
+    )
+
+
+def _cost(problem: Problem) -> float:
+    """Behind the CUDA kernels, ahead of the reference; last of all in the interpreter."""
+    if interpreted():
+        return 1e9
+    format = problem.format
+    vector = format.in_group_size * format.out_group_size
+    codes = problem.N * problem.K / vector * format.num_codebooks
+    return 10.0 + codes * (0.001 if format.nbits <= 8 else 0.012)
+
+
+register(Kernel("triton.additive", _repack, _unpack, _matmul, _dequantize, _why_not, _cost))

@@ -1,0 +1,52 @@
+"""Compute once what several layers of a block need: a rotated input, a fused layer's output.
+
+The result is kept from the first use to the end of the block's own ``forward``, and is found by the
+identity of the input, so layers may be grouped freely: with different inputs they share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class SharedInBlock:
+    """Keeps results of one input at a time while ``block.forward`` runs (compiled as well)."""
+
+    def __init__(self, block: nn.Module):
+        self._open = False
+        self._kept: tuple | None = None  # input, its version, ((key, result), ...)
+        block.register_forward_pre_hook(self._begin)
+        block.register_forward_hook(self._end)
+
+    def _begin(self, block, args) -> None:
+        self._open, self._kept = True, None
+
+    def _end(self, block, args, output) -> None:
+        self._open, self._kept = False, None
+
+    def get(self, x: torch.Tensor, key, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``compute()``, or its kept result for this very ``x`` and ``key`` (both by identity).
+
+        A change of x in place is noticed, but where torch does not count changes: in compiled
+        graphs and in inference mode.
+        """
+        kept, version = self._kept, _version(x)
+        if kept is None or kept[0] is not x or kept[1] != version:
+            kept = x, version, ()
+        for known, result in kept[2]:
+            if known is key:
+                return result
+        result = compute()
+        if self._open:
+            self._kept = x, version, (*kept[2], (key, result))
+        return result
+
+    def __getstate__(self) -> dict:
+        return {"_open": False, "_kept": None}  # copies and pickles hold no activations
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

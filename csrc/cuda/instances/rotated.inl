@@ -1,0 +1,98 @@
+// Instantiates cuda.e8p or cuda.scalar for AQLM_CODING and AQLM_BITS.
+#include "../enqueue.cuh"
+#include "../rotated_bodies.h"
+#include "../rotated_dequant.cuh"
+#include "../rotated_mma.cuh"
+#include "../rotated_wgmma.cuh"
+
+namespace aqlm {
+
+namespace {
+
+template <int kTiles, bool kGrouped>
+cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
+  using Shape = tune::RotatedShape<AQLM_CODING, AQLM_BITS, kTiles>;
+  const int threads = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped) * 32;
+  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
+  const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles);
+  int device = 0;
+  DeviceInfo info;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = device_info(device, &info);
+  if (e != cudaSuccess) return e;
+  const int limit = std::min(info.max_smem, Shape::kTables + tune::kRotatedMaxX);
+  return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, threads, smem, stream, p);
+}
+
+template <int kTiles, bool kGrouped>
+cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
+  constexpr int kWarps = tune::rotated_wg_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped);
+  constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kWarps);
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWarps + 4) * 32, kSmem, stream, p);
+}
+
+template <bool kGrouped>
+cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  constexpr bool kE8p = AQLM_CODING == Coding::kE8p;
+  constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped);
+  const int tiles = c.tiles;
+  if (tiles > 1) {
+    const int units = p.s.units, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
+    const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
+                                  kStageThreads, units * 4, stream, p, 8 * tiles, c.wgmma);
+    if (e != cudaSuccess) return e;
+  }
+  if (c.wgmma) {
+    if (tiles == 4) return wgmma_tiles<4, kGrouped>(p, stream);
+    if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
+    if constexpr (kMost == 16) return wgmma_tiles<16, kGrouped>(p, stream);
+    return cudaErrorInvalidValue;
+  }
+  switch (tiles) {
+    case 1: return matmul_tiles<1, kGrouped>(p, stream);
+    case 2: return matmul_tiles<2, kGrouped>(p, stream);
+    case 4: return matmul_tiles<4, kGrouped>(p, stream);
+    case 8: return matmul_tiles<8, kGrouped>(p, stream);
+  }
+  if constexpr (kMost == 16)
+    if (tiles == 16) return matmul_tiles<16, kGrouped>(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t dequant_to(const RotatedDequant& p, cudaStream_t stream) {
+  constexpr int kTables = AQLM_CODING == Coding::kE8p ? kE8pTableBytes : 0;
+  int device = 0;
+  DeviceInfo info;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = device_info(device, &info);
+  if (e != cudaSuccess) return e;
+  auto kernel = rotated_dequant_kernel<T, AQLM_CODING, AQLM_BITS>;
+  const long long cells = (p.row1 - p.row0 + 31ll) / 32 * ((p.col1 - p.col0 + 63) / 64);
+  const int per_sm = kTables == 0 ? 8 : 3;
+  const int grid = static_cast<int>(std::min<long long>(
+      (cells + kRotatedDequantWarps - 1) / kRotatedDequantWarps, info.sms * per_sm));
+  return AQLM_ENQUEUE_SMEM(kernel, kTables, grid, kRotatedDequantWarps * 32, kTables, stream, p);
+}
+
+}  // namespace
+
+template <>
+cudaError_t RotatedBodies<AQLM_CODING, AQLM_BITS>::matmul(const RotatedConfig& c,
+                                                          const RotatedMatmul& p,
+                                                          cudaStream_t stream) {
+  if constexpr (AQLM_CODING == Coding::kScalar)
+    if (c.grouped) return matmul_all<true>(c, p, stream);
+  return matmul_all<false>(c, p, stream);
+}
+
+template <>
+cudaError_t RotatedBodies<AQLM_CODING, AQLM_BITS>::dequant(const RotatedDequant& p,
+                                                           cudaStream_t stream) {
+  if (p.out_type == DType::kFloat16) return dequant_to<__half>(p, stream);
+  if (p.out_type == DType::kBFloat16) return dequant_to<__nv_bfloat16>(p, stream);
+  return dequant_to<float>(p, stream);
+}
+
+}  // namespace aqlm

@@ -1,0 +1,4 @@
+// One unit of the parallel build: see the .inl file.
+#define AQLM_CODING Coding::kScalar
+#define AQLM_BITS 3
+#include "rotated.inl"

@@ -1,0 +1,237 @@
+// Host side of the rotated and scalar kernels: schedule, workspace, dispatch; rotation and packing.
+#include <algorithm>
+#include <cmath>
+
+#include "enqueue.cuh"
+#include "hadamard.cuh"
+#include "rotated_bodies.h"
+#include "rotated_prepare.cuh"
+#include "rotated_tune.h"
+
+namespace aqlm {
+namespace {
+
+#ifdef AQLM_TUNE
+int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
+#endif
+
+int log2_of(int n) {
+  int bits = 0;
+  while (1 << (bits + 1) <= n) ++bits;
+  return bits;
+}
+
+// Blocks of a cluster that share one vector of F * 2^p elements: few tokens want the latency of
+// many blocks, many tokens the throughput of one (H200: docs/notes/cuda_rotated.md).
+int cluster_of(const Rotation& r, int tokens, const DeviceInfo& device) {
+  if (device.arch < 90) return 1;
+  int c = 1;
+  while (c < 8 && r.n > c * 2048 && 2 * c * tokens <= device.sms) c *= 2;
+  while (c < 8 && r.n / c * 8 > device.max_smem) c *= 2;
+#ifdef AQLM_TUNE
+  if (g_rotated_cluster > 0) c = g_rotated_cluster;
+#endif
+  while (c > 1 && r.n / r.factor / c < 4) c /= 2;  // four neighbours stay in one block
+  return c;
+}
+
+template <int C>
+cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  const int length = p.r.n / C;
+  const int smem = length * static_cast<int>(sizeof(float)) * (C > 1 && p.r.factor > 1 ? 2 : 1);
+  if (smem > max_smem) return cudaErrorInvalidConfiguration;
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = allow_smem(rotate_kernel<C>, &done, device, max_smem);
+  if (e != cudaSuccess) return e;
+  const int log_p = log2_of(p.r.n / p.r.factor / C);
+  const int threads = std::max(128, std::min(kRotateThreads, (length / 4 + 31) / 32 * 32));
+  if constexpr (C == 1) {
+    return enqueue(rotate_kernel<1>, dim3(1, p.tokens), threads, smem, stream, p, log_p);
+  } else {
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = C;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(C, p.tokens);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = dependent_launch ? 2 : 1;
+    return cudaLaunchKernelEx(&config, rotate_kernel<C>, p, log_p);
+  }
+}
+
+template <int kBits>
+cudaError_t e8p_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  return RotatedBodies<Coding::kE8p, kBits>::matmul(c, p, stream);
+}
+template <int kBits>
+cudaError_t scalar_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  return RotatedBodies<Coding::kScalar, kBits>::matmul(c, p, stream);
+}
+
+int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
+
+}  // namespace
+
+RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+  RotatedConfig c = {0, w.coding == Coding::kScalar && w.group < w.K, false};
+  // Scale groups end with a cell, and the integers of a group must fit in int32.
+  if (c.grouped && w.group % kCellColumns != 0) return c;
+  if (w.K > (1 << 16)) return c;
+  // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
+  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2);
+  if (least > device.max_smem) return c;
+  const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped);
+  const bool hopper = device.arch == 90;
+  if (tokens > most * tune::rotated_passes(hopper, c.grouped)) return c;
+  c.tiles = 1;
+  while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
+  c.wgmma = hopper && c.tiles > 1;
+#ifdef AQLM_TUNE
+  if (g_rotated_body == 1) c.wgmma = false;
+#endif
+  if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
+  return c;
+}
+
+void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
+  RotatedSchedule& s = p->s;
+  s = {};
+  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
+                            : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped);
+  s.group_rows = warps * kCellRows;
+  s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
+  s.units = p->w.units();
+  const long long cells = static_cast<long long>(s.groups) * s.units;
+  int ctas = device.sms;
+#ifdef AQLM_TUNE
+  if (g_rotated_ctas > 0) ctas = g_rotated_ctas;
+#endif
+  s.ctas = static_cast<int>(
+      std::max<long long>(1, std::min<long long>(ctas, cells / tune::kRotatedMinCells)));
+  const int most_x = std::min(tune::kRotatedMaxX,
+                              device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
+  if (c.tiles == 1)  // what a CTA stages must fit
+    while (tune::staged_bytes(s, p->tokens, 1) > most_x && s.ctas < cells)
+      s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
+  s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
+}
+
+RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& p) {
+  RotatedWorkspace w = {};
+  w.partials = size_t(p.s.groups) * p.s.max_slots * p.tokens * p.s.group_rows * sizeof(float);
+  if (c.tiles > 1) {
+    w.x_cells = size_t(p.s.units) * c.tiles * 512;
+    w.x_sums = size_t(p.s.units) * p.tokens * sizeof(float2);
+    w.x_scales = p.tokens * sizeof(float);
+  }
+  return w;
+}
+
+cudaError_t launch_rotated(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  cudaGetLastError();
+  if (p.w.coding == Coding::kE8p) {
+    if (p.w.bits == 2) return e8p_matmul<2>(c, p, stream);
+    return p.w.bits == 3 ? e8p_matmul<3>(c, p, stream) : e8p_matmul<4>(c, p, stream);
+  }
+  if (p.w.bits == 2) return scalar_matmul<2>(c, p, stream);
+  if (p.w.bits == 3) return scalar_matmul<3>(c, p, stream);
+  return p.w.bits == 4 ? scalar_matmul<4>(c, p, stream) : scalar_matmul<8>(c, p, stream);
+}
+
+cudaError_t launch_rotated_dequant(const RotatedDequant& p, cudaStream_t stream) {
+  cudaGetLastError();
+  if (p.row1 <= p.row0 || p.col1 <= p.col0) return cudaSuccess;
+  if (p.w.coding == Coding::kE8p) {
+    if (p.w.bits == 2) return RotatedBodies<Coding::kE8p, 2>::dequant(p, stream);
+    if (p.w.bits == 3) return RotatedBodies<Coding::kE8p, 3>::dequant(p, stream);
+    return RotatedBodies<Coding::kE8p, 4>::dequant(p, stream);
+  }
+  if (p.w.bits == 2) return RotatedBodies<Coding::kScalar, 2>::dequant(p, stream);
+  if (p.w.bits == 3) return RotatedBodies<Coding::kScalar, 3>::dequant(p, stream);
+  if (p.w.bits == 4) return RotatedBodies<Coding::kScalar, 4>::dequant(p, stream);
+  return RotatedBodies<Coding::kScalar, 8>::dequant(p, stream);
+}
+
+cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
+  cudaGetLastError();
+  RotateParams p = params;
+  if (p.tokens == 0 || p.r.n == 0) return cudaSuccess;
+  int device = 0;
+  DeviceInfo info;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = device_info(device, &info);
+  if (e != cudaSuccess) return e;
+  constexpr int kMaxRows = 65535;  // of a grid's y
+  for (int m = 0; m < params.tokens; m += kMaxRows) {
+    p.tokens = std::min(kMaxRows, params.tokens - m);
+    if (m > 0) {
+      const size_t in = p.x_type == DType::kFloat32 ? 4 : 2;
+      const size_t out = p.y_type == DType::kFloat32 ? 4 : 2;
+      p.x = static_cast<const char*>(p.x) + kMaxRows * p.x_stride * in;
+      p.y = static_cast<char*>(p.y) + size_t(kMaxRows) * p.r.n * out;
+    }
+    if (p.r.factor == 0 || p.r.block) {
+      p.gain = params.gain * (p.r.block ? 1.f / std::sqrt(static_cast<float>(p.r.block)) : 1.f);
+      const dim3 grid((p.r.n + 4 * kFlatThreads - 1) / (4 * kFlatThreads), p.tokens);
+      e = enqueue(rotate_flat_kernel, grid, kFlatThreads, 0, stream, p);
+    } else {
+      p.gain = params.gain / std::sqrt(static_cast<float>(p.r.n));
+      switch (cluster_of(p.r, p.tokens, info)) {
+        case 1: e = rotate_cluster<1>(p, info.max_smem, stream); break;
+        case 2: e = rotate_cluster<2>(p, info.max_smem, stream); break;
+        case 4: e = rotate_cluster<4>(p, info.max_smem, stream); break;
+        default: e = rotate_cluster<8>(p, info.max_smem, stream);
+      }
+    }
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_rotated_pack(const RotatedWeight& w, const void* codes, uint8_t* packed,
+                                cudaStream_t stream) {
+  const cudaError_t e = cudaMemsetAsync(packed, 0, w.bytes(), stream);
+  if (e != cudaSuccess || w.bytes() == 0) return e;
+  if (w.coding == Coding::kE8p)
+    e8p_pack_kernel<<<grid_of(size_t(w.N) * w.K / 8), 256, 0, stream>>>(
+        w, static_cast<const uint64_t*>(codes), packed);
+  else
+    scalar_pack_kernel<<<grid_of(size_t(w.blocks()) * w.units() * 32), 256, 0, stream>>>(
+        w, static_cast<const uint8_t*>(codes), packed);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rotated_unpack(const RotatedWeight& w, void* codes, cudaStream_t stream) {
+  if (w.bytes() == 0) return cudaSuccess;
+  if (w.coding == Coding::kE8p)
+    e8p_unpack_kernel<<<grid_of(size_t(w.N) * (w.K / 64) * w.bits), 256, 0, stream>>>(
+        w, static_cast<uint64_t*>(codes));
+  else
+    scalar_unpack_kernel<<<grid_of(size_t(w.N) * w.K / 8 * w.bits), 256, 0, stream>>>(
+        w, static_cast<uint8_t*>(codes));
+  return cudaGetLastError();
+}
+
+}  // namespace aqlm
+
+#ifdef AQLM_TUNE
+// For benchmarks/ladder/cuda: blocks per cluster of a rotation, CTAs of a matmul (0: as tuned),
+// body (1: never wgmma), dependent launch.
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int cluster, int ctas,
+                                                                             int body,
+                                                                             int dependent) {
+  aqlm::g_rotated_body = body;
+  aqlm::dependent_launch = dependent != 0;
+  aqlm::g_rotated_cluster = cluster;
+  aqlm::g_rotated_ctas = ctas;
+}
+#endif

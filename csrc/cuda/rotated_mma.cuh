@@ -1,0 +1,299 @@
+// cuda.e8p, cuda.scalar: partial sums of z = x Wq^T for up to 64 tokens on the int8 tensor cores.
+//
+// m16n8k32 with weights as A, decoded once into registers for all tokens, and activations as B: the
+// high and low bytes of 16-bit integers, two columns a token (rotated_stage.cuh), so that products
+// and sums are exact in int32. A warp owns 32 rows and walks cells of 64 columns; all warps of a
+// CTA read the same activations from shared memory.
+//
+//   one tile (M <= 4):  the CTA quantizes its own range of x into shared memory; one kernel
+//   more tiles:         stage_kernel has done so; chunks of cells are copied through a ring
+//
+// E8P with few tiles keeps high and low nibbles in accumulators of their own (no shift; 2 LOP3 for
+// 8 weights), and corrects by the sums of the activations. Scalar weights with groups along K are
+// scaled into float accumulators at the end of every group.
+//
+// Bytes of codes in flight per SM: warps * depth * 512 * planes. Architectures sm_80+.
+#pragma once
+
+#include "e8p_decode.cuh"
+#include "rotated_rows.cuh"
+#include "rotated_stage.cuh"
+#include "rotated_tune.h"
+#include "scalar_decode.cuh"
+
+namespace aqlm {
+
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped>
+__global__ void __launch_bounds__(tune::rotated_warps(kCoding, kBits, kTiles, kGrouped) * 32, 1)
+rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
+  using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
+  constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kTiles == 1;
+  constexpr int kWarps = tune::rotated_warps(kCoding, kBits, kTiles, kGrouped);
+  constexpr int kDepth = Shape::kDepth;
+  constexpr int kPlanes = Shape::kPlanes, kSets = Shape::kSets;
+  constexpr bool kSplit = Shape::kSplit;
+  constexpr int kCellBytes = kTiles * 8 * kStageColumn;  // of staged activations
+  constexpr int kChunk = tune::rotated_chunk(kTiles), kSlots = kChunk * tune::kRotatedStages;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned char* const cells = smem + Shape::kTables;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const uint32_t lane_offset = lane * 4;
+  const RotatedSchedule& s = p.s;
+  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
+  const long long all_cells = static_cast<long long>(s.groups) * units;
+  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
+  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
+
+  // Codes: a register ring, filled ahead of the activations.
+  using Codes = ScalarCodes<kE8p && kBits == 4 ? 4 : kBits>;
+  constexpr int kCodeBytes = kCellRows * kCellColumns / 8 * kBits;
+  Codes ring[kDepth] = {};
+  int fetch_block = first / units * kWarps + warp, wrap = units - first % units;
+  int left = fetch_block < blocks ? count : 0;  // cells to fetch
+  const uint8_t* from = p.w.packed +
+                        (size_t(fetch_block) * units + first % units) * kCodeBytes + lane * 16;
+  auto fetch = [&](Codes& c) {
+    if (left > 0) {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(c.a) / 16); ++i) c.a[i] = load_stream(from + i * 512);
+      if constexpr (kBits == 3) c.b = load_stream8(from - lane * 8 + 512);
+    }
+    --left;
+    from += kCodeBytes;
+    if (--wrap == 0) {  // on to the warp's block of the next row group
+      wrap = units;
+      from += size_t(kWarps - 1) * units * kCodeBytes;
+      fetch_block += kWarps;
+      if (fetch_block >= blocks) left = 0;
+    }
+  };
+  grid_dependents_start();
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) fetch(ring[d]);
+  if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  grid_dependency_wait();
+
+  // Activations.
+  const int slots = kLocal ? min(count, units) : kSlots;
+  const int columns = kLocal ? 2 * tokens : 8 * kTiles;
+  const int cell_stride = kLocal ? columns * kStageColumn : kCellBytes;
+  float2* const sums = reinterpret_cast<float2*>(cells + slots * cell_stride);  // kLocal
+  float* const peaks = reinterpret_cast<float*>(sums + slots * tokens);
+  float* const scales = peaks + slots;
+  const int unit0 = first % units;
+  auto copy_chunk = [&](int chunk) {
+    if constexpr (!kLocal) {
+      const int base = chunk * kChunk, n = min(kChunk, count - base);
+      for (int i = threadIdx.x; i < n * (kCellBytes / 16); i += kWarps * 32) {
+        const int c = i / (kCellBytes / 16), at = i % (kCellBytes / 16) * 16;
+        copy_async(cells + (base + c) % kSlots * kCellBytes + at,
+                   p.x_cells + size_t((unit0 + base + c) % units) * kCellBytes + at);
+      }
+      copy_commit();
+    }
+  };
+  if constexpr (kLocal) {
+    for (int m = 0; m < tokens; ++m) {
+      const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
+                            size_t(cell_stride), mma_layout(), sums + m, tokens, peaks};
+      const float scale = stage_token<kE8p, kGrouped>(p, m, r);
+      if (threadIdx.x == 0) scales[m] = scale;
+      __syncthreads();
+    }
+  } else {
+    if constexpr (kE8p) __syncthreads();
+#pragma unroll
+    for (int c = 0; c < tune::kRotatedStages - 1; ++c) copy_chunk(c);
+  }
+
+  int acc[kSets][2][kTiles][4] = {};
+  float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
+  float group_sum[kTiles] = {}, group_scale[kTiles] = {};
+  const uint32_t x_lane = (kLocal ? min(g, columns - 1) : g) * kStageColumn + t * 16;
+  constexpr float kStep = 1.f / scalar_step(kBits);
+  const int span = kGrouped ? p.w.group / kCellColumns : 1;
+  RowScales rows, ahead;  // of this scale group and the next
+
+  // One cell: decode, then all tokens.
+  auto multiply = [&](const Codes& c, uint32_t x) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      uint32_t a[2][2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kE8p && kSplit) {
+          e8p_nibbles<kBits>(c.a[0], c.a[kBits == 4 ? 1 : 0], c.b, plane, i, lane_offset, a[i]);
+        } else if constexpr (kE8p) {
+          uint32_t w[4];
+          e8p_words<kBits>(c.a[0], c.a[kBits == 4 ? 1 : 0], c.b, plane, i, lane_offset, w);
+          e8p_expand<kBits>(w, plane, a[i]);
+        } else {
+          scalar_operands<kBits>(c, i, a[i]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 v = load_shared(x + n * 8 * kStageColumn);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int set = kSplit ? 2 * plane : plane;
+          mma_16832(acc[set][i][n], a[i][0], v.x, v.y);
+          mma_16832(acc[kSplit ? set + 1 : set][i][n], a[i][1], v.z, v.w);
+        }
+      }
+    }
+  };
+  // 256 * high + low of set `set`, in units of the operand.
+  auto combined = [&](int set, int i, int n, int h) {
+    if constexpr (kSplit) {
+      const int high = acc[2 * set][i][n][2 * h] + 16 * acc[2 * set + 1][i][n][2 * h];
+      const int low = acc[2 * set][i][n][2 * h + 1] + 16 * acc[2 * set + 1][i][n][2 * h + 1];
+      return 256.f * high + low;
+    } else {
+      return 256.f * acc[set][i][n][2 * h] + acc[set][i][n][2 * h + 1];
+    }
+  };
+  auto clear = [&] {
+#pragma unroll
+    for (int q = 0; q < kSets * 2 * kTiles * 4; ++q) (&acc[0][0][0][0])[q] = 0;
+  };
+  // Grouped: the finished scale group goes into the float accumulators.
+  auto flush_group = [&] {
+    if constexpr (kGrouped) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float scale = rows.scale(p.w, r), shift = rows.template shift<kBits>(p.w, r);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float sum = kStep * combined(0, r / 2, n, r % 2) + shift * group_sum[n];
+          total[r / 2][n][r % 2] += sum * (scale * group_scale[n]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) group_sum[n] = 0.f;
+      clear();
+    }
+  };
+  // Sum over the cells [begin, begin + n) of the CTA's range of this lane's token of tile `tile`.
+  auto sum_cells = [&](int begin, int n, int token) {
+    float2 v = make_float2(0.f, 0.f);
+    for (int i = g; i < n; i += 8) {
+      const float2* at = kLocal ? sums + (begin + i) % slots * tokens
+                                : p.x_sums + size_t((unit0 + begin + i) % units) * tokens;
+      v.x += at[token].x;
+      v.y += at[token].y;
+    }
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) {
+      v.x += __shfl_xor_sync(~0u, v.x, d);
+      v.y += __shfl_xor_sync(~0u, v.y, d);
+    }
+    return v;
+  };
+  auto write = [&](int group, int begin, int n_cells) {
+    const int block = group * kWarps + warp;
+    if (block >= blocks) return;
+    float* out = partials_of(p, group) + warp * kCellRows + g;
+    if constexpr (!kE8p && !kGrouped) rows.load(p.w, block, 0, 1);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int m = n * 4 + t, token = min(m, tokens - 1);
+      float2 sum = make_float2(0.f, 0.f);
+      float x_scale = 0.f;
+      if constexpr (!kGrouped) {
+        x_scale = kLocal ? scales[token] : p.x_scales[token];
+        if (kSplit || (!kE8p && (p.w.zeros != nullptr || kBits == 8)))
+          sum = sum_cells(begin, n_cells, token);
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float v;
+        if constexpr (kGrouped) {
+          v = total[r / 2][n][r % 2];
+        } else if constexpr (kE8p) {
+          v = combined(0, r / 2, n, r % 2);
+          if constexpr (kSplit) v += 8.f * sum.x - 128.f * sum.y;
+          if constexpr (kPlanes == 2) {
+            float rest = combined(1, r / 2, n, r % 2);
+            if constexpr (kSplit) rest += (kBits == 4 ? 8.f * sum.x : 0.f) - 128.f * sum.y;
+            v += p.w.residual * rest;
+          }
+          v *= x_scale * (1.f / 32.f);
+        } else {
+          v = kStep * combined(0, r / 2, n, r % 2) + rows.template shift<kBits>(p.w, r) * sum.x;
+          v *= x_scale * rows.scale(p.w, r);
+        }
+        if (m < tokens) out[m * s.group_rows + r * 8] = v;
+      }
+    }
+  };
+
+  const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
+  uint32_t x_at = x_begin;
+  int begin = 0, group = first / units, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
+  for (;;) {  // row groups
+    const int end = min(count, begin + units - unit), first_unit = unit;
+    int rest = end - begin, phase = -1;
+    while (phase < 0) {
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        if (rest == 0) {
+          phase = d;
+          break;
+        }
+        --rest;
+        if constexpr (!kLocal) {
+          if (until_chunk == 0) {
+            copy_wait<tune::kRotatedStages - 2>();
+            __syncthreads();
+            copy_chunk(chunk + tune::kRotatedStages - 1);
+            ++chunk;
+            until_chunk = kChunk;
+          }
+          --until_chunk;
+        }
+        if constexpr (kGrouped) {
+          if (unit % span == 0 || unit == first_unit)
+            advance_rows(p.w, group * kWarps + warp, unit / span, unit == first_unit, &rows,
+                         &ahead);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const int token = min(n * 4 + t, tokens - 1);
+            const float2 v =
+                kLocal ? sums[slot * tokens + token] : p.x_sums[size_t(unit) * tokens + token];
+            group_sum[n] += v.x;
+            group_scale[n] = v.y;
+          }
+        }
+        multiply(ring[d], x_at);
+        fetch(ring[d]);
+        x_at += cell_stride;
+        if (x_at == x_end) x_at = x_begin;
+        if constexpr (kGrouped) {
+          ++unit;
+          if (++slot == slots) slot = 0;
+          if (unit % span == 0 || rest == 0) flush_group();
+        }
+      }
+    }
+    write(group, begin, end - begin);
+    if (end == count) break;
+    // The next row group begins with the ring's first register.
+    for (int i = 0; i < phase; ++i) {
+      const Codes head = ring[0];
+#pragma unroll
+      for (int d = 0; d + 1 < kDepth; ++d) ring[d] = ring[d + 1];
+      ring[kDepth - 1] = head;
+    }
+    clear();
+    if constexpr (kGrouped) {
+#pragma unroll
+      for (int q = 0; q < 4 * kTiles; ++q) (&total[0][0][0])[q] = 0.f;
+    }
+    begin = end;
+    unit = 0;
+    ++group;
+  }
+}
+
+}  // namespace aqlm

@@ -1,0 +1,81 @@
+// What the matmul bodies share at their ends: codes in, row scales, place of the partial sums.
+#pragma once
+
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "rotated.h"
+#include "scalar_decode.cuh"
+
+namespace aqlm {
+
+__device__ __forceinline__ uint2 load_stream8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// Starts copying 8 bytes to shared memory.
+__device__ __forceinline__ void copy_async8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
+               :: "r"(smem_address(to)), "l"(from) : "memory");
+}
+
+// Scale and zero of the lane's four rows g + 8r of one scale group, converted when used so that the
+// loads stay in flight.
+struct RowScales {
+  uint32_t raw_scale[4] = {}, raw_zero[4] = {};
+
+  static __device__ __forceinline__ uint32_t raw(const RotatedWeight& w, const void* from,
+                                                 size_t i) {
+    return w.scale_type == DType::kFloat32 ? __ldg(static_cast<const uint32_t*>(from) + i)
+                                           : __ldg(static_cast<const uint16_t*>(from) + i);
+  }
+  static __device__ __forceinline__ float value(const RotatedWeight& w, uint32_t raw) {
+    if (w.scale_type == DType::kFloat32) return __uint_as_float(raw);
+    if (w.scale_type == DType::kBFloat16) return __uint_as_float(raw << 16);
+    return to_float(__ushort_as_half(static_cast<unsigned short>(raw)));
+  }
+  __device__ __forceinline__ void load(const RotatedWeight& w, int block, int j, int groups) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const size_t i = size_t(min(block * kCellRows + r * 8 + g, w.N - 1)) * groups + j;
+      raw_scale[r] = raw(w, w.scales, i);
+      if (w.zeros != nullptr) raw_zero[r] = raw(w, w.zeros, i);
+    }
+  }
+  __device__ __forceinline__ float scale(const RotatedWeight& w, int r) const {
+    return value(w, raw_scale[r]);
+  }
+  // What a weight has beyond operand / step, in units of the scale.
+  template <int kBits>
+  __device__ __forceinline__ float shift(const RotatedWeight& w, int r) const {
+    constexpr float kMiddle = 0.5f * ((1 << kBits) - 1);
+    return scalar_centre(kBits) - (w.zeros != nullptr ? value(w, raw_zero[r]) : kMiddle);
+  }
+};
+
+// Moves to scale group j of a row block; the one after is then on its way.
+__device__ __forceinline__ void advance_rows(const RotatedWeight& w, int block, int j, bool first,
+                                             RowScales* rows, RowScales* ahead) {
+  const int groups = w.K / w.group;
+  if (first) rows->load(w, block, j, groups);
+  else *rows = *ahead;
+  ahead->load(w, block, min(j + 1, groups - 1), groups);
+}
+
+// This block's partial sums of a row group: [tokens][group_rows].
+__device__ __forceinline__ float* partials_of(const RotatedMatmul& p, int group) {
+  const int slot = blockIdx.x - owner_of(p.s, group * p.s.units);
+  return p.partials + (size_t(group) * p.s.max_slots + slot) * p.tokens * p.s.group_rows;
+}
+
+}  // namespace aqlm

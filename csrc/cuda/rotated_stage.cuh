@@ -1,0 +1,185 @@
+// Activations as int8 MMA columns: x = scale * (256 * high + low), 16 bits a value.
+//
+// A cell of x is 64 columns of K of every token: column 2m the high bytes of token m, column 2m + 1
+// the low bytes, 64 bytes each, in the order of the MMA's operand. The
+// scale is max|x| / 32639 over the columns that share it: all that the caller names, or for grouped
+// weights those of the cell's scale group, so that outliers cost only their own group precision.
+//
+// Per cell and token a float2: .x the sum of the integers, .y that of every second four (E8P: low
+// nibbles) or the cell's scale (grouped). The bodies add constants of the codes through them.
+#pragma once
+
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "rotated.h"
+
+namespace aqlm {
+
+constexpr float kStageMax = 32639.f;  // 127 * 256 + 127
+constexpr int kStageColumn = 64;      // bytes of one column of a cell
+
+// Eight values from x[offset], zeros past `valid`.
+__device__ __forceinline__ void load_eight(const RotatedMatmul& p, long long offset, int valid,
+                                           float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = 0.f;
+  if (valid <= 0) return;
+  const size_t bytes = p.x_type == DType::kFloat32 ? 4 : 2;
+  const char* at = static_cast<const char*>(p.x) + offset * bytes;
+  if (valid >= 8 && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+    const uint4 a = load_cached(at);
+    if (p.x_type == DType::kFloat16) {
+      unpack8<__half>(a, v);
+    } else if (p.x_type == DType::kBFloat16) {
+      unpack8<__nv_bfloat16>(a, v);
+    } else {
+      const uint4 b = load_cached(at + 16);
+      const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(w[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i >= valid) break;
+    if (p.x_type == DType::kFloat16) v[i] = to_float(static_cast<const __half*>(p.x)[offset + i]);
+    else if (p.x_type == DType::kBFloat16)
+      v[i] = to_float(static_cast<const __nv_bfloat16*>(p.x)[offset + i]);
+    else v[i] = static_cast<const float*>(p.x)[offset + i];
+  }
+}
+
+// Word i of a column of a cell (K columns 4i .. 4i + 3) is what lane t of the MMA multiplies in
+// register `chunk` of its four B registers.
+template <bool kE8p>
+__device__ __forceinline__ int stage_lane(int i) { return kE8p ? i / 2 % 4 : i % 4; }
+template <bool kE8p>
+__device__ __forceinline__ int stage_chunk(int i) { return kE8p ? i % 2 * 2 + i / 8 : i / 4; }
+
+// Bytes between the columns, lanes and chunks of a cell.
+struct StageLayout {
+  int column, lane, chunk;
+};
+// mma.sync: a lane reads the 16 bytes of its column.
+__device__ __forceinline__ StageLayout mma_layout() { return {64, 16, 4}; }
+// wgmma: 8 x 16-byte core matrices without swizzle, [chunk][column][16].
+__device__ __forceinline__ StageLayout wgmma_layout(int columns) { return {16, 4, 16 * columns}; }
+
+// What one block stages of one token. Slot i is unit (first + i) % units, for i < count.
+struct StageRange {
+  int first, count;      // units that share the scale
+  int from, to;          // slots to write
+  uint8_t* cells;        // of slot 0, from this token's column 2m on
+  size_t cell_stride;
+  StageLayout layout;
+  float2* sums;          // of slot 0
+  int sums_stride;
+  float* peaks;          // shared memory, `count` floats
+};
+
+// All threads of the block; returns the scale (of the last cell, when grouped).
+template <bool kE8p, bool kGrouped>
+__device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
+                                             const StageRange& r) {
+  const int units = p.s.units, tid = threadIdx.x, threads = blockDim.x;
+  const unsigned eight = 0xffu << (tid & 24);  // the lanes of one cell
+  const long long row = token * p.x_stride;
+  auto load = [&](int slot, int eighth, float (&v)[8]) {
+    const int unit = (r.first + slot) % units, k = unit * kCellColumns + eighth * 8;
+    load_eight(p, row + k, p.w.K - k, v);
+  };
+  float kept[8];  // the thread's first item stays in registers for the second pass
+  for (int i = tid; i < r.count * 8; i += threads) {
+    float v[8];
+    load(i / 8, i % 8, v);
+    float peak = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fabsf(v[j]));
+    if (i == tid) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) kept[j] = v[j];
+    }
+#pragma unroll
+    for (int d = 4; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(eight, peak, d));
+    if (i % 8 == 0) r.peaks[i / 8] = peak;
+  }
+  __syncthreads();
+  float peak = 0.f;
+  if constexpr (!kGrouped) {
+    for (int i = tid % 32; i < r.count; i += 32) peak = fmaxf(peak, r.peaks[i]);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+  }
+  for (int i = r.from * 8 + tid; i < r.to * 8; i += threads) {
+    const int slot = i / 8, eighth = i % 8;
+    float v[8];
+    if (i == tid) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = kept[j];
+    } else {
+      load(slot, eighth, v);
+    }
+    if constexpr (kGrouped) {
+      const int span = p.w.group / kCellColumns, unit = (r.first + slot) % units;
+      const int begin = unit / span * span;
+      peak = 0.f;
+      for (int u = begin; u < begin + span; ++u) {
+        const int other = u >= r.first ? u - r.first : u - r.first + units;
+        if (other < r.count) peak = fmaxf(peak, r.peaks[other]);
+      }
+    }
+    const float inverse = peak > 0.f ? kStageMax / peak : 0.f;
+    uint32_t high[2] = {0, 0}, low[2] = {0, 0};
+    int sum[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int q = __float2int_rn(v[j] * inverse);
+      const int h = (q + 128) >> 8;
+      high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
+      low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
+      sum[j / 4] += q;
+    }
+    uint8_t* cell = r.cells + slot * r.cell_stride;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int word = eighth * 2 + j;
+      uint8_t* at = cell + stage_lane<kE8p>(word) * r.layout.lane +
+                    stage_chunk<kE8p>(word) * r.layout.chunk;
+      *reinterpret_cast<uint32_t*>(at) = high[j];
+      *reinterpret_cast<uint32_t*>(at + r.layout.column) = low[j];
+    }
+    int all = sum[0] + sum[1], second = sum[1];
+#pragma unroll
+    for (int d = 4; d > 0; d /= 2) {
+      all += __shfl_xor_sync(eight, all, d);
+      if constexpr (!kGrouped) second += __shfl_xor_sync(eight, second, d);
+    }
+    if (eighth == 0)
+      r.sums[slot * r.sums_stride] =
+          make_float2(all, kGrouped ? peak / kStageMax : static_cast<float>(second));
+  }
+  return peak / kStageMax;
+}
+
+// Separate kernel for more tokens than one MMA tile holds. Grid: (tokens, ranges of units). Every
+// block of a token recomputes the peaks: it reads x from L2 and needs no second launch.
+constexpr int kStageThreads = 1024;  // an item each up to K = 8192
+
+template <bool kE8p, bool kGrouped>
+__global__ void __launch_bounds__(kStageThreads)
+stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, bool wgmma) {
+  extern __shared__ float stage_peaks[];
+  const int token = blockIdx.x, units = p.s.units;
+  const int from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
+  grid_dependents_start();
+  grid_dependency_wait();
+  const StageLayout layout = wgmma ? wgmma_layout(columns) : mma_layout();
+  const StageRange r = {0, units, from, to, p.x_cells + 2 * token * layout.column,
+                        size_t(columns) * kStageColumn, layout, p.x_sums + token, p.tokens,
+                        stage_peaks};
+  const float scale = stage_token<kE8p, kGrouped>(p, token, r);
+  if (blockIdx.y == 0 && threadIdx.x == 0) p.x_scales[token] = scale;
+}
+
+}  // namespace aqlm

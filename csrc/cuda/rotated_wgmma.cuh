@@ -1,0 +1,277 @@
+// cuda.e8p, cuda.scalar on Hopper for 5 .. 64 tokens: as rotated_mma.cuh, with warpgroup MMAs.
+//
+// A warp decodes its 32 x 64 cell into A registers while the MMAs of the cell before run; B, the
+// staged activations, is read from shared memory by the tensor cores, once for four warps.
+//
+//   warps 0 .. 7: 32 rows each; codes through a ring of their own (cp.async, no barrier)
+//   warp 8 (of a warpgroup that gives its registers away): bulk copies of cells of x into a ring
+//
+// Architecture sm_90a only.
+#pragma once
+
+#include "e8p_decode.cuh"
+#include "rotated_rows.cuh"
+#include "rotated_stage.cuh"
+#include "rotated_tune.h"
+#include "wgmma_ptx.cuh"
+
+namespace aqlm {
+
+// Makes codes depend on the wait before. 8-bit codes are operands as they are: without an operation
+// in between they would be loaded into registers that MMAs still read.
+template <int kBits>
+__device__ __forceinline__ void after_wait(ScalarCodes<kBits>& c, uint32_t no_bits) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(c.a) / 16); ++i) {
+    uint32_t* w[4] = {&c.a[i].x, &c.a[i].y, &c.a[i].z, &c.a[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if constexpr (kBits == 8) asm volatile("xor.b32 %0, %0, %1;" : "+r"(*w[j]) : "r"(no_bits));
+      else asm volatile("" : "+r"(*w[j]));
+  }
+  asm volatile("" : "+r"(c.b.x), "+r"(c.b.y));
+}
+
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped>
+__global__ void
+__launch_bounds__((tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped) + 4) * 32, 1)
+rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kE8p = kCoding == Coding::kE8p;
+  constexpr int kWarps = tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped);
+  constexpr int kStages = tune::kRotatedWgStages;
+  constexpr int kPlanes = kE8p && kBits > 2 ? 2 : 1, kColumns = 8 * kTiles;
+  constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits, kX = kColumns * kStageColumn;
+  constexpr int kDepth = tune::rotated_wg_depth(kBits, kWarps);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned char* const codes = smem + tune::rotated_tables(kCoding, kBits);
+  unsigned char* const cells = codes + kWarps * kDepth * kCodes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kX);
+  uint64_t* const empty = full + kStages;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const RotatedSchedule& s = p.s;
+  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
+  const long long all_cells = static_cast<long long>(s.groups) * units;
+  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
+  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
+  const int unit0 = first % units;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, kWarps);
+    }
+    barrier_init_fence();
+  }
+  grid_dependents_start();
+  __syncthreads();
+
+  if (warp >= kWarps) {
+    registers_down<24>();
+    if (threadIdx.x != kWarps * 32) return;
+    grid_dependency_wait();
+    Ring<kStages> ring;
+    int unit = unit0;
+    for (int i = 0; i < count; ++i, ring.advance()) {
+      if (i >= kStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+      barrier_expect(full + ring.stage, kX);
+      bulk_copy(cells + ring.stage * kX, p.x_cells + size_t(unit) * kX, kX, full + ring.stage);
+      if (++unit == units) unit = 0;
+    }
+    return;
+  }
+  registers_up<kWarps == 8 ? 240 : kWarps == 12 ? 152 : 112>();
+  const uint32_t lane_offset = lane * 4;
+  int fetch_block = first / units * kWarps + warp, wrap = units - unit0;
+  int left = fetch_block < blocks ? count : 0, fetched = 0;
+  const uint8_t* from =
+      p.w.packed + (size_t(fetch_block) * units + unit0) * kCodes + lane * 16;
+  unsigned char* const own = codes + warp * kDepth * kCodes + lane * 16;
+  auto fetch = [&] {
+    if (left > 0) {
+#pragma unroll
+      for (int i = 0; i < kBits * 256 / 512; ++i)
+        copy_async(own + fetched * kCodes + i * 512, from + i * 512);
+      if constexpr (kBits == 3)
+        copy_async8(own + fetched * kCodes + 512 - lane * 8, from + 512 - lane * 8);
+    }
+    copy_commit();
+    if (++fetched == kDepth) fetched = 0;
+    --left;
+    from += kCodes;
+    if (--wrap == 0) {
+      wrap = units;
+      from += size_t(kWarps - 1) * units * kCodes;
+      fetch_block += kWarps;
+      if (fetch_block >= blocks) left = 0;
+    }
+  };
+  for (int i = 0; i < kDepth - 1; ++i) fetch();
+  if constexpr (kE8p) {
+    fill_e8p_tables<kBits>(smem, kWarps * 32);
+    consumers_sync<kWarps * 32>();
+  }
+  grid_dependency_wait();
+
+  int acc[kPlanes][2][kTiles * 4] = {};
+  float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
+  float group_sum[kTiles] = {}, group_scale[kTiles] = {};
+  constexpr float kStep = 1.f / scalar_step(kBits);
+  const int span = kGrouped ? p.w.group / kCellColumns : 1;
+  RowScales rows, ahead;  // of this scale group and the next
+  Ring<kStages> ring;
+  const uint32_t no_bits = static_cast<uint32_t>(s.ctas) >> 31;  // 0
+  int read = 0, released = -1;  // slot of codes; stage of x whose MMAs are under way
+
+  // The compiler orders uses of `acc` by its values alone, not by the wait.
+  auto finished = [&] {
+#pragma unroll
+    for (int q = 0; q < kPlanes * 2 * kTiles * 4; ++q)
+      asm volatile("" : "+r"((&acc[0][0][0])[q]) :: "memory");
+  };
+  auto release = [&] {
+    mma_groups_wait<0>();
+    if (released >= 0 && lane == 0) barrier_arrive(empty + released);
+    released = -1;
+  };
+  auto combined = [&](int plane, int r, int n) {
+    const int* v = acc[plane][r / 2] + n * 4 + r % 2 * 2;
+    return 256.f * v[0] + v[1];
+  };
+  auto clear = [&] {
+#pragma unroll
+    for (int q = 0; q < kPlanes * 2 * kTiles * 4; ++q) (&acc[0][0][0])[q] = 0;
+    finished();
+  };
+
+  int begin = 0, group = first / units, unit = unit0;
+  for (;;) {  // row groups
+    const int end = min(count, begin + units - unit), first_unit = unit;
+    for (int i = begin; i < end; ++i) {
+      if constexpr (kGrouped) {
+        if (unit % span == 0 || unit == first_unit)
+          advance_rows(p.w, group * kWarps + warp, unit / span, unit == first_unit, &rows, &ahead);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float2 v = p.x_sums[size_t(unit) * tokens + min(n * 4 + t, tokens - 1)];
+          group_sum[n] += v.x;
+          group_scale[n] = v.y;
+        }
+      }
+      copy_wait<kDepth - 2>();
+      ScalarCodes<kE8p && kBits == 4 ? 4 : kBits> c;
+#pragma unroll
+      for (int j = 0; j < int(sizeof(c.a) / 16); ++j)
+        c.a[j] = *reinterpret_cast<const uint4*>(own + read * kCodes + j * 512);
+      if constexpr (kBits == 3)
+        c.b = *reinterpret_cast<const uint2*>(own + read * kCodes + 512 - lane * 8);
+      if (++read == kDepth) read = 0;
+      fetch();
+      const uint64_t x = core_matrices(cells + ring.stage * kX, kColumns * 16, 128);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        uint32_t words[2][4], a[2][2][4];
+        if constexpr (kE8p) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m)
+            e8p_words<kBits>(c.a[0], c.a[kBits == 4 ? 1 : 0], c.b, plane, m, lane_offset, words[m]);
+        }
+        if (plane == 0) {
+          release();
+          barrier_wait(full + ring.stage, ring.phase);
+        } else {
+          mma_groups_wait<0>();
+        }
+        // MMAs read their A registers until they are waited for, which the compiler does not know:
+        // what writes them must depend on something that comes after the wait.
+        if constexpr (kE8p) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[m][j]));
+            e8p_expand<kBits>(words[m], plane, a[m]);
+          }
+        } else {
+          after_wait(c, no_bits);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c, m, a[m]);
+        }
+        mma_fence();
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          wgmma(acc[plane][m], a[m][0], x);
+          wgmma(acc[plane][m], a[m][1], x + (2 * kColumns * 16 >> 4));
+        }
+        mma_group_commit();
+      }
+      released = ring.stage;
+      ring.advance();
+      if constexpr (kGrouped) {
+        ++unit;
+        if (unit % span == 0 || i + 1 == end) {
+          release();
+          finished();
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float scale = rows.scale(p.w, r), shift = rows.template shift<kBits>(p.w, r);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+              total[r / 2][n][r % 2] += (kStep * combined(0, r, n) + shift * group_sum[n]) *
+                                        (scale * group_scale[n]);
+          }
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) group_sum[n] = 0.f;
+          clear();
+        }
+      }
+    }
+    release();
+    finished();
+
+    const int block = group * kWarps + warp;
+    if (block < blocks) {
+      float* out = partials_of(p, group) + warp * kCellRows + g;
+      if constexpr (!kE8p && !kGrouped) rows.load(p.w, block, 0, 1);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int m = n * 4 + t, token = min(m, tokens - 1);
+        const float x_scale = kGrouped ? 0.f : p.x_scales[token];
+        float sum = 0.f;
+        if constexpr (!kE8p && !kGrouped) {
+          if (p.w.zeros != nullptr || kBits == 8) {
+            for (int i = begin + g; i < end; i += 8)
+              sum += p.x_sums[size_t((unit0 + i) % units) * tokens + token].x;
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float v;
+          if constexpr (kGrouped) {
+            v = total[r / 2][n][r % 2];
+          } else if constexpr (kE8p) {
+            v = combined(0, r, n);
+            if constexpr (kPlanes == 2) v += p.w.residual * combined(1, r, n);
+            v *= x_scale * (1.f / 32.f);
+          } else {
+            v = kStep * combined(0, r, n) + rows.template shift<kBits>(p.w, r) * sum;
+            v *= x_scale * rows.scale(p.w, r);
+          }
+          if (m < tokens) out[m * s.group_rows + r * 8] = v;
+        }
+      }
+    }
+    if (end == count) break;
+    clear();
+    if constexpr (kGrouped) {
+#pragma unroll
+      for (int q = 0; q < 4 * kTiles; ++q) (&total[0][0][0])[q] = 0.f;
+    }
+    begin = end;
+    unit = 0;
+    ++group;
+  }
+#endif
+}
+
+}  // namespace aqlm

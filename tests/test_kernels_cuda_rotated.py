@@ -1,0 +1,193 @@
+"""CUDA kernels of rotated and scalar weights beyond ``test_kernels_rotated.py``: every body.
+
+Shapes here reach what small layers do not: several row groups and pieces a block, both MMA bodies
+and their passes, dequantized slices, and clusters of the rotation.
+"""
+
+import pytest
+import torch
+from tolerances import RELATIVE
+
+from aqlm_infer import ops
+from aqlm_infer.formats import E8PFormat
+from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
+from aqlm_infer.formats.scalar import pack_bits, unpack_bits
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = (1, 2, 4, 5, 8, 16, 17, 33, 64, 65, 129, 400)
+HALVES = (torch.float16, torch.bfloat16)
+NONE = torch.empty(0, dtype=torch.int8)
+
+
+def seeded(seed):
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def rows(M, K, dtype, seed=0):
+    """Random rows inside a wider tensor of NaN: strided, and misaligned where M is odd."""
+    wide = torch.full((M, K + 9), float("nan"), dtype=dtype, device="cuda")
+    x = wide[:, M % 2 : M % 2 + K]
+    x.copy_(torch.randn(M, K, generator=seeded(seed), device="cuda"))
+    return x
+
+
+def close(y, expected, dtype):
+    assert torch.isfinite(y).all()
+    error = (y.double() - expected).norm() / expected.norm()
+    assert error <= RELATIVE["exact", dtype], f"relative error {error:.2e}"
+
+
+class E8P:
+    def __init__(self, bits, N, K, factor=None, seed=0):
+        self.format, self.N, self.K = E8PFormat(bits), N, K
+        low, high = -(2**63), 2**63 - 1
+        shape, rng = (N, K * bits // 64), seeded(seed)
+        self.codes = torch.randint(low, high, shape, generator=rng, device="cuda")
+        self.rotation = Hadamard.full(N) if factor is None else Hadamard(N, factor)
+        self.sv = torch.rand(N, generator=rng, device="cuda") + 0.5
+        self.packed = ops.e8p_pack(self.codes, bits)
+        self.weight = self.format.decode(self.codes, torch.float64)
+
+    def numbers(self):
+        return self.rotation.matrix("cuda"), self.format.bits, 1 / self.format.residual
+
+    def __call__(self, x, bias=None):
+        h, bits, residual = self.numbers()
+        factor = self.rotation.factor
+        return ops.e8p_matmul(
+            x, self.packed, self.sv, bias, h, bits, residual, self.N, factor, 0, "exact"
+        )
+
+    def expected(self, x):
+        z = x.double() @ self.weight.T
+        return hadamard_transform(z, self.rotation.factor, 0) * self.sv.double()
+
+
+class Scalar:
+    def __init__(self, bits, N, K, G, zeros=True, dtype=torch.float16):
+        rng = seeded(bits)
+        self.bits, self.N, self.K, self.G = bits, N, K, G
+        self.codes = pack_bits(
+            torch.randint(0, 2**bits, (N, K), generator=rng, device="cuda"), bits
+        )
+        self.scales = torch.rand(N, K // G, generator=rng, device="cuda").to(dtype) + 0.5
+        z = torch.randint(0, 2**bits, (N, K // G), generator=rng, device="cuda")
+        self.zeros = z.to(dtype) if zeros else None
+        self.packed = ops.scalar_pack(self.codes, bits, K)
+        q = unpack_bits(self.codes, bits, K).double().unflatten(1, (-1, G))
+        middle = (2**bits - 1) / 2
+        offset = middle if self.zeros is None else self.zeros.double()[..., None]
+        self.weight = (self.scales.double()[..., None] * (q - offset)).flatten(1)
+
+    def __call__(self, x):
+        h = NONE.cuda()
+        return ops.scalar_matmul(
+            x, self.packed, self.scales, self.zeros, None, None, h, self.bits, self.G, self.N, 0, 0,
+            "exact",
+        )  # fmt: skip
+
+    def expected(self, x):
+        return x.double() @ self.weight.T
+
+
+def check(layer, dtype):
+    for M in TOKENS:
+        x = rows(M, layer.K, dtype, seed=M)
+        y = layer(x)
+        close(y, layer.expected(x), dtype)
+        assert torch.equal(y, layer(x)), f"M={M}: two runs differ"
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("N", "K"), [(3072, 1024), (528, 4096)])
+def test_e8p_bodies(bits, N, K, dtype):
+    check(E8P(bits, N, K, None if N == 3072 else 0), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("N", "K", "G", "zeros"),
+    [
+        (1001, 1024, 128, True),
+        (517, 1088, 64, False),
+        (770, 4096, 1024, True),
+        (333, 1984, 1984, False),
+        (77, 104, 104, True),
+        (130, 192, 32, True),
+    ],
+)
+def test_scalar_bodies(bits, N, K, G, zeros, dtype):
+    check(Scalar(bits, N, K, G, zeros, dtype), dtype)
+
+
+@pytest.mark.parametrize("M", [1, 9])
+def test_outlier_columns_cost_only_their_own_group_precision(M):
+    """Activations have one scale a group: 3000 in one column leaves the others' sums exact."""
+    layer = Scalar(4, 256, 2048, 128)
+    layer.scales[:, 0] = 0  # of the outlier's group, so that only the others' errors are seen
+    layer.weight[:, :128] = 0
+    x = torch.randn(M, 2048, generator=seeded(1), device="cuda").half()
+    x[:, 7] = 3000.0
+    close(layer(x), layer.expected(x), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
+@pytest.mark.parametrize(
+    "n", [4, 24, 2880, 4096, 8192, 11008, 14336, 16384, 18944, 28672, 29568, 57344]
+)
+def test_hadamard_sizes(n, dtype):
+    r = Hadamard.full(n)
+    h, rng = r.matrix("cuda"), seeded(n)
+    pre, post = (torch.randn(n, generator=rng, device="cuda") for _ in range(2))
+    for M in (1, 3, 70):
+        x = rows(M, n, dtype, seed=M)
+        for transpose in (False, True):
+            y = ops.hadamard(x, pre, post, h, r.factor, 0, transpose)
+            expected = hadamard_transform(x.double() * pre, r.factor, 0, transpose) * post
+            close(y, expected, dtype)
+
+
+@pytest.mark.parametrize("M", [1, 12, 100, 500])
+def test_graph_replay_and_side_stream(M):
+    layer, other = E8P(2, 512, 1024, seed=1), E8P(2, 512, 1024, seed=2)
+    x = torch.randn(M, 1024, generator=seeded(M), device="cuda").half()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = layer(x)
+        for weight in (layer, other):
+            layer.packed.copy_(weight.packed)
+            x.copy_(torch.randn(M, 1024, generator=seeded(M + 1), device="cuda"))
+            y.fill_(float("nan"))
+            graph.replay()
+            stream.synchronize()
+            close(y, hadamard_transform(x.double() @ weight.weight.T, 1, 0) * layer.sv, x.dtype)
+
+
+def test_opcheck():
+    layer = E8P(2, 64, 128)
+    x = torch.randn(3, 128, generator=seeded(0), device="cuda").half()
+    h, bits, residual = layer.numbers()
+    arguments = (x, layer.packed, layer.sv, None, h, bits, residual, 64, 1, 0, "exact")
+    torch.library.opcheck(ops.e8p_matmul, arguments)
+    grid = Scalar(4, 66, 128, 64)
+    arguments = (x, grid.packed, grid.scales, grid.zeros, None, None, NONE.cuda(), 4, 64, 66, 0, 0)
+    torch.library.opcheck(ops.scalar_matmul, (*arguments, "exact"))
+
+
+def test_refusals_print_values():
+    layer = E8P(2, 64, 128)
+    x = torch.randn(2, 192, device="cuda").half()
+    with pytest.raises(RuntimeError, match="packed must be 6144 contiguous uint8; got 4096"):
+        layer(x)
+    h, bits, residual = layer.numbers()
+    with pytest.raises(RuntimeError, match="precision='int8'"):
+        ops.e8p_matmul(x[:, :128], layer.packed, None, None, h, bits, residual, 64, 1, 0, "int8")
+    with pytest.raises(RuntimeError, match="size 192 is not factor=1 times a power of two"):
+        ops.hadamard(x, None, None, h, 1, 0, False)

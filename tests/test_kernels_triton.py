@@ -1,0 +1,182 @@
+"""Triton kernels against the float64 oracle: compiled on a GPU, in Triton's interpreter without."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import LAYERS, random_input, random_layer
+from tolerances import assert_close
+
+from aqlm_infer import KernelError, QuantLinear, select
+from aqlm_infer.backends import Problem
+from aqlm_infer.backends import triton as backend
+from aqlm_infer.formats import parse_scheme
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bfloat16 as if its bits were integers, so bfloat16 needs a GPU; it is
+# also slow, so it runs the token counts that reach every body.
+DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
+TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
+LARGE = [] if DEVICE == "cpu" else [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
+
+
+def make(layer, kernel="triton.additive"):
+    tensors = {name: tensor.to(DEVICE) for name, tensor in layer.tensors.items()}
+    bias = layer.bias.to(DEVICE)
+    return QuantLinear.from_tensors(layer.format, tensors, layer.K, bias, kernel=kernel)
+
+
+@pytest.mark.parametrize(("scheme", "N", "K"), [*LAYERS, *LARGE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matmul(scheme, N, K, dtype):
+    layer = random_layer(scheme, N, K, dtype)
+    quant, weight = make(layer), layer.weight()
+    for M in TOKENS:
+        x = random_input(M, K, dtype)
+        wide = torch.full((M, K + 5), float("nan"), dtype=dtype, device=DEVICE)
+        wide[:, 3 : 3 + K] = x.to(DEVICE)
+        y = quant(wide[:, 3 : 3 + K])
+        assert torch.equal(y, quant(wide[:, 3 : 3 + K])), f"M={M}: two runs differ"
+        expected = x.double() @ weight.T + layer.bias.double()
+        assert_close(y.cpu(), expected, x, weight, dtype)
+
+
+@pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_storage_and_dequantize(scheme, N, K, dtype):
+    layer = random_layer(scheme, N, K, dtype)
+    quant = make(layer)
+    assert torch.equal(quant.state_dict()["codes"].cpu(), layer.tensors["codes"])
+    assert torch.equal(quant.weight.cpu(), layer.format.dequantize(layer.tensors))
+
+
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x12-g8", "aqlm-2x4-g8-o2"])
+@pytest.mark.parametrize("M", [1, 5, 70])
+def test_fused_parts(scheme, M):
+    sizes, K = (66, 34, 130), 88
+    parts = [random_layer(scheme, n, K, torch.float16, seed=n) for n in sizes]
+    fused = {k: torch.cat([p.tensors[k] for p in parts]).to(DEVICE) for k in parts[0].tensors}
+    bias = torch.cat([p.bias for p in parts])
+    x = random_input(M, K, torch.float16)
+    format = parts[0].format
+    buffers = backend._repack(format, fused, sizes, "exact")
+    y = backend._matmul(format, x.to(DEVICE), buffers, fused, bias.to(DEVICE), sizes, "exact")
+    weight = torch.cat([p.weight() for p in parts])
+    assert_close(y.cpu(), x.double() @ weight.T + bias.double(), x, weight, torch.float16)
+    whole = backend._dequantize(format, buffers, fused, K, sizes).cpu()
+    assert torch.equal(whole, torch.cat([format.dequantize(p.tensors) for p in parts]))
+
+
+@pytest.mark.parametrize("M", [1, 20])
+def test_gradients_of_input_and_bias(M):
+    layer = random_layer("aqlm-2x8-g8", 66, 136, torch.float16)
+    quant = make(layer)
+    quant.bias.requires_grad_()
+    x = random_input(M, layer.K, torch.float16)
+    leaf = x.to(DEVICE).requires_grad_()
+    dy = random_input(M, layer.N, torch.float16, seed=5)
+    quant(leaf).backward(dy.to(DEVICE))
+    weight = layer.weight()
+    assert_close(leaf.grad.cpu(), dy.double() @ weight, dy, weight.T, torch.float16)
+    assert torch.equal(quant.bias.grad.cpu(), dy.sum(0, dtype=torch.float32).to(torch.float16))
+
+
+def test_activation_outliers_do_not_overflow_the_tables():
+    layer = random_layer("aqlm-2x8-g8", 40, 64, torch.float16)
+    quant, weight = make(layer), layer.weight()
+    x = random_input(1, 64, torch.float16)
+    x[0, 5] = 8000.0  # one product with a codebook word is beyond float16
+    y = quant(x.to(DEVICE)).cpu()
+    assert_close(y, x.double() @ weight.T + layer.bias.double(), x, weight, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
+def test_agrees_with_the_cuda_kernels(scheme, N, K):
+    layer = random_layer(scheme, N, K, torch.float16)
+    if layer.format.in_group_size % 4:
+        pytest.skip(f"{scheme}: the CUDA kernels need in_group_size % 4 == 0")
+    ours, cuda = make(layer), make(layer, kernel=None)
+    assert cuda.kernel_id.startswith("cuda.")
+    for M in (1, 4, 33, 100):
+        x = random_input(M, K, torch.float16)
+        y = cuda(x.cuda()).double().cpu()
+        assert_close(ours(x.cuda()).cpu(), y, x, layer.weight(), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 16, 100])
+def test_compile_fullgraph_and_graph_replay(M):
+    layer = random_layer("aqlm-2x8-g8", 130, 264, torch.float16)
+    quant = make(layer)
+    x = random_input(M, layer.K, torch.float16).contiguous().cuda()
+    with torch.no_grad():
+        expected = quant(x)
+        assert torch.equal(torch.compile(quant, fullgraph=True)(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = quant(x)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_says_why_not():
+    format = parse_scheme("aqlm-2x8-g8")
+    reason = backend._why_not(Problem(format, 64, 64, torch.float64, DEVICE))
+    assert "torch.float64" in reason
+    reason = backend._why_not(Problem(format, 1 << 17, 1 << 14, torch.float16, DEVICE))
+    assert "2^31" in reason
+    with pytest.raises(KernelError, match="precision exact, not fast"):
+        select(Problem(format, 64, 64, torch.float16, DEVICE, "fast"), "triton.additive")
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = backend._why_not(Problem(parse_scheme("aqlm-2x8-g8"), 64, 64, torch.float16, "cpu"))
+    assert reason.startswith("runs on cuda or xpu, not cpu")
+
+
+def test_import_of_the_package_stays_free_of_triton():
+    code = "import sys, aqlm_infer; assert 'triton' not in sys.modules, 'triton was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from aqlm_infer.triton_kernels import additive as bodies
+
+SCHEME = {"B": 2, "ENTRIES": 256, "OG": 1, "G": 8, "GP": 8}
+CASES = [
+    (bodies._dot, {**SCHEME, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "PRECISION": "tf32"}),
+    (bodies._tables, {**SCHEME, "GROUPS": 8, "CHUNK": 1024}),
+    (bodies._lookup, {**SCHEME, "BLOCK_N": 512}),
+    (bodies._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "BIAS": True, "BLOCK": 1024}),
+    (bodies._dequantize, {**SCHEME, "BLOCK_N": 32, "BLOCK_G": 16}),
+]
+TYPES = {"codes_ptr": "*i8", "partial_ptr": "*fp32", "unit_ptr": "*fp32", "widest_ptr": "*fp32"}
+for arch in (80, 90):
+    for body, constants in CASES:
+        values = {name: constants[name] for name in body.arg_names if name in constants}
+        default = {n: "*fp16" if n.endswith("_ptr") else "i32" for n in body.arg_names}
+        types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
+        at = {(body.arg_names.index(name),): value for name, value in values.items()}
+        source = ASTSource(fn=body, signature=types, constexprs=at)
+        assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
+print("compiled", len(CASES) * 2)
+"""
+
+
+def test_bodies_compile_without_a_gpu(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.stdout.strip() == "compiled 10", run.stderr[-2000:]
