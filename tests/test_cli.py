@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import logits, tiny_config, tiny_model, write_checkpoint
 
 import aqlm_infer
+from aqlm_infer.calibration import quantize_checkpoint
 from aqlm_infer.cli.app import main
-from aqlm_infer.cli.quantize_job import quantize_checkpoint
 from aqlm_infer.evaluation import load_model, perplexity, read_token_file
 from aqlm_infer.quantizers import AdditiveQuantizer
 
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 LM7 = ROOT / "examples" / "lm7"
 VALID = ROOT / "examples" / "text" / "valid.bin"
 VERBS = (
-    ("info",), ("quantize",), ("eval",), ("generate",), ("bench",), ("bench", "matmul"),
-    ("bench", "generate"),
+    ("info",), ("quantize",), ("tune",), ("convert",), ("eval",), ("generate",),
+    ("bench",), ("bench", "matmul"), ("bench", "generate"),
 )  # fmt: skip
 
 
@@ -241,6 +241,24 @@ def test_bench_generate(capfd, dense, quantized):
 # -- quantize: plans, resume, nothing half-written -------------------------------------------------
 
 
+def test_calibrated_quantize(capfd, dense, tokens, tmp_path):
+    """The calibrated path end to end: a mixed plan for a target, fine-tuning, the report."""
+    out = tmp_path / "q"
+    options = (
+        "quantize", dense, "--scheme", "gptq-int2-g16,gptq-int4-g16", "--target-bits", "4.2",
+        "--calibration", tokens, "--samples", "4", "--seq-len", "32", "--fine-tune",
+        "--epochs", "1", "--out", out,
+    )  # fmt: skip
+    record = json_of(capfd, *options)
+    schemes = {layer["scheme"] for block in record["blocks"] for layer in block["layers"]}
+    assert schemes == {"gptq-int2-g16", "gptq-int4-g16"} and record["bits_per_weight"] <= 4.2
+    assert json.loads((out / "quantize_report.json").read_text()) == record
+    status, shown, _ = call(capfd, *options)
+    assert status == 0 and "output error" in shown and "fine-tuning" in shown
+    ppl = json_of(capfd, "eval", out, "--tokens", tokens, "--window", "32")["ppl"]
+    assert ppl > 1
+
+
 def test_plans_and_skips(capfd, dense, tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text('"*.mlp.*": aqlm-1x5-g8\n"*.self_attn.q_proj": aqlm-1x4-g4\n')
@@ -296,7 +314,7 @@ def test_interrupted_quantization_resumes(capfd, dense, quantized, tmp_path, mon
 def test_kept_layers_of_other_settings_are_not_reused(capfd, dense, tmp_path, monkeypatch):
     out = tmp_path / "q"
     monkeypatch.setattr(
-        "aqlm_infer.cli.quantize_job.save_quantized",
+        "aqlm_infer.calibration.datafree.save_quantized",
         lambda *a: (_ for _ in ()).throw(OSError("full")),
     )
     options = ("quantize", dense, "--out", out, "--scheme")
@@ -352,6 +370,10 @@ def refused(capfd, *arguments) -> str:
         (("--scheme", "aqlm-1x4-g8", "--device", "tpu"), "unknown device 'tpu'"),
         (("--scheme", "aqlm-1x4-g8", "--seed", "x"), "Invalid value for '--seed'"),
         ((), "give either --scheme ID or --plan FILE"),
+        (("--scheme", "aqlm-1x4-g8", "--fine-tune"), "need --calibration FILE"),
+        (("--scheme", "aqlm-1x4-g8", "--target-bits", "2"), "need --calibration FILE"),
+        (("--scheme", "aqlm-1x4-g8", "--calibration", "none.bin"), "no such calibration file"),
+        (("--scheme", "gptq-int2-g16"), "needs calibration"),
         (("--plan", "none.yaml"), "none.yaml: No such file"),
         (("--speed", "11"), "No such option: --speed"),
     ],

@@ -304,9 +304,13 @@ def test_a_shape_that_does_not_fit_is_refused():
         quantizer_for("aqlm-1x4-g8").fit(torch.zeros(8, 60))
 
 
-def test_a_hessian_is_refused():
-    with pytest.raises(QuantizerError, match=r"data-free .*\[64, 64\]"):
-        quantizer_for("aqlm-1x4-g8").fit(gaussian(8, 64), torch.eye(64))
+def test_a_hessian_of_another_shape_or_not_finite_is_refused():
+    with pytest.raises(QuantizerError, match=r"hessian has shape \[32, 32\], expected \[64, 64\]"):
+        quantizer_for("aqlm-1x4-g8").fit(gaussian(8, 64), torch.eye(32))
+    hessian = torch.eye(64)
+    hessian[2, 3] = hessian[3, 2] = float("nan")
+    with pytest.raises(QuantizerError, match=r"hessian is not finite: nan at \[2, 3\]"):
+        quantizer_for("aqlm-1x4-g8").fit(gaussian(8, 64), hessian)
 
 
 @pytest.mark.parametrize("option", [{"beam": 0}, {"refit_rounds": -1}, {"tolerance": -1.0}])

@@ -8,20 +8,33 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ..formats import AdditiveFormat, Format, parse_scheme
+from ..formats.e8p import E8PFormat
+from ..formats.scalar import QuipFormat, ScalarFormat
 from .additive import AdditiveQuantizer, Progress
 from .base import Quantizer, QuantizerError
+from .e8p import E8PQuantizer
+from .hessian import HessianWarning
+from .quip import QuipQuantizer
+from .scalar import ScalarQuantizer
 
 __all__ = [
     "QUANTIZERS",
     "AdditiveQuantizer",
+    "E8PQuantizer",
+    "HessianWarning",
     "Progress",
     "Quantizer",
     "QuantizerError",
+    "QuipQuantizer",
+    "ScalarQuantizer",
     "quantizer_for",
 ]
 
 QUANTIZERS: dict[type[Format], type[Quantizer]] = {
     AdditiveFormat: AdditiveQuantizer,
+    E8PFormat: E8PQuantizer,
+    QuipFormat: QuipQuantizer,
+    ScalarFormat: ScalarQuantizer,
 }
 
 

@@ -1,9 +1,10 @@
-"""Data-free quantizer of additive codebooks (AQLM without its calibration).
+"""Quantizer of additive codebooks (AQLM), data-free or in the norm of a layer's input.
 
-    rows over their rms -> residual k-means -> [ codes, codebooks, scales ]* -> a common gauge
+    rows over their rms -> residual k-means -> [ codebooks, scales, codes ]* -> a common gauge
 
-The refit minimises ``|W - What|^2``, weighs a vector by the square of its row's scale accordingly,
-and takes a step only when the objective falls.
+Without a Hessian the refit minimises ``|W - What|^2`` and k-means weighs a vector by the square of
+its row's scale; with one, H, it minimises ``tr((W - What) H (W - What)^T)`` and k-means goes on in
+the metric of H's LDL blocks. A step is taken only when the objective falls.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from dataclasses import dataclass, field
 import torch
 
 from ..formats import AdditiveFormat
-from .base import Quantizer, QuantizerError
+from .base import Quantizer, QuantizerError, check_weight
+from .calibrated import CalibratedRefit
+from .hessian import diagonal_blocks, regularise, row_losses
 from .kmeans import residual_kmeans
+from .metric import metric_kmeans
 from .refit import Refit
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One accepted or refused step: ``error`` is |W - What|^2 / |W|^2 after it."""
+    """One accepted or refused step: ``error`` is the objective after it, relative to What = 0."""
 
     stage: str
     round: int
@@ -31,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class AdditiveQuantizer(Quantizer):
-    """Quantizer of one ``aqlm-*`` format in the plain weight norm.
+    """Quantizer of one ``aqlm-*`` format.
 
     Args:
         format: the format record.
@@ -46,6 +50,8 @@ class AdditiveQuantizer(Quantizer):
         tolerance: the refit ends when a round lowers the error by less than this fraction.
         beam: hypotheses of the code search, no effect with one codebook. Error of 4x4-g8 on
             Gaussian weights: .113 at beam 2, .103 at 4, .098 at 8, .095 at 16.
+        damping: of a Hessian, as a fraction of its mean diagonal.
+        metric_rounds: rounds of k-means in the metric of a Hessian.
         progress: called with a :class:`Progress` after every step of the refit.
     """
 
@@ -57,6 +63,8 @@ class AdditiveQuantizer(Quantizer):
     refit_rounds: int = 10
     tolerance: float = 2e-3
     beam: int = 8
+    damping: float = 1e-3
+    metric_rounds: int = 5
     progress: Callable[[Progress], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -67,6 +75,8 @@ class AdditiveQuantizer(Quantizer):
             ("refit_rounds", 0),
             ("tolerance", 0),
             ("beam", 1),
+            ("damping", 0),
+            ("metric_rounds", 0),
         ):
             value = getattr(self, name)
             if not value >= least:
@@ -80,35 +90,21 @@ class AdditiveQuantizer(Quantizer):
 
         Values survive a cast to float16 whenever float16 can hold the weight: the gauge between
         codebooks and scales is a power of two that keeps both away from the ends of its range.
-        Bitwise the same for the same seed and weight on the CPU. Raises QuantizerError for a
-        ``hessian``, a weight that is not a finite floating [N, K]; FormatError when N or K does not
-        fit the format.
+        Bitwise the same for the same seed and input on one device. Raises QuantizerError for a
+        weight that is not a finite floating [N, K] and for a Hessian that is not a finite [K, K];
+        FormatError when N or K does not fit the format.
         """
-        self._check(weight, hessian)
+        check_weight(weight, self.format)
         vectors, exponent = self._vectors(weight.float())
         scales = vectors.double().square().mean((1, 2)).sqrt().float()
         generator = torch.Generator().manual_seed(self.seed)
-        codebooks = self._start(vectors, scales, generator)
-        return self._canonical(self._refit(vectors, codebooks, scales), exponent)
-
-    def _check(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
         if hessian is not None:
-            raise QuantizerError(
-                f"the {self.format.id} quantizer is data-free and takes no Hessian "
-                f"(got one of shape {list(hessian.shape)})"
-            )
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise QuantizerError(
-                f"weight is {weight.dtype} of shape {list(weight.shape)}, expected floating [N, K]"
-            )
-        self.format.check_shape(*weight.shape)
-        bad = (~torch.isfinite(weight.float())).nonzero()
-        if len(bad):
-            value = weight[tuple(bad[0])].item()
-            raise QuantizerError(
-                f"weight is not finite in float32: {value} at {bad[0].tolist()}, {len(bad)} such "
-                f"values of {weight.numel()}"
-            )
+            refit = self._calibrate(vectors, scales, hessian, generator)
+            return self._canonical(refit, exponent)
+        codebooks = self._start(vectors, scales, generator)
+        energy = float(vectors.double().square().sum((1, 2)).sum())
+        refit = self._run(Refit(vectors, codebooks, scales, self.beam), energy)
+        return self._canonical(refit, exponent)
 
     def _vectors(self, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A float32 weight as vectors [O, I, og*ig], times 2^-exponent so that values are <= 1."""
@@ -118,6 +114,18 @@ class AdditiveQuantizer(Quantizer):
         groups = unit.float().view(N // og, og, K // ig, ig).permute(0, 2, 1, 3)
         return groups.reshape(N // og, K // ig, og * ig), exponent
 
+    def _sample(
+        self, vectors: torch.Tensor, live: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Indices into all vectors [O * I] of those of the ``live`` rows that k-means sees."""
+        groups = vectors.shape[1]
+        count = len(live) * groups
+        sample = torch.arange(count)
+        if count > self.kmeans_vectors:
+            sample = torch.randperm(count, generator=generator)[: self.kmeans_vectors]
+        sample = sample.to(vectors.device)
+        return live[sample // groups] * groups + sample % groups
+
     def _start(
         self, vectors: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
@@ -126,27 +134,63 @@ class AdditiveQuantizer(Quantizer):
         entries, width = self.format.entries, vectors.shape[2]
         if not len(live):
             return vectors.new_zeros(self.format.num_codebooks, entries, width)
-        count = len(live) * vectors.shape[1]
-        sample = torch.arange(count)
-        if count > self.kmeans_vectors:
-            sample = torch.randperm(count, generator=generator)[: self.kmeans_vectors]
-        sample = sample.to(vectors.device)
-        row = live[sample // vectors.shape[1]]
-        training = vectors[row, sample % vectors.shape[1]] / scales[row, None]
-        rounds = max(3, self.kmeans_scores // (len(training) * entries))
+        sample = self._sample(vectors, live, generator)
+        row = sample // vectors.shape[1]
         return residual_kmeans(
-            training,
+            vectors.flatten(0, 1)[sample] / scales[row, None],
             scales[row].double().square(),
             self.format.num_codebooks,
             entries,
-            min(rounds, self.kmeans_rounds),
+            self._rounds(len(sample)),
             generator,
         )
 
-    def _refit(self, vectors: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> Refit:
+    def _rounds(self, count: int) -> int:
+        """Rounds of plain k-means on ``count`` vectors."""
+        most = max(3, self.kmeans_scores // (count * self.format.entries))
+        return min(most, self.kmeans_rounds)
+
+    def _calibrate(
+        self,
+        vectors: torch.Tensor,
+        scales: torch.Tensor,
+        hessian: torch.Tensor,
+        generator: torch.Generator,
+    ) -> CalibratedRefit:
+        """Start and refine in the norm of ``hessian``, on the device of ``vectors``."""
+        format, og, g = self.format, self.format.out_group_size, self.format.in_group_size
+        K = vectors.shape[1] * g
+        curvature = regularise(hessian.to(vectors.device), K, self.damping)
+        weight = vectors.unflatten(2, (og, g)).transpose(1, 2).reshape(-1, K)
+        live = (scales > 0).nonzero()[:, 0]
+        if len(live):
+            roots = diagonal_blocks(curvature.factor, g)  # of the LDL blocks D_j
+            sample = self._sample(vectors, live, generator)
+            codebooks, codes = metric_kmeans(
+                vectors / torch.where(scales > 0, scales, 1.0)[:, None, None],
+                scales,
+                roots,
+                og,
+                format.num_codebooks,
+                format.entries,
+                plain_rounds=self._rounds(len(sample)),
+                metric_rounds=self.metric_rounds,
+                sample=sample,
+                generator=generator,
+            )
+        else:
+            shape = (format.num_codebooks, format.entries, og * g)
+            codebooks = vectors.new_zeros(shape)
+            codes = torch.zeros(*vectors.shape[:2], len(codebooks), dtype=torch.int64)
+            codes = codes.to(vectors.device)
+        refit = CalibratedRefit(
+            weight, curvature, og, codebooks, scales, codes, self.beam, generator
+        )
+        return self._run(refit, float(row_losses(weight, curvature.matrix).sum()))
+
+    def _run(self, refit: Refit | CalibratedRefit, energy: float) -> Refit | CalibratedRefit:
         """Alternate codebooks, scales and codes until a round gains less than ``tolerance``."""
-        energy = float(vectors.double().square().sum((1, 2)).sum()) or 1.0
-        refit = Refit(vectors, codebooks, scales, self.beam)
+        energy = energy or 1.0
         self._report("start", 0, refit.error / energy)
         steps = {
             "codebooks": refit.step_codebooks,
@@ -166,7 +210,7 @@ class AdditiveQuantizer(Quantizer):
         if self.progress is not None:
             self.progress(Progress(stage, round, error))
 
-    def _canonical(self, refit: Refit, exponent: int) -> dict[str, torch.Tensor]:
+    def _canonical(self, refit: Refit | CalibratedRefit, exponent: int) -> dict[str, torch.Tensor]:
         """Packed codes, and values in a gauge where scales are about 2^8 times the codebooks.
 
         With the largest scale at 2^4 * sqrt(p) and the largest word at 2^-4 * sqrt(p), p their

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .search import encode
+from .sums import CodeSums
 
 
 def nearest(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -35,9 +36,9 @@ def weighted_means(
     vectors: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, centres: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted mean [C, d] of each cluster (an empty one keeps its centre), and its weight [C]."""
-    mass = weights.new_zeros(len(centres)).index_add_(0, codes, weights)
-    total = weights.new_zeros(centres.shape)
-    total.index_add_(0, codes, vectors.double() * weights[:, None])
+    rows = torch.cat([vectors.double() * weights[:, None], weights[:, None]], 1)
+    total, mass = CodeSums(codes[:, None], len(centres))(rows)[0].tensor_split([-1], 1)
+    mass = mass[:, 0]
     return torch.where(mass[:, None] > 0, total / mass[:, None], centres.double()).float(), mass
 
 

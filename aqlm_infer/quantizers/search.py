@@ -12,6 +12,9 @@ import torch
 CHUNK = 1 << 20
 """Scores held at a time (4 MiB), in one buffer: fresh pages would cost as much as the scores."""
 
+DEVICE_CHUNK = 1 << 28
+"""The same on a GPU (1 GiB), where a chunk must be many launches' worth of work."""
+
 
 def decode(codebooks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Sum of the chosen words: codebooks [B, C, d], codes [..., B] -> [..., d]."""
@@ -29,7 +32,7 @@ def best_columns(scores: torch.Tensor, keep: int = 1) -> torch.Tensor:
     of an EPYC).
     """
     if scores.device.type != "cpu":
-        return scores.topk(keep, 1).indices
+        return scores.argmax(1, keepdim=True) if keep == 1 else scores.topk(keep, 1).indices
     values, rows = scores.numpy(), np.arange(len(scores))
     best = np.empty((len(scores), keep), np.int64)
     for place in range(keep):
@@ -50,7 +53,8 @@ def encode(targets: torch.Tensor, codebooks: torch.Tensor, beam: int = 1) -> tor
     half = codebooks.square().sum(2, keepdim=True) / -2
     columns = torch.cat([codebooks, half, torch.ones_like(half)], 2).mT.contiguous()
     widest = count * (beam if books > 1 else 1)
-    rows = min(len(targets), max(1, CHUNK // widest))
+    chunk = CHUNK if targets.device.type == "cpu" else DEVICE_CHUNK
+    rows = min(len(targets), max(1, chunk // widest))
     buffer = targets.new_empty(rows * widest)
     parts = targets.split(rows)
     return torch.cat([_encode(part, codebooks, columns, beam, buffer) for part in parts])

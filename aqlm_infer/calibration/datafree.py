@@ -1,4 +1,4 @@
-"""Quantize a checkpoint folder, resumably: the function behind ``aqlm-infer quantize``.
+"""Quantize a checkpoint folder data-free, resumably: ``aqlm-infer quantize`` without calibration.
 
 Finished layers are kept beside the output, in ``OUT.partial/``: one safetensors file a layer,
 written whole, with a key of its weights, scheme and seed. The same command after a kill reuses
@@ -201,6 +201,9 @@ def quantize_checkpoint(
         tokenizer = None
     dense = load_model(model, dtype, device)
     chosen = plan_layers(dense, plan, skip)
+    for format in chosen.values():
+        if quantizer_for(format).needs_hessian:
+            raise JobError(f"{format.id} needs calibration (--calibration FILE)")
     check_weights(dense, chosen)
     check_disk(dense, chosen, out)
     work = work_folder(out)

@@ -1,0 +1,92 @@
+"""QuIP# (arXiv 2402.04396): randomized Hadamard rotation, then BlockLDLQ on the E8P codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.e8p import E8PFormat
+from ..formats.rotation import Hadamard
+from .base import Quantizer, QuantizerError, check_weight
+from .hessian import DAMPING, regularise
+from .lattice import E8PRounder
+from .ldlq import feedback_round, greedy_passes
+from .rotate import balance, random_signs, rotate
+
+SPREADS = {2: 0.9, 3: 0.98, 4: 1.03}
+"""Root mean square of the rotated weight in units of the codebook, as published."""
+
+
+@dataclass(frozen=True)
+class E8PQuantizer(Quantizer):
+    """Quantizer of ``quip-e8p-*``.
+
+    Args:
+        format: the format record.
+        seed: of the random signs.
+        damping: of the rotated Hessian, as a fraction of its mean diagonal.
+        rescale: balance columns before rotating; the scaling lands in SU.
+        passes: greedy passes after BlockLDLQ.
+    """
+
+    format: E8PFormat
+    seed: int = 0
+    damping: float = DAMPING
+    rescale: bool = True
+    passes: int = 10
+
+    def __post_init__(self):
+        if not self.damping > 0 or self.passes < 0:
+            raise QuantizerError(
+                f"damping={self.damping}, passes={self.passes}: need > 0 and at least 0"
+            )
+
+    @property
+    def needs_hessian(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def fit(
+        self, weight: torch.Tensor, hessian: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Quantize ``weight`` [N, K]: packed codes, SU, SV (the scale in it) and Wscale 1.
+
+        Raises QuantizerError without a Hessian and for values that are not finite.
+        """
+        check_weight(weight, self.format)
+        if self.format.parts:
+            raise QuantizerError(f"{self.format.id}: layers are quantized one by one, not fused")
+        if hessian is None:
+            raise QuantizerError(f"{self.format.id} needs calibration: it got no Hessian")
+        (N, K), device = weight.shape, weight.device
+        generator = torch.Generator().manual_seed(self.seed)
+        wide = weight.double()
+        plain = regularise(hessian.to(device), K, self.damping)
+        su = random_signs(K, generator).to(device)
+        sv = random_signs(N, generator).to(device)
+        if self.rescale:
+            su = su / balance(wide, plain.matrix)
+        make = Hadamard.blocks if self.format.blocks else Hadamard.full
+        out, into = make(N), make(K)
+        turned = rotate(
+            wide,
+            plain.matrix,
+            su,
+            sv,
+            lambda x: out.apply(x, transpose=True),
+            lambda x: into.apply(x, transpose=True),
+        )
+        scale = float(turned.weight.square().mean().sqrt()) / SPREADS[self.format.bits] or 1.0
+        curvature = regularise(turned.hessian, K, self.damping)
+        rounder = E8PRounder(N, K, self.format, device)
+        unit = turned.weight / scale
+        rounded = feedback_round(unit, curvature, rounder)
+        greedy_passes(unit, rounded, curvature, rounder, self.passes)
+        codes = rounder.codes.unbind(2)
+        return {
+            **self.format.pack_codes(*codes),
+            "SU": su.float(),
+            "SV": (sv * scale).float(),
+            "Wscale": torch.ones((), device=device),
+        }
