@@ -1,0 +1,68 @@
+"""Tuning E8P: eight weights a group, between the two rotations, on a lattice that does not move.
+
+The P step trains SU and SV; the V step is the exact nearest codeword at 2 bits, and at 3 and 4 bits
+the nearest codeword and then the nearest residual code to what it leaves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ..formats import E8PFormat, Tensors
+from ..formats.e8p import grid_x4, residual_x2
+from ..formats.rotated import rotate_back
+from ..quantizers.lattice import nearest_e8p
+from ..quantizers.search import encode
+from .representation import Representation
+from .rotated import RotatedRepresentation
+
+
+@lru_cache(maxsize=16)
+def _codebooks(format: E8PFormat, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The words of each code, float32 [65536 or 256, 8], the residual's divided by its scale."""
+    grid = grid_x4().to(device).float() / 4
+    if format.bits == 2:
+        return (grid,)
+    fine = grid if format.bits == 4 else residual_x2().to(device).float() / 2
+    return (grid, fine / format.residual)
+
+
+class E8PRepresentation(RotatedRepresentation):
+    """Codes int32 [N*K/8, 1 or 2]; values SU [K] and SV [N]; Wscale and fuse_scales stay."""
+
+    @classmethod
+    def of(cls, format: E8PFormat, tensors: Tensors, name: str) -> Representation:
+        codes = [c.flatten() for c in format.unpack_codes(tensors["Qidxs"]) if c is not None]
+        return cls.rotated(format, torch.stack(codes, 1).int(), tensors, 8)
+
+    def rotate_back(self, weight: torch.Tensor) -> torch.Tensor:
+        scale = self.format.output_scale({**self.fixed, **self.values})
+        return rotate_back(weight, self.format.rotation, self.values["SU"], scale)
+
+    def decode(self, codes: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        books = _codebooks(self.format, codes.device)
+        total = books[0][codes[:, 0]]
+        return total if len(books) == 1 else total + books[1][codes[:, 1]]
+
+    def search(
+        self,
+        targets: torch.Tensor,
+        index: torch.Tensor | None = None,
+        beam: int = 1,
+        order: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        books = _codebooks(self.format, targets.device)
+        found = [nearest_e8p(targets)]
+        if len(books) == 2:
+            rest = targets - books[0][found[0]]
+            if self.format.bits == 4:
+                found.append(nearest_e8p(rest * self.format.residual))
+            else:
+                found.append(encode(rest, books[1][None])[:, 0])
+        return torch.stack(found, 1).int()
+
+    def code_tensors(self) -> dict[str, torch.Tensor]:
+        codes = self.codes.view(len(self.values["SV"]), -1, self.books)
+        return self.format.pack_codes(*codes.unbind(2))

@@ -1,0 +1,142 @@
+"""The loss, in chunks of tokens whose logits are never all there at once.
+
+    kl    mean over all tokens of KL(teacher || student), temperature 1, softmax in float32
+    ce    mean negative log-likelihood of every token but the first of a window
+
+Both trunks run to their last hidden state; then, chunk by chunk, the head and the loss, under
+recomputation: a chunk's logits are made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .representation import TuningError
+
+
+def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden state of a causal language model, [windows * tokens, width]."""
+    output = model.get_decoder()(input_ids=ids, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+@torch.no_grad()
+def check_split(model: nn.Module, ids: torch.Tensor, what: str) -> None:
+    """Raise TuningError unless the model's logits are its head on its last hidden state.
+
+    Some architectures scale or cap logits after the head; ``what`` names the model.
+    """
+    whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+    split = model.get_output_embeddings()(hidden_states(model, ids)).float()
+    difference = float((whole - split).abs().max())
+    if not difference <= 1e-3 * float(whole.abs().max()):
+        raise TuningError(
+            f"{what}: the logits of {type(model).__name__} are not its head on its last hidden"
+            f" state (they differ by {difference:.3g}), which the chunked loss relies on"
+        )
+
+
+def token_kl(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens [n, V] of KL(teacher || student), float32."""
+    student = F.log_softmax(logits.float(), -1)
+    teacher = F.log_softmax(teacher_logits.float(), -1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens [n, V] of the negative log-likelihood of ``labels`` (-100: not scored)."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
+
+
+def labels_of(ids: torch.Tensor) -> torch.Tensor:
+    """The next token of every position of the windows [n, L], -100 at their ends, flat."""
+    return F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+
+
+class ChunkedLoss:
+    """Sum of the loss over a microbatch, differentiable in the student.
+
+    Args:
+        student: causal language model under training.
+        teacher: None for the loss "ce".
+        chunk: tokens of a chunk.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, chunk: int):
+        self.student, self.teacher, self.chunk = student, teacher, chunk
+
+    def _kl(self, hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.teacher.get_output_embeddings()(teacher_hidden)
+        return token_kl(self.student.get_output_embeddings()(hidden), target)
+
+    def _ce(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_nll(self.student.get_output_embeddings()(hidden), labels)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """The sum over the windows ``ids`` [n, L]; KL scores n*L tokens, CE n*(L-1)."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                reference = hidden_states(self.teacher, ids)
+            of_chunk = self._kl
+        else:
+            reference, of_chunk = labels_of(ids), self._ce
+        total = 0.0
+        parts = zip(
+            hidden_states(self.student, ids).split(self.chunk),
+            reference.split(self.chunk),
+            strict=True,
+        )
+        for hidden, other in parts:
+            total = total + checkpoint(of_chunk, hidden, other, use_reentrant=False)
+        return total
+
+    def scored(self, windows: int, length: int) -> int:
+        """Tokens that the sum runs over."""
+        return windows * (length if self.teacher is not None else length - 1)
+
+
+@torch.no_grad()
+def score(
+    student: nn.Module, teacher: nn.Module | None, windows: torch.Tensor, batch: int, chunk: int
+) -> dict[str, float]:
+    """Mean negative log-likelihood ``nll`` over ``windows`` [n, L] as ``evaluation.perplexity``
+    defines it, and against a teacher the mean ``kl`` and the share ``top1`` of equal choices."""
+    device = next(student.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for group in windows.split(batch):
+        sums += score_sums(student, teacher, group.to(device), chunk)
+    return score_means(sums, *windows.shape, teacher is not None)
+
+
+def score_means(sums: torch.Tensor, windows: int, length: int, taught: bool) -> dict[str, float]:
+    """The means of ``score_sums`` over so many windows of this length."""
+    nll, kl, same = sums.tolist()
+    found = {"nll": nll / (windows * (length - 1))}
+    return found | (
+        {"kl": kl / (windows * length), "top1": same / (windows * length)} if taught else {}
+    )
+
+
+@torch.no_grad()
+def score_sums(
+    student: nn.Module, teacher: nn.Module | None, ids: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """Sums over the windows ``ids`` [n, L] of (nll, kl, equal choices), float64 [3]."""
+    nll = torch.zeros((), dtype=torch.float64, device=ids.device)
+    kl, same = nll.clone(), nll.clone()
+    labels = labels_of(ids).split(chunk)
+    hidden = hidden_states(student, ids).split(chunk)
+    if teacher is not None:
+        reference = hidden_states(teacher, ids).split(chunk)
+    for place, (h, label) in enumerate(zip(hidden, labels, strict=True)):
+        logits = student.get_output_embeddings()(h)
+        nll += token_nll(logits, label)
+        if teacher is not None:
+            target = teacher.get_output_embeddings()(reference[place])
+            kl += token_kl(logits, target)
+            same += (logits.argmax(-1) == target.argmax(-1)).sum()
+    return torch.stack([nll, kl, same])
