@@ -189,7 +189,7 @@ def cuda_matmul(rows: list[Row]) -> str:
         return "No rows yet.\n"
     found = latest(rows, "N", "K", "M", "scheme", "precision")
     counts = Counter(key[3:] for key in found)
-    schemes = [key for key, _ in counts.most_common(5)]
+    schemes = [key for key, _ in counts.most_common(6)]
     places = sorted({key[:3] for key in found if key[3:] in schemes})
     lines, used = [], []
     for N, K, M in places:
@@ -200,7 +200,7 @@ def cuda_matmul(rows: list[Row]) -> str:
             f"{N} x {K}", str(M), number(present[0]["dense_us"]),
             *(number(row and row["median_us"]) for row in cells),
         ])  # fmt: skip
-    devices = {row["device"]: None for row in used}
+    devices = {row.get("device_name") or row["device"]: None for row in used}
     dates = sorted(row["date"][:10] for row in used)
     titles = [f"{scheme.removeprefix('aqlm-')} {precision}" for scheme, precision in schemes]
     columns = ["N x K", "M", "fp16 cuBLAS", *titles]

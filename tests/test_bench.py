@@ -15,7 +15,7 @@ from aqlm_infer.bench import BenchError, append_rows, bench_matmul, matmul_cases
 from aqlm_infer.bench.generate import bench_generate, quantized_copy
 from aqlm_infer.bench.layers import DRAM_BYTES, copies_for, random_tensors, verified_error
 from aqlm_infer.bench.matmul import cpu_isa, num_threads
-from aqlm_infer.bench.timing import summarize
+from aqlm_infer.bench.timing import GRAPH_CALLS, summarize, time_graph
 from aqlm_infer.formats import FormatError, parse_scheme
 
 MATMUL_KEYS = {
@@ -150,13 +150,85 @@ def test_generate_rows():
         next(bench_generate("tiny", quantized, None, new_tokens=33))
 
 
-@pytest.fixture(scope="module")
-def report():
-    path = Path(__file__).parents[1] / "benchmarks" / "report.py"
-    spec = importlib.util.spec_from_file_location("report", path)
+def load_program(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """benchmarks/bench_matmul.py, with an ``aqlm`` that is not installed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = load_program("bench_matmul")
+    monkeypatch.setattr(module.peers, "missing_aqlm", lambda: "left out")
+    return module
+
+
+def run_program(program, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_matmul.py", *map(str, arguments)])
+    program.main()
+
+
+def test_the_matmul_program_writes_rows(program, monkeypatch, tmp_path):
+    short_timing(monkeypatch)
+    monkeypatch.setattr("aqlm_infer.bench.layers.DRAM_BYTES", 1 << 18)
+    out = tmp_path / "rows.jsonl"
+    options = ("--shape", "64x128", "--m", 1, 3, "--threads", 1, "--scheme", "aqlm-2x8-g8")
+    run_program(program, monkeypatch, "--out", out, *options)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = [row for row in rows if row["scheme"] == "aqlm-2x8-g8"]
+    assert {row["M"] for row in ours} == {1, 3} and {row["cache"] for row in ours} == {
+        "warm", "dram",
+    }  # fmt: skip
+    assert all(row["aqlm_us"] is None and row["median_us"] > 0 for row in ours)
+    assert {row["dtype"] for row in rows if row["scheme"] == "dense"} == {"float32", "bfloat16"}
+
+
+def test_the_gpu_suite(program, monkeypatch):
+    """Every scheme and M; peers before ours; int8 for few tokens; large batches last."""
+    monkeypatch.setattr(program.peers, "missing_aqlm", lambda: None)
+    schemes = ["aqlm-2x8-g8", "aqlm-4x8-g8"]
+    arguments = program.argparse.Namespace(
+        dtype="float16", device="cuda", m=(1, 2, 512), scheme=schemes
+    )
+    steps = program.cuda_suite(arguments, [(256, 128), (512, 128)])
+    assert all(case.cache == "dram" and isa is None for _, case, isa in steps)
+    assert [case.M for _, case, _ in steps] == sorted(
+        (case.M for _, case, _ in steps), key=lambda m: m > program.INT8_TOKENS
+    )
+    ours = {(c.scheme, c.N, c.M, c.precision) for what, c, _ in steps if what == "ours"}
+    exact = {(s, n, m, "exact") for s in schemes for n in (256, 512) for m in (1, 2, 512)}
+    assert ours == exact | {("aqlm-2x8-g8", n, m, "int8") for n in (256, 512) for m in (1, 2)}
+    first = [what for what, c, _ in steps if (c.scheme, c.N, c.M) == ("aqlm-2x8-g8", 256, 1)]
+    assert first == ["aqlm", "ours", "ours"]
+
+
+@pytest.mark.gpu
+def test_graph_timing_and_gpu_rows(monkeypatch):
+    seen = []
+    x = torch.ones(8, device="cuda")
+    timing = time_graph([lambda: seen.append(x + 1)], replays=3)
+    assert timing.calls == 3 and timing.median_us > 0
+    assert len(seen) == 2 + GRAPH_CALLS
+    monkeypatch.setattr("aqlm_infer.bench.layers.DRAM_BYTES", 1 << 18)
+    monkeypatch.setattr("aqlm_infer.bench.matmul.copy_bandwidth", lambda device: 1000.0)
+    fixed = {"dtype": "float16", "device": "cuda"}
+    for precision in ("exact", "int8"):
+        cases = matmul_cases(
+            ["aqlm-2x8-g8"], [(256, 128)], (1, 70), caches=("dram",), precision=precision, **fixed
+        )
+        for row in bench_matmul(cases):
+            assert row.keys() >= MATMUL_KEYS
+            assert row["backend"] == "cuda" and row["copy_gb_per_s"] == 1000.0
+            assert row["dense_us"] > 0 and row["dense_bf16_us"] is None
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load_program("report")
 
 
 def matmul_row(**changes):

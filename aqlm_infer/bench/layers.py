@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ..formats import AdditiveFormat, Format
+from ..formats import AdditiveFormat, E8PFormat, Format, QuipFormat, ScalarFormat, TensorSpec
+from ..formats.e8p import CODEBOOK_IDS
 from ..layers import QuantLinear
 
 DRAM_BYTES = 256 << 20
@@ -25,23 +27,82 @@ class BenchError(RuntimeError):
 
 
 def random_tensors(
-    format: Format, N: int, K: int, dtype: torch.dtype, seed: int
+    format: Format, N: int, K: int, dtype: torch.dtype, seed: int, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Canonical tensors of a random [N, K] layer whose output has about unit variance."""
-    if not isinstance(format, AdditiveFormat):
-        raise BenchError(f"no random layer of {format.id}: additive formats only")
     format.check_shape(N, K)
-    generator = torch.Generator().manual_seed(seed)
-    specs = format.tensor_specs(N, K)
-    limits = torch.iinfo(format.code_dtype)
-    half = min(1 << (format.nbits - 1), limits.max + 1)
-    codes = torch.randint(
-        -half, half, specs["codes"].shape, dtype=format.code_dtype, generator=generator
-    )
-    codebooks = torch.randn(specs["codebooks"].shape, generator=generator)
-    spread = 1.0 / math.sqrt(K * format.num_codebooks)
-    scales = spread * (0.5 + torch.rand(specs["scales"].shape, generator=generator))
-    return {"codes": codes, "codebooks": codebooks.to(dtype), "scales": scales.to(dtype)}
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = _Draw(format.tensor_specs(N, K), {"generator": generator, "device": device})
+    values = _VALUES[type(format)](format, draw, N, K)
+    return {n: t if draw.specs[n].dtype else t.to(dtype) for n, t in values.items()}
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Random tensors of a format's shapes."""
+
+    specs: dict[str, TensorSpec]
+    options: dict
+
+    def normal(self, name: str) -> torch.Tensor:
+        return torch.randn(self.specs[name].shape, **self.options)
+
+    def signs(self, name: str) -> torch.Tensor:
+        return torch.randint(0, 2, self.specs[name].shape, **self.options) * 2.0 - 1.0
+
+    def near(self, value: float, name: str) -> torch.Tensor:
+        """Uniform in value/2 .. 3 value/2."""
+        return value * (0.5 + torch.rand(self.specs[name].shape, **self.options))
+
+    def codes(self, name: str, nbits: int) -> torch.Tensor:
+        """Any stored code of ``nbits`` in the tensor's own (signed or unsigned) container."""
+        spec = self.specs[name]
+        limits = torch.iinfo(spec.dtype)
+        low = 0 if limits.min == 0 else -min(1 << (nbits - 1), limits.max + 1)
+        high = min(low + (1 << nbits), limits.max + 1)
+        return torch.randint(low, high, spec.shape, dtype=spec.dtype, **self.options)
+
+
+def _additive(format: AdditiveFormat, draw: _Draw, N: int, K: int) -> dict[str, torch.Tensor]:
+    return {
+        "codes": draw.codes("codes", format.nbits),
+        "codebooks": draw.normal("codebooks"),
+        "scales": draw.near((K * format.num_codebooks) ** -0.5, "scales"),
+    }
+
+
+def _e8p(format: E8PFormat, draw: _Draw, N: int, K: int) -> dict[str, torch.Tensor]:
+    device = draw.options["device"]
+    tensors = {
+        "Qidxs": draw.codes("Qidxs", 63),
+        "SU": draw.signs("SU"),
+        "SV": draw.signs("SV") * K**-0.5,
+        "Wscale": torch.ones((), device=device),
+        "codebook_id": torch.tensor(CODEBOOK_IDS[format.bits], device=device),
+    }
+    return tensors | {n: draw.near(1.0, n) for n in draw.specs if n == "fuse_scales"}
+
+
+def _scalar(format: ScalarFormat, draw: _Draw, N: int, K: int) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": draw.codes("qweight", 8),
+        "scales": draw.near(K**-0.5 / (1 << format.bits), "scales"),
+        "zeros": draw.codes("zeros", 8),
+    }
+
+
+def _quip(format: QuipFormat, draw: _Draw, N: int, K: int) -> dict[str, torch.Tensor]:
+    if format.rotation == "kronecker":
+        raise BenchError(f"no random layer of {format.id}: its rotations are dense torch products")
+    return {
+        "qweight": draw.codes("qweight", 8),
+        "SU": draw.signs("SU"),
+        "SV": draw.signs("SV") * K**-0.5,
+        "Wscale": torch.ones((), device=draw.options["device"]),
+    }
+
+
+_VALUES = {AdditiveFormat: _additive, E8PFormat: _e8p, ScalarFormat: _scalar, QuipFormat: _quip}
 
 
 def packed_bytes(layer: QuantLinear) -> int:
