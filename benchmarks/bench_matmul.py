@@ -25,7 +25,7 @@ from aqlm_infer.formats import parse_scheme
 
 SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-1x8-g8", "aqlm-4x8-g8", "aqlm-8x8-g32")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-BATCH_SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8")
+BATCH_SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8", "quip-e8p-2bit")
 
 # q/o, fused q/k/v, gate or up, down of Llama 3 8B, then of 70B.
 LLAMA_SHAPES = (
@@ -35,6 +35,7 @@ LLAMA_SHAPES = (
 CUDA_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 PEER_BATCHES = (1, 4, 16, 64, 2048)
 PEER_SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-1x8-g8")  # that aqlm has CUDA kernels for
+INT8_SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8")
 INT8_TOKENS = 64  # past these int8 runs the exact path
 
 Step = tuple[str, MatmulCase, str | None]
@@ -55,7 +56,7 @@ def cuda_suite(arguments: argparse.Namespace, shapes: list[tuple[int, int]]) -> 
             for what, precision, some in (
                 ("aqlm", "exact", peer),
                 ("ours", "exact", ms),
-                ("ours", "int8", ms if ms is small and scheme in BATCH_SCHEMES else []),
+                ("ours", "int8", ms if ms is small and scheme in INT8_SCHEMES else []),
             ):
                 cases = matmul_cases(
                     [scheme], [shape], some, (1,), ("dram",), precision=precision, **fixed
@@ -74,9 +75,10 @@ def suite(arguments: argparse.Namespace) -> list[Step]:
     single = matmul_cases(arguments.scheme, shapes, (1,), arguments.threads, caches, **fixed)
     steps: list[Step] = [("ours", case, None) for case in single]
     if native.cpu is not None:
-        byte_schemes = [s for s in arguments.scheme if parse_scheme(s).nbits <= 8]
+        # Codes of more than 8 bits have no look-up tables, so nothing to make faster.
+        shortened = [s for s in arguments.scheme if getattr(parse_scheme(s), "nbits", 0) <= 8]
         fast = matmul_cases(
-            byte_schemes, shapes, (1,), arguments.threads, caches, precision="fast", **fixed
+            shortened, shapes, (1,), arguments.threads, caches, precision="fast", **fixed
         )
         steps += [("ours", case, None) for case in fast]
         others = native.cpu.supported_isas()[1:]
@@ -86,7 +88,8 @@ def suite(arguments: argparse.Namespace) -> list[Step]:
     if reason is None and arguments.dtype != "float32":
         reason = f"its CPU kernels take float32, not {arguments.dtype}"
     if reason is None:
-        alone = matmul_cases(arguments.scheme, shapes, (1,), (1,), **fixed)
+        additive = [s for s in arguments.scheme if s.startswith("aqlm-")]
+        alone = matmul_cases(additive, shapes, (1,), (1,), **fixed)
         steps += [("aqlm", case, None) for case in alone]
     else:
         print(f"aqlm is not timed: {reason}", file=sys.stderr)

@@ -35,6 +35,13 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row["date"])
 
 
+def one_cpu(rows: list[Row]) -> list[Row]:
+    """The rows without those of CPUs but the one measured most: a table shows one machine."""
+    names = Counter(row["device_name"] for row in rows if row["device"].startswith("cpu-"))
+    most = names.most_common(1)
+    return [r for r in rows if not r["device"].startswith("cpu-") or r["device_name"] == most[0][0]]
+
+
 def latest(rows: Iterable[Row], *keys: str) -> dict[tuple, Row]:
     """The newest row of each combination of ``keys``."""
     return {tuple(row.get(key) for key in keys): row for row in rows}
@@ -207,12 +214,33 @@ def cuda_matmul(rows: list[Row]) -> str:
     return f"{', '.join(devices)}, {dates[-1]}, microseconds.\n\n" + markdown(columns, lines)
 
 
+def quality(rows: list[Row]) -> str:
+    """Perplexity on test_prose by model and method, the dense model's beside it."""
+    rows = [r for r in rows if r["bench"] == "quality" and r["split"] == "test_prose"]
+    found = latest(rows, "model", "scheme", "method", "bits")
+    shown = [row for row in found.values() if row["method"] != "dense"]
+    if not shown:
+        return "No rows yet.\n"
+    shown.sort(key=lambda row: (row["model"], -row["ppl"]))
+    lines = [
+        [
+            row["model"], row["scheme"], row["method"], f"{row['bits']:.2f}", number(row["ppl"]),
+            number(row["dense_ppl"]), f"{row['ppl'] / row['dense_ppl']:.3f}",
+            f"{row['relative_error']:.4f}" if row.get("relative_error") else "",
+        ]
+        for row in shown
+    ]  # fmt: skip
+    columns = ["model", "scheme", "method", "bits", "perplexity", "dense", "ratio", "layer error"]
+    return markdown(columns, lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cpu-matmul": cpu_matmul,
     "cpu-isa": cpu_isa,
     "cpu-batch": cpu_batch,
     "cpu-generate": cpu_generate,
     "cuda-matmul": cuda_matmul,
+    "quality": quality,
 }
 
 
@@ -233,7 +261,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     arguments = parser.parse_args()
-    rows = read_rows(arguments.results)
+    rows = one_cpu(read_rows(arguments.results))
     stale = []
     for document in arguments.documents:
         text = document.read_text(encoding="utf-8")

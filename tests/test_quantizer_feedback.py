@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aqlm_infer import QuantLinear
 from aqlm_infer.formats import parse_scheme
 from aqlm_infer.formats.e8p import E8PFormat, grid_x4
 from aqlm_infer.quantizers import QuantizerError, quantizer_for
@@ -202,10 +203,23 @@ def test_rotated_schemes_end_to_end(scheme, limit):
     assert not all(torch.equal(tensors[k], other[k]) for k in tensors)
 
 
-@pytest.mark.parametrize("scheme", ["gptq-int4-g32", "quip-int2", "quip-e8p-2bit"])
-def test_calibration_is_asked_for(scheme):
-    with pytest.raises(QuantizerError, match=f"{scheme} needs calibration"):
-        quantizer_for(scheme).fit(gaussian(64, 64))
+def test_calibration_is_asked_for():
+    with pytest.raises(QuantizerError, match="gptq-int4-g32 needs calibration"):
+        quantizer_for("gptq-int4-g32").fit(gaussian(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limit"), [("quip-int2", 0.14), ("quip-int2-kron", 0.14), ("quip-e8p-2bit", 0.1)]
+)
+def test_without_calibration_the_rotated_weight_is_rounded(scheme, limit):
+    """Gaussian mean square errors: about 0.12 for four uniform levels, 0.0912 for E8P."""
+    weight = gaussian(128, 256)
+    quantizer = quantizer_for(scheme)
+    found = quantizer.format.dequantize(quantizer.fit(weight), torch.float64)
+    identity = torch.eye(256, dtype=torch.float64)
+    assert relative_loss(weight, found, identity) < limit
+    layer = QuantLinear.from_linear(torch.nn.Linear(256, 128), scheme)
+    assert layer.format.id == scheme
 
 
 @pytest.mark.parametrize(

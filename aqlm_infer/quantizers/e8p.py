@@ -42,24 +42,21 @@ class E8PQuantizer(Quantizer):
                 f"damping={self.damping}, passes={self.passes}: need > 0 and at least 0"
             )
 
-    @property
-    def needs_hessian(self) -> bool:
-        return True
-
     @torch.no_grad()
     def fit(
         self, weight: torch.Tensor, hessian: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Quantize ``weight`` [N, K]: packed codes, SU, SV (the scale in it) and Wscale 1.
 
-        Raises QuantizerError without a Hessian and for values that are not finite.
+        Without a Hessian it is the identity, as the seam says: the lattice rounds the rotated
+        weight alone. Raises QuantizerError for values that are not finite.
         """
         check_weight(weight, self.format)
         if self.format.parts:
             raise QuantizerError(f"{self.format.id}: layers are quantized one by one, not fused")
-        if hessian is None:
-            raise QuantizerError(f"{self.format.id} needs calibration: it got no Hessian")
         (N, K), device = weight.shape, weight.device
+        if hessian is None:
+            hessian = torch.eye(K, dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(self.seed)
         wide = weight.double()
         plain = regularise(hessian.to(device), K, self.damping)

@@ -75,20 +75,17 @@ class QuipQuantizer(Quantizer):
                 " least 0 and > 0"
             )
 
-    @property
-    def needs_hessian(self) -> bool:
-        return True
-
     @torch.no_grad()
     def fit(
         self, weight: torch.Tensor, hessian: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Quantize ``weight`` [N, K]: packed codes, SU, SV, Wscale and, with ``-kron``, the
-        rotations. Raises QuantizerError without a Hessian and for values that are not finite."""
+        rotations. Without a Hessian it is the identity, as the seam says. Raises QuantizerError
+        for values that are not finite."""
         check_weight(weight, self.format)
-        if hessian is None:
-            raise QuantizerError(f"{self.format.id} needs calibration: it got no Hessian")
         (N, K), device = weight.shape, weight.device
+        if hessian is None:
+            hessian = torch.eye(K, dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(self.seed)
         plain = regularise(hessian.to(device), K, self.damping)
         wide = weight.double()
