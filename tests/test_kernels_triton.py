@@ -13,6 +13,7 @@ from aqlm_infer import KernelError, QuantLinear, select
 from aqlm_infer.backends import Problem
 from aqlm_infer.backends import triton as backend
 from aqlm_infer.formats import parse_scheme
+from aqlm_infer.ops import OperandError
 
 pytest.importorskip("triton")
 
@@ -133,6 +134,27 @@ def test_says_why_not():
     assert "2^31" in reason
     with pytest.raises(KernelError, match="precision exact, not fast"):
         select(Problem(format, 64, 64, torch.float16, DEVICE, "fast"), "triton.additive")
+
+
+def test_operands_that_disagree_are_refused():
+    layer = random_layer("aqlm-2x8-g8", 40, 64, torch.float16)
+    t = {name: tensor.to(DEVICE) for name, tensor in layer.tensors.items()}
+    b = backend._repack(layer.format, t, (40,), "exact")
+    x = random_input(2, 64, torch.float16).to(DEVICE)
+
+    def matmul(x=x, packed=b["packed_codes"], values=t, bias=None):
+        return backend._matmul(
+            layer.format, x, {**b, "packed_codes": packed}, values, bias, (40,), ""
+        )
+
+    with pytest.raises(OperandError, match="packed has shape \\[640\\], expected \\[720\\]"):
+        matmul(x=torch.cat([x, x[:, :8]], 1))
+    with pytest.raises(OperandError, match="K=63 is not a multiple of 8"):
+        matmul(x=x[:, :63])
+    with pytest.raises(OperandError, match="bias has shape"):
+        matmul(bias=t["scales"].view(-1)[:39])
+    with pytest.raises(OperandError, match="differentiates x and bias only"):
+        matmul(values={**t, "scales": t["scales"].clone().requires_grad_()})
 
 
 def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch.library import triton_op, wrap_triton
 
+from ..ops.additive import check_matmul, check_operands, refuse_value_gradients
+from ..ops.library import OperandError, bias_gradient
 from . import additive as bodies
 from . import tuning
 
@@ -115,6 +117,12 @@ class _Part:
 def _parts(codes, codebooks, scales, K: int, partitions: list[int]):
     """The fused parts with their first rows. ``codes`` is the flat runtime tensor."""
     books, og, ig = codebooks.shape[0] // len(partitions), codebooks.shape[2], codebooks.shape[3]
+    expected = books * (K // ig) * (sum(partitions) // og)
+    if codes.dim() != 1 or codes.numel() != expected:
+        raise OperandError(
+            f"packed has shape {list(codes.shape)}, expected [{expected}] codes"
+            f" for partitions {list(partitions)}, K={K}"
+        )
     offset = row = 0
     for p, rows in enumerate(partitions):
         groups = rows // og
@@ -155,6 +163,7 @@ def additive_matmul(
     ``packed`` is :func:`pack`'s, ``widest`` [P] the largest |value| of each part's codebooks when
     it was packed (it only scales the look-up tables); other shapes as in ``aqlm_infer.ops``.
     """
+    check_matmul(x, codebooks, scales, bias, partitions)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     M, N = rows.shape[0], sum(partitions)
@@ -189,6 +198,7 @@ def additive_matmul_dx(
     partitions: list[int],
 ) -> torch.Tensor:
     """dx [..., K] = dy W, summed over slices of rows in float32."""
+    check_operands(codebooks, scales, dy.shape[-1], in_features, partitions)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = torch.zeros((rows.shape[0], in_features), dtype=torch.float32, device=dy.device)
     for row, part in _parts(packed, codebooks, scales, in_features, partitions):
@@ -207,6 +217,7 @@ def additive_dequantize(
     partitions: list[int],
 ) -> torch.Tensor:
     """The [N, K] weight in the codebooks' dtype."""
+    check_operands(codebooks, scales, sum(partitions), in_features, partitions)
     weight = torch.empty(
         (sum(partitions), in_features), dtype=codebooks.dtype, device=packed.device
     )
@@ -217,6 +228,7 @@ def additive_dequantize(
 
 def _context(ctx, inputs, output):
     x, packed, codebooks, scales, bias, _, partitions = inputs
+    refuse_value_gradients(ctx.needs_input_grad)
     ctx.save_for_backward(packed, codebooks, scales)
     ctx.in_features, ctx.partitions = x.shape[-1], partitions
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -228,7 +240,7 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = additive_matmul_dx(dy, packed, codebooks, scales, ctx.in_features, ctx.partitions)
     if ctx.needs_input_grad[4]:
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        dbias = bias_gradient(dy, ctx.bias_dtype)
     return dx, None, None, None, dbias, None, None
 
 

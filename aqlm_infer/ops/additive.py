@@ -98,7 +98,8 @@ additive_matmul_dx = _ops.additive_matmul_dx
 additive_dequantize = _ops.additive_dequantize
 
 
-def _refuse_value_gradients(needs_input_grad) -> None:
+def refuse_value_gradients(needs_input_grad) -> None:
+    """Raise OperandError when codebooks or scales (arguments 2 and 3) ask for a gradient."""
     if needs_input_grad[2] or needs_input_grad[3]:
         raise OperandError(
             "codebooks or scales require grad, but this operator differentiates x and bias only:"
@@ -108,7 +109,7 @@ def _refuse_value_gradients(needs_input_grad) -> None:
 
 def _matmul_context(ctx, inputs, output):
     x, packed, codebooks, scales, bias, aux, partitions, _ = inputs
-    _refuse_value_gradients(ctx.needs_input_grad)
+    refuse_value_gradients(ctx.needs_input_grad)
     ctx.save_for_backward(packed, codebooks, scales)
     ctx.in_features, ctx.partitions = x.shape[-1], partitions
     ctx.bias_dtype = None if bias is None else bias.dtype
