@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import torch
 
-from .hessian import Curvature, diagonal_blocks, row_losses
-from .search import decode, encode
+from .hessian import Curvature, row_losses
+from .search import decode
 from .sums import CodeSums
+from .sweep import Sweep
+from .walk import Walk
 
 BLOCK = 128
 """Columns that share one product with H during a sweep."""
@@ -52,15 +54,14 @@ class CalibratedRefit:
         beam: int,
         generator: torch.Generator,
     ):
-        self.weight, self.matrix, self.og = weight, curvature.matrix, og
+        self.weight, self.matrix, self.og = weight.contiguous(), curvature.matrix, og
         self.g = codebooks.shape[2] // og
         self.codebooks, self.scales, self.codes = codebooks, scales, codes
-        self.beam, self.generator = beam, generator
-        self.narrow = self.matrix.float()
-        blocks = diagonal_blocks(self.matrix, self.g)
-        self._roots = torch.linalg.cholesky(blocks)
-        self._inverse = torch.cholesky_inverse(self._roots).float()
-        self._roots = self._roots.float()
+        self.generator = generator
+        width = max(1, BLOCK // self.g)
+        self._sweeper = Sweep(self.weight, curvature, codebooks, codes, og, beam, width)
+        self._walk = Walk(self._sweeper.search, weight.device)
+        self.narrow = self._sweeper.narrow
         self._losses = self.losses(codebooks, scales, codes)
 
     @property
@@ -152,51 +153,13 @@ class CalibratedRefit:
 
     def _sweep(self) -> torch.Tensor:
         """New codes [O, I, B] of all groups, each given the newest codes of the others."""
-        codes = self.codes.clone()
-        error = self.weight - self._rows(self.codebooks, self.scales, codes)
-        groups, g = codes.shape[1], self.g
+        g, groups = self.g, self.codes.shape[1]
+        rows = self._rows(self.codebooks, self.scales, self.codes)
+        self._sweeper.begin(self.codebooks, self.scales, self.codes, self.weight - rows)
         width = max(1, BLOCK // g)
-        dead = self.scales == 0
-        divisor = torch.where(dead, 1.0, self.scales).repeat_interleave(self.og)[:, None]
-        live = (~dead).repeat_interleave(self.og)[:, None]
-        books = self.codebooks.unflatten(2, (self.og, g))
         for block in self._order(-(-groups // width)):
             first = block * width
             last = min(groups, first + width)
-            here = slice(first * g, last * g)
-            pull = error @ self.narrow[:, here]
-            local = self.narrow[here, here]
-            for j in (first + k for k in self._order(last - first)):
-                columns = slice(j * g, (j + 1) * g)
-                inside = slice((j - first) * g, (j - first + 1) * g)
-                move = self._group(j, error[:, columns], pull[:, inside], codes, books, divisor)
-                move = torch.where(live, move, 0.0)
-                error[:, columns] -= move
-                pull -= move @ local[inside]
-        return codes
-
-    def _group(
-        self,
-        j: int,
-        error: torch.Tensor,
-        pull: torch.Tensor,
-        codes: torch.Tensor,
-        books: torch.Tensor,
-        divisor: torch.Tensor,
-    ) -> torch.Tensor:
-        """Search group j, write the codes that gain, and return the change of its weights [N, g].
-
-        ``error`` and ``pull`` are the group's columns of W - What and (W - What) H.
-        """
-        g, root = self.g, self._roots[j]
-        old = self.weight[:, j * g : (j + 1) * g] - error
-        target = (old + pull @ self._inverse[j]) / divisor
-        warped = (target @ root).view(-1, self.og * g)
-        found = encode(warped, (books @ root).flatten(2), self.beam)
-        new = decode(self.codebooks, found).view(-1, g) * divisor
-        move = new - old
-        local = self.narrow[j * g : (j + 1) * g, j * g : (j + 1) * g]
-        gain = (move * (2 * pull - move @ local)).sum(1).view(-1, self.og).sum(1)
-        better = gain > 0
-        codes[:, j] = torch.where(better[:, None], found, codes[:, j])
-        return torch.where(better.repeat_interleave(self.og)[:, None], move, 0.0)
+            self._sweeper.enter(slice(first * g, last * g))
+            self._walk([first + k for k in self._order(last - first)])
+        return self._sweeper.codes.clone()

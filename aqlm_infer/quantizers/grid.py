@@ -57,22 +57,19 @@ class GroupRounder(Rounder):
     size = 1
 
     def __init__(self, N: int, K: int, bits: int, group_of: torch.Tensor, scales, zeros, fit=None):
-        self.top, self.group_of, self.fit = (1 << bits) - 1, group_of.tolist(), fit
+        self.top, self.group_of, self.fit = (1 << bits) - 1, group_of, fit
         self.scales, self.zeros = scales, zeros
         self.codes = torch.zeros(N, K, dtype=torch.uint8, device=scales.device)
 
     def enter(self, columns: slice, targets: torch.Tensor) -> None:
         if self.fit is not None:
-            group = self.group_of[columns.start]
+            group = int(self.group_of[columns.start])
             self.scales[:, group], self.zeros[:, group] = self.fit(columns, targets)
 
-    def round(self, block: int, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        group = self.group_of[block]
-        scale, zero = self.scales[:, group, None], self.zeros[:, group, None]
+    def round(
+        self, block: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        group = self.group_of.index_select(0, block)
+        scale, zero = self.scales.index_select(1, group), self.zeros.index_select(1, group)
         codes = ((targets / scale).round() + zero).clamp(0, self.top)
         return (codes - zero) * scale, codes
-
-    def accept(self, block: int, rows: torch.Tensor | None, codes: torch.Tensor) -> None:
-        new = codes[:, 0].to(torch.uint8)
-        old = self.codes[:, block]
-        self.codes[:, block] = new if rows is None else torch.where(rows, new, old)

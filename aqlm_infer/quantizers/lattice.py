@@ -89,7 +89,9 @@ class E8PRounder(Rounder):
         count = 1 if format.bits == 2 else 2
         self.codes = torch.zeros(N, K // 8, count, dtype=torch.int64, device=device)
 
-    def round(self, block: int, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round(
+        self, block: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x = targets.float()
         code = nearest_e8p(x)
         value = self.tables["grid"][code]
@@ -105,7 +107,3 @@ class E8PRounder(Rounder):
             fine = words[second]
         value = value.double() + fine.double() / self.format.residual
         return value, torch.stack([code, second], 1)
-
-    def accept(self, block: int, rows: torch.Tensor | None, codes: torch.Tensor) -> None:
-        old = self.codes[:, block]
-        self.codes[:, block] = codes if rows is None else torch.where(rows[:, None], codes, old)

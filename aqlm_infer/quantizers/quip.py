@@ -28,13 +28,11 @@ class UniformRounder(Rounder):
         self.top, self.scale = (1 << bits) - 1, scale
         self.codes = torch.zeros(N, K, dtype=torch.uint8, device=device)
 
-    def round(self, block: int, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round(
+        self, block: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         codes = ((targets / self.scale + 1) * (self.top / 2)).round().clamp(0, self.top)
         return (codes * (2 / self.top) - 1) * self.scale, codes
-
-    def accept(self, block: int, rows: torch.Tensor | None, codes: torch.Tensor) -> None:
-        new, old = codes[:, 0].to(torch.uint8), self.codes[:, block]
-        self.codes[:, block] = new if rows is None else torch.where(rows, new, old)
 
 
 def random_kronecker(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

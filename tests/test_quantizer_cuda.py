@@ -1,0 +1,57 @@
+"""Quantizers on a GPU: replayed steps are the eager ones, two runs give the same bits, and the
+result is as good as the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aqlm_infer.formats import parse_scheme
+from aqlm_infer.quantizers import quantizer_for
+from aqlm_infer.quantizers.hessian import relative_loss
+from aqlm_infer.quantizers.walk import Walk
+
+pytestmark = pytest.mark.gpu
+
+SCHEMES = ["aqlm-2x6-g8", "aqlm-1x8-g4-o2", "gptq-int2-g64", "quip-int3", "quip-e8p-2bit"]
+
+
+def problem(N=96, K=192):
+    """A weight [N, K] and the second moment of correlated inputs; K is no multiple of 128."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(4 * K, K, generator=generator)
+    inputs[:, 1:] += 0.7 * inputs[:, :-1]
+    inputs[:, :: K // 4] *= 5
+    return torch.randn(N, K, generator=generator), (inputs.T @ inputs).double() / len(inputs)
+
+
+def fitted(scheme, device):
+    weight, hessian = problem()
+    tensors = quantizer_for(scheme).fit(weight.to(device), hessian.to(device))
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def loss(scheme, tensors):
+    weight, hessian = problem()
+    return relative_loss(weight, parse_scheme(scheme).dequantize(tensors, torch.float64), hessian)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_replayed_steps_are_the_eager_ones(scheme, monkeypatch):
+    replayed, again = fitted(scheme, "cuda"), fitted(scheme, "cuda")
+
+    def eagerly(walk, blocks):
+        for block in torch.tensor(blocks, device=walk.device).split(1):
+            walk.step(block)
+
+    monkeypatch.setattr(Walk, "__call__", eagerly)
+    eager = fitted(scheme, "cuda")
+    for name, tensor in replayed.items():
+        assert torch.equal(tensor, again[name]), name
+        assert torch.equal(tensor, eager[name]), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_as_good_as_the_cpu(scheme):
+    ours, theirs = loss(scheme, fitted(scheme, "cuda")), loss(scheme, fitted(scheme, "cpu"))
+    assert 0 < ours < 1.05 * theirs + 1e-6
