@@ -488,8 +488,6 @@ def test_bad_settings(changes, message):
 def test_bad_combinations(tmp_path):
     with pytest.raises(TuningError, match="aqlm-2x4-g8 is no scalar grid"):
         make_trainer(tmp_path, method="sigmoid-ste")
-    with pytest.raises(TuningError, match="quip-e8p-2bit has no search"):
-        make_trainer(tmp_path, "quip-e8p-2bit", method="stochastic")._step(0)
     with pytest.raises(TuningError, match="10 windows, too few for a batch of 11"):
         make_trainer(tmp_path, batch=11)
     with pytest.raises(TuningError, match="no quantized layer"):

@@ -110,7 +110,7 @@ def test_search_finds_the_nearest_word(scheme):
         assert mine <= best * (1 + 1e-5) + 1e-12
 
 
-@pytest.mark.parametrize("scheme", ["aqlm-1x4-g4", "gptq-int2-g32", "quip-int2"])
+@pytest.mark.parametrize("scheme", ["aqlm-1x4-g4", "gptq-int2-g32", "quip-int2", "quip-e8p-2bit"])
 def test_two_nearest(scheme):
     rep = representation(scheme)
     targets = random_like((rep.groups, rep.width)) * rep.decode(rep.codes).std()
@@ -122,10 +122,15 @@ def test_two_nearest(scheme):
         torch.testing.assert_close(mine.square().sum(1), distances, rtol=1e-4, atol=1e-9)
 
 
-def test_e8p_has_no_two_nearest():
-    rep = representation("quip-e8p-2bit")
-    with pytest.raises(TuningError, match="quip-e8p-2bit"):
-        rep.two_nearest(rep.decode(rep.codes), 1, None)
+@pytest.mark.parametrize("scheme", ["quip-e8p-3bit", "quip-e8p-4bit"])
+def test_two_nearest_residual_codes(scheme):
+    rep = representation(scheme)
+    targets = random_like((rep.groups, rep.width)) * rep.decode(rep.codes).std()
+    first, second = rep.two_nearest(targets, 1, None)
+    assert torch.equal(first[:, 0], second[:, 0]) and (first[:, 1] != second[:, 1]).all()
+    near, far = ((rep.decode(c) - targets).square().sum(1) for c in (first, second))
+    assert (near <= far * (1 + 1e-5)).all()
+    torch.testing.assert_close(rep.decode(first), rep.decode(rep.search(targets)))
 
 
 @pytest.mark.parametrize("beam", [1, 4])

@@ -38,7 +38,7 @@ def test_buffer_on_the_codes_changes_nothing(scheme, rule):
     assert moved.moved == 0 and moved.residual == 0 and moved.size > 0
 
 
-@pytest.mark.parametrize("scheme", ["aqlm-2x4-g8", "gptq-int2-g32", "quip-int2"])
+@pytest.mark.parametrize("scheme", ["aqlm-2x4-g8", "gptq-int2-g32", "quip-int2", "quip-e8p-2bit"])
 def test_stochastic_rounding_of_a_word_is_the_word(scheme):
     rep = representation(scheme)
     before = rep.codes.clone()

@@ -14,7 +14,7 @@ from ..formats import E8PFormat, Tensors
 from ..formats.e8p import grid_x4, residual_x2
 from ..formats.rotated import rotate_back
 from ..quantizers.lattice import nearest_e8p
-from ..quantizers.search import encode
+from ..quantizers.search import CHUNK, DEVICE_CHUNK, best_columns, encode
 from .representation import Representation
 from .rotated import RotatedRepresentation
 
@@ -27,6 +27,17 @@ def _codebooks(format: E8PFormat, device: torch.device) -> tuple[torch.Tensor, .
         return (grid,)
     fine = grid if format.bits == 4 else residual_x2().to(device).float() / 2
     return (grid, fine / format.residual)
+
+
+def _two_best(targets: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """The nearest of ``words`` [C, 8] to each target [n, 8] and the next nearest, int32 [n, 2].
+
+    By scoring every word: the lattice's structure gives the nearest one only.
+    """
+    half = words.square().sum(1) / -2
+    chunk = CHUNK if targets.device.type == "cpu" else DEVICE_CHUNK
+    parts = targets.split(max(1, chunk // len(words)))
+    return torch.cat([best_columns(torch.addmm(half, t, words.T), 2).int() for t in parts])
 
 
 class E8PRepresentation(RotatedRepresentation):
@@ -62,6 +73,19 @@ class E8PRepresentation(RotatedRepresentation):
             else:
                 found.append(encode(rest, books[1][None])[:, 0])
         return torch.stack(found, 1).int()
+
+    def two_nearest(
+        self, targets: torch.Tensor, beam: int, order: tuple[int, ...] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """With a residual code it is that code which differs, its first code being the nearest."""
+        books = _codebooks(self.format, targets.device)
+        if len(books) == 1:
+            pair = _two_best(targets, books[0])
+            return pair[:, :1], pair[:, 1:]
+        first = nearest_e8p(targets)
+        pair = _two_best(targets - books[0][first], books[1])
+        near, next_near = (torch.stack([first.int(), z], 1) for z in pair.unbind(1))
+        return near, next_near
 
     def code_tensors(self) -> dict[str, torch.Tensor]:
         codes = self.codes.view(len(self.values["SV"]), -1, self.books)

@@ -77,14 +77,11 @@ class Representation(ABC):
         ``order`` is that in which codebooks are visited, where there are several.
         """
 
+    @abstractmethod
     def two_nearest(
         self, targets: torch.Tensor, beam: int, order: tuple[int, ...] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of the nearest word to each target [groups, width], and of the next nearest.
-
-        Raises TuningError when the format has no such search.
-        """
-        raise TuningError(f"{self.format.id} has no search for the two nearest words")
+        """Codes of the nearest word to each target [groups, width], and of the next nearest."""
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
