@@ -253,6 +253,16 @@ def test_fine_tuning_lowers_the_blocks_error_and_keeps_the_codes(dense, tokens, 
     assert not torch.equal(*norms)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["aqlm-2x4-g8", "quip-e8p-2bit"])
+def test_fine_tuning_on_a_gpu_reproduces_bit_for_bit(dense, tokens, tmp_path, scheme):
+    tune = TuneOptions(epochs=3, batch=2, held_out=0.2, codebook_rate=1e-2)
+    settings = {"samples": 31, "seq_len": 32, "tune": tune, "device": "cuda"}
+    reports = [quantize_calibrated(dense, tmp_path / x, scheme, tokens, **settings) for x in "ab"]
+    assert reports[0].blocks[0].error_after < 0.98 * reports[0].blocks[0].error_before
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
 def test_an_interrupted_run_resumes_to_the_same_bits(dense, tokens, tmp_path, monkeypatch):
     """Stopped inside the second block, with fine-tuning: the first is not quantized again."""
     settings = {**SETTINGS, "tune": TuneOptions(epochs=1, batch=4)}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..formats import Format
+from ..training.modes import reproducible
 from .stream import BlockStream
 
 TRAINED = {"codebooks": "codebooks", "scales": "others", "SU": "others", "SV": "others"}
@@ -190,14 +191,16 @@ def _step(stream, index, tuned, inputs, targets, group, batch: int) -> bool:
     for part in group.split(batch):
         hidden = inputs[part].to(stream.device).float()
         target = targets[part].to(stream.device).float()
-        loss = F.mse_loss(_call(stream, index, tuned, leaves, hidden), target)
-        (loss * (len(part) / len(group) / target.square().mean().clamp_min(1e-30))).backward()
+        with reproducible(stream.device):
+            loss = F.mse_loss(_call(stream, index, tuned, leaves, hidden), target)
+            (loss * (len(part) / len(group) / target.square().mean().clamp_min(1e-30))).backward()
         finite = finite and bool(torch.isfinite(loss))
     if not finite:
         return False
     tuned.optimizer.zero_grad()
     used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    torch.autograd.backward([weights[n] for n in used], [leaves[n].grad for n in used])
+    with reproducible(stream.device):
+        torch.autograd.backward([weights[n] for n in used], [leaves[n].grad for n in used])
     tuned.optimizer.step()
     return True
 

@@ -21,9 +21,9 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
+def reproducible(device: torch.device | str) -> Iterator[None]:
     """On CUDA, backward passes that add in the same order every time (attention's does not)."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
