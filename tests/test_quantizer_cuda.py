@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aqlm_infer.formats import parse_scheme
-from aqlm_infer.quantizers import quantizer_for
+from aqlm_infer.quantizers import ldlq, quantizer_for
 from aqlm_infer.quantizers.hessian import relative_loss
 from aqlm_infer.quantizers.walk import Walk
 
@@ -44,11 +44,15 @@ def test_replayed_steps_are_the_eager_ones(scheme, monkeypatch):
         for block in torch.tensor(blocks, device=walk.device).split(1):
             walk.step(block)
 
-    monkeypatch.setattr(Walk, "__call__", eagerly)
-    eager = fitted(scheme, "cuda")
     for name, tensor in replayed.items():
         assert torch.equal(tensor, again[name]), name
+    monkeypatch.setattr(ldlq, "fused", lambda *_: False)
+    by_columns = fitted(scheme, "cuda")
+    monkeypatch.setattr(Walk, "__call__", eagerly)
+    eager = fitted(scheme, "cuda")
+    for name, tensor in by_columns.items():
         assert torch.equal(tensor, eager[name]), name
+    assert loss(scheme, replayed) == pytest.approx(loss(scheme, eager), rel=1e-3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from aqlm_infer import QuantLinear
 from aqlm_infer.formats import parse_scheme
 from aqlm_infer.formats.e8p import E8PFormat, grid_x4
-from aqlm_infer.quantizers import QuantizerError, quantizer_for
+from aqlm_infer.quantizers import QuantizerError, ldlq, quantizer_for
 from aqlm_infer.quantizers.e8p import SPREADS
 from aqlm_infer.quantizers.grid import GroupRounder, group_grid
 from aqlm_infer.quantizers.hessian import Curvature, regularise, relative_loss
@@ -124,6 +124,24 @@ def test_e8p_golden_proxies_are_reached(toy, bits, name):
     passed = greedy_passes(weight / scale, rounded, curvature, rounder, 10)
     golden = toy[f"{name}_tune10.proxy_rel"].item()
     assert relative_loss(weight, passed * scale, curvature.matrix) <= golden
+
+
+@pytest.mark.parametrize("scheme", ["gptq-int2-g32", "quip-int3"])
+def test_a_window_in_one_kernel_rounds_as_its_columns_do(scheme, monkeypatch):
+    """In Triton's interpreter here; tests/test_quantizer_cuda.py compares on a GPU."""
+    pytest.importorskip("triton")
+    weight, hessian = gaussian(12, 160), moment(160)
+    one_by_one = quantizer_for(scheme, passes=1).fit(weight, hessian)
+    windows = []
+    whole = ldlq._round_window
+    monkeypatch.setattr(ldlq, "fused", lambda rounder, *_: rounder.grid(slice(0, 1)) is not None)
+    monkeypatch.setattr(ldlq, "_round_window", lambda *a: (windows.append(a[-1]), whole(*a)))
+    at_once = quantizer_for(scheme, passes=1).fit(weight, hessian)
+    assert len(windows) > 2
+    found = [parse_scheme(scheme).dequantize(t, torch.float64) for t in (one_by_one, at_once)]
+    assert (found[0] != found[1]).double().mean() < 1e-3
+    losses = [relative_loss(weight, w, hessian) for w in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_greedy_passes_never_raise_the_loss():

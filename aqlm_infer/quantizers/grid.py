@@ -73,3 +73,7 @@ class GroupRounder(Rounder):
         scale, zero = self.scales.index_select(1, group), self.zeros.index_select(1, group)
         codes = ((targets / scale).round() + zero).clamp(0, self.top)
         return (codes - zero) * scale, codes
+
+    def grid(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = self.group_of[columns]
+        return self.scales[:, groups], self.zeros[:, groups]

@@ -7,15 +7,20 @@ updates with the Cholesky factor of H^-1 give, in exact arithmetic, the targets 
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 
 import torch
 
-from .hessian import Curvature, block_ldl, diagonal_blocks
+from .hessian import Curvature, block_ldl, diagonal_blocks, row_losses
 from .walk import Walk, columns_of, rows_of, set_columns
 
 BUFFER = 128
 """Columns whose feedback from outside is one product; a multiple of every vector length here."""
+
+
+SETTLED = 1e-3
+"""Greedy passes end when one lowers the loss by no more than this fraction."""
 
 
 class Rounder(ABC):
@@ -41,6 +46,11 @@ class Rounder(ABC):
         ``block`` is int64 [1]. A step of a :class:`Walk`: nothing in it may wait for the device.
         """
 
+    def grid(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Step and zero point [N, width] of ``value = step * (code - zero)`` for codes uint8 [N, K]
+        in 0..top, where this is what ``round`` rounds to: it then can be one kernel a window."""
+        return None
+
     def accept(self, block: torch.Tensor, rows: torch.Tensor | None, codes: torch.Tensor) -> None:
         """Keep the codes of a block, for the rows of a mask [N] (None: all)."""
         old = self.codes.index_select(1, block)
@@ -48,6 +58,27 @@ class Rounder(ABC):
         if rows is not None:
             new = torch.where(rows.view(-1, *[1] * (old.dim() - 1)), new, old)
         self.codes.index_copy_(1, block, new)
+
+
+def fused(rounder: Rounder, weight: torch.Tensor, buffer: int) -> bool:
+    """Whether a window is one Triton kernel: on a GPU, for affine grids of one column a code."""
+    return (
+        weight.device.type == "cuda"
+        and rounder.size == 1
+        and rounder.grid(slice(0, 1)) is not None
+        and buffer & (buffer - 1) == 0
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _round_window(rounder, pull, local, weight, rounded, inverse, columns: slice) -> None:
+    from ..triton_kernels.rounding import round_window
+
+    width = columns.stop - columns.start
+    grid = [torch.ones_like(pull) for _ in range(2)]
+    for whole, part in zip(grid, rounder.grid(columns), strict=True):
+        whole[:, :width] = part
+    round_window(pull, local, weight, rounded, rounder.codes, grid, inverse, columns, rounder.top)
 
 
 def feedback_round(
@@ -78,11 +109,16 @@ def feedback_round(
     walk = Walk(step, weight.device)
     for first in reversed(range(0, K, buffer)):
         last = min(K, first + buffer)
-        targets = weight[:, first:last] + error[:, last:] @ lower[last:, first:last]
-        rounder.enter(slice(first, last), targets)
+        here = slice(first, last)
+        targets = weight[:, here] + error[:, last:] @ lower[last:, here]
+        rounder.enter(here, targets)
         pending[:, : last - first] = targets
-        local[: last - first, : last - first] = lower[first:last, first:last]
-        walk(range(last // size - 1, first // size - 1, -1))
+        local[: last - first, : last - first] = lower[here, here]
+        if fused(rounder, weight, buffer):
+            _round_window(rounder, pending, local, weight, rounded, None, here)
+            error[:, here] = weight[:, here] - rounded[:, here]
+        else:
+            walk(range(last // size - 1, first // size - 1, -1))
     return rounded
 
 
@@ -98,39 +134,39 @@ def greedy_passes(
 
     The target of a block is its unconstrained minimum with all others fixed,
     ``What_k + (W - What) H[:, k] H_kk^-1``; a row takes the value nearest to it only where that
-    lowers its loss. Ends when nothing changes. Returns What, float64.
+    lowers its loss. Ends after a pass that gains less than ``SETTLED``. Returns What, float64.
     """
     size, matrix = rounder.size, curvature.matrix
     inverse = torch.linalg.inv(diagonal_blocks(matrix, size))
     rounded = rounded.contiguous().clone()
-    error = (weight - rounded).contiguous()
     pull, local = weight.new_zeros(len(weight), buffer), weight.new_zeros(buffer, buffer)
-    changed = torch.zeros((), dtype=torch.bool, device=weight.device)
 
     def step(block: torch.Tensor) -> None:
         inside = block % (buffer // size)
-        pulled = columns_of(pull, inside, size)
-        old = columns_of(rounded, block, size)
-        target = old + pulled @ inverse.index_select(0, block)[0]
+        pulled, old = columns_of(pull, inside, size), columns_of(rounded, block, size)
+        target = torch.addmm(old, pulled, inverse.index_select(0, block)[0])
         values, codes = rounder.round(block, target)
         move = values - old
         warped = move @ rows_of(local, inside, size)
-        better = (move * (2 * pulled - columns_of(warped, inside, size))).sum(1) > 0
-        rounder.accept(block, better, codes)
-        move = torch.where(better[:, None], move, 0.0)
-        set_columns(rounded, block, size, old + move)
-        set_columns(error, block, size, columns_of(error, block, size) - move)
-        pull.sub_(torch.where(better[:, None], warped, 0.0))
-        changed.logical_or_(better.any())
+        gain = move * pulled.sub(columns_of(warped, inside, size), alpha=0.5)
+        better = gain.sum(1, keepdim=True) > 0
+        rounder.accept(block, better[:, 0], codes)
+        set_columns(rounded, block, size, torch.where(better, values, old))
+        pull.sub_(torch.where(better, warped, 0.0))
 
     walk = Walk(step, weight.device)
+    lost = row_losses(weight - rounded, matrix).sum()
     for _ in range(passes):
-        changed.fill_(False)
         for first in reversed(range(0, weight.shape[1], buffer)):
             last = min(weight.shape[1], first + buffer)
-            pull[:, : last - first] = error @ matrix[:, first:last]
-            local[: last - first, : last - first] = matrix[first:last, first:last]
-            walk(range(last // size - 1, first // size - 1, -1))
-        if not bool(changed):
+            here = slice(first, last)
+            pull[:, : last - first] = (weight - rounded) @ matrix[:, here]
+            local[: last - first, : last - first] = matrix[here, here]
+            if fused(rounder, weight, buffer):
+                _round_window(rounder, pull, local, weight, rounded, inverse.view(-1)[here], here)
+            else:
+                walk(range(last // size - 1, first // size - 1, -1))
+        before, lost = lost, row_losses(weight - rounded, matrix).sum()
+        if not bool(lost < (1 - SETTLED) * before):
             break
     return rounded

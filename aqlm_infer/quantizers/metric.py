@@ -8,29 +8,45 @@ exact weighted least-squares solution instead of Adam steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .kmeans import kmeans
 from .search import encode
 from .sums import CodeSums
+from .walk import Walk
 
 RIDGE = 1e-6
 """Of an entry's mean diagonal, added to its normal equations."""
 
 
-def assign(
-    targets: torch.Tensor, codebook: torch.Tensor, roots: torch.Tensor, og: int
-) -> torch.Tensor:
-    """Nearest entry of ``codebook`` [C, d] to ``targets`` [O, I, d], under ``D_j = R_j R_j^T``.
+def assigner(
+    vectors: torch.Tensor, entries: int, roots: torch.Tensor, og: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of targets [O, I, d], shaped as ``vectors``, and a codebook [entries, d].
 
-    ``roots`` R is float32 [I, g, g] with d = og * g. Returns int64 [O, I].
+    It returns the entry nearest to each target, int64 [O, I], under ``D_j = R_j R_j^T``; ``roots``
+    R is float32 [I, g, g] with d = og * g.
     """
-    columns = []
-    for j, root in enumerate(roots):
-        warped = targets[:, j].unflatten(1, (og, -1)) @ root
+    targets, codebook = torch.empty_like(vectors), vectors.new_empty(entries, vectors.shape[2])
+    codes = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+
+    def step(j: torch.Tensor) -> None:
+        root = roots.index_select(0, j)[0]
+        warped = targets.index_select(1, j)[:, 0].unflatten(1, (og, -1)) @ root
         words = codebook.unflatten(1, (og, -1)) @ root
-        columns.append(encode(warped.flatten(1), words.flatten(1)[None]))
-    return torch.cat(columns, 1)
+        codes.index_copy_(1, j, encode(warped.flatten(1), words.flatten(1)[None]))
+
+    walk = Walk(step, vectors.device)
+
+    def assign(residual: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
+        targets.copy_(residual)
+        codebook.copy_(book)
+        walk(range(len(roots)))
+        return codes.clone()
+
+    return assign
 
 
 def refit(
@@ -89,14 +105,15 @@ def metric_kmeans(
     weights = scales.double().square()
     metric, roots = metric_roots @ metric_roots.mT, metric_roots.float()
     groups = vectors.shape[1]
+    assign = assigner(vectors, entries, roots, og)
     residual, codebooks, codes = vectors, [], []
     for _ in range(books):
         training = residual.flatten(0, 1)[sample]
         book, _ = kmeans(training, weights[sample // groups], entries, plain_rounds, generator)
-        code = assign(residual, book, roots, og)
+        code = assign(residual, book)
         for _ in range(metric_rounds):
             book = refit(residual, weights, book, code, metric, og)
-            code = assign(residual, book, roots, og)
+            code = assign(residual, book)
         residual = residual - book[code]
         codebooks.append(book)
         codes.append(code)

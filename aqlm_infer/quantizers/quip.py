@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,7 +11,7 @@ from ..formats.scalar import QuipFormat
 from .base import Quantizer, QuantizerError, check_weight
 from .hessian import DAMPING, regularise
 from .ldlq import Rounder, feedback_round, greedy_passes
-from .rotate import balance, random_signs, rotate
+from .rotate import balance, column_energy, random_signs, rotate
 
 SPREADS = {2: 1.6, 3: 2.1, 4: 2.6}
 """Half the grid's range over the weight's root mean square, by bits.
@@ -34,6 +34,11 @@ class UniformRounder(Rounder):
         codes = ((targets / self.scale + 1) * (self.top / 2)).round().clamp(0, self.top)
         return (codes * (2 / self.top) - 1) * self.scale, codes
 
+    def grid(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = torch.full((), 2 * self.scale / self.top, dtype=torch.float64)
+        whole = whole.to(self.codes.device).expand(len(self.codes), 1)
+        return whole, torch.full_like(whole, self.top / 2)
+
 
 def random_kronecker(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A random rotation of QuIP's form: two orthogonal factors and two permutations."""
@@ -55,6 +60,8 @@ class QuipQuantizer(Quantizer):
         seed: of signs, orthogonal factors and permutations.
         damping: of the rotated Hessian, as a fraction of its mean diagonal.
         rescale: balance columns before rotating; the scaling lands in SU.
+        energy: [K], the column energies to balance by (None: the weight's own). Layers that read
+            one input and are given their sum get equal SU, so that they can share its rotation.
         passes: greedy passes after LDLQ.
         spread: half the grid's range over the rotated weight's root mean square (None: SPREADS).
     """
@@ -63,6 +70,7 @@ class QuipQuantizer(Quantizer):
     seed: int = 0
     damping: float = DAMPING
     rescale: bool = True
+    energy: torch.Tensor | None = field(default=None, compare=False, repr=False)
     passes: int = 5
     spread: float | None = None
 
@@ -87,7 +95,8 @@ class QuipQuantizer(Quantizer):
         generator = torch.Generator().manual_seed(self.seed)
         plain = regularise(hessian.to(device), K, self.damping)
         wide = weight.double()
-        scaling = balance(wide, plain.matrix) if self.rescale else torch.ones_like(wide[0])
+        energy = column_energy(wide) if self.energy is None else self.energy
+        scaling = balance(energy, plain.matrix) if self.rescale else torch.ones_like(wide[0])
         extra: dict[str, torch.Tensor] = {}
         if self.format.rotation == "kronecker":
             sides = {"U": random_kronecker(N, generator), "V": random_kronecker(K, generator)}
