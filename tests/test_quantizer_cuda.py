@@ -9,6 +9,7 @@ import torch
 from aqlm_infer.formats import parse_scheme
 from aqlm_infer.quantizers import ldlq, quantizer_for
 from aqlm_infer.quantizers.hessian import relative_loss
+from aqlm_infer.quantizers.sums import CodeSums
 from aqlm_infer.quantizers.walk import Walk
 
 pytestmark = pytest.mark.gpu
@@ -59,3 +60,20 @@ def test_replayed_steps_are_the_eager_ones(scheme, monkeypatch):
 def test_as_good_as_the_cpu(scheme):
     ours, theirs = loss(scheme, fitted(scheme, "cuda")), loss(scheme, fitted(scheme, "cpu"))
     assert 0 < ours < 1.05 * theirs + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_code_sums_have_no_order(dtype):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(9, (5000, 2), generator=generator)
+    rows = torch.randn(5000, 8, generator=generator, dtype=torch.float64).to(dtype)
+    hot = torch.nn.functional.one_hot(codes, 11).double()
+    exact = torch.einsum("nbc,nd->bcd", hot, rows.double())
+    found = CodeSums(codes.cuda(), 11)(rows.cuda())
+    limit = 1e-6 if dtype == torch.float32 else 1e-13
+    assert found.dtype == dtype and (found.cpu() - exact).abs().max() < limit * exact.abs().max()
+    order = torch.randperm(5000, generator=generator)
+    assert torch.equal(CodeSums(codes[order].cuda(), 11)(rows[order].cuda()), found)
+    rows[7, 3] = torch.nan
+    assert CodeSums(codes.cuda(), 11)(rows.cuda()).isnan().any()
+    assert not CodeSums(codes.cuda(), 11)(torch.zeros_like(rows).cuda()).any()

@@ -58,7 +58,7 @@ class AdditiveRepresentation(Representation):
     def gradients(self, gradient: torch.Tensor) -> torch.Tensor:
         groups = self.to_basis(gradient)
         codebooks, scales = self.values["codebooks"], self.values["scales"]
-        sums = CodeSums(self.codes.long(), self.format.entries)
+        sums = CodeSums(self.codes, self.format.entries)
         codebooks.grad = sums(groups * self._scales()).view_as(codebooks)
         dots = (groups * decode(self._books(), self.codes)).view(len(scales), -1)
         scales.grad = dots.sum(1).view_as(scales)
