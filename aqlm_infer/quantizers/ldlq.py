@@ -19,7 +19,7 @@ BUFFER = 128
 """Columns whose feedback from outside is one product; a multiple of every vector length here."""
 
 
-SETTLED = 1e-3
+SETTLED = 2e-3
 """Greedy passes end when one lowers the loss by no more than this fraction."""
 
 
