@@ -22,10 +22,11 @@ Row = dict[str, Any]
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, None when it is installed.
-
-    "-dirty" is appended when tracked files differ from it.
+    """The commit of the checkout that this package runs from, "-dirty" appended when tracked files
+    differ from it. An installed package has none, but what AQLM_COMMIT says it was built from.
     """
+    if os.environ.get("AQLM_COMMIT"):
+        return os.environ["AQLM_COMMIT"]
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
