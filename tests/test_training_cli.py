@@ -263,3 +263,18 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     bench_tuning.main()
     assert before == {f: f.stat().st_mtime_ns for f in before}
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == body["rows"]
+
+
+def test_bench_tuning_step_writes_a_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_tuning_step
+
+    out = tmp_path / "rows.jsonl"
+    model = str(ROOT / "examples" / "lm7")
+    given = [model, "--out", out, "--scheme", "gptq-int2-g64", "--batch", 2, "--microbatch", 1]
+    given += ["--seq-len", 16, "--steps", 1, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench_tuning_step.py", *map(str, given)])
+    bench_tuning_step.main()
+    row = json.loads(out.read_text())
+    assert row["ratio"] == pytest.approx(row["seconds"] / row["plain_seconds"], rel=1e-3)
+    assert row["scheme"] == "gptq-int2-g64" and row["method"] == "pv-ste"
