@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h
 TRITON = $(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname -s)" != Linux || \
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check triton==3.9.0
 
-.PHONY: demo test bench wheel-cpu wheel-cuda lint clean
+.PHONY: demo test bench sdist wheel-cpu wheel-cuda test-wheel lint clean
 
 demo: $(READY)
 	$(PY) examples/demo.py
@@ -24,11 +24,33 @@ bench: $(READY) $(VENV)/.bench
 	$(PY) benchmarks/bench_matmul.py --out benchmarks/results/local/matmul.jsonl
 	$(PY) benchmarks/bench_generate.py --out benchmarks/results/local/generate.jsonl
 
-wheel-cpu: $(VENV)/.deps
-	AQLM_BUILD=cpu $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+sdist: $(VENV)/.deps
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(PY) -m build --sdist --no-isolation -o build/sdist . > build/sdist/log 2>&1 || (cat build/sdist/log; false)
+	mkdir -p dist && cp build/sdist/*.tar.gz dist/
 
-wheel-cuda: $(VENV)/.deps
-	AQLM_BUILD=cuda $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+# Wheels are built from the sdist, in pip's own folder: nothing stale, and nothing that it lacks.
+# torch brings its libraries and libgomp, the driver libcuda: a wheel has no copy of them.
+EXCLUDED := libtorch*.so* libc10*.so* libgomp.so.1 libcuda.so.1 libcudart.so*
+
+define wheel
+	rm -rf build/wheel
+	AQLM_BUILD=$(1) $(PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel/built build/sdist/*.tar.gz
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m auditwheel repair $(EXCLUDED:%=--exclude '%') \
+		-w build/wheel build/wheel/built/*.whl
+	$(PY) tests/check_wheel.py --contents-only build/wheel/*.whl
+	rm -f dist/*+$(2)*.whl && mv build/wheel/*.whl dist/
+endef
+
+wheel-cpu: sdist
+	$(call wheel,cpu,cpu)
+
+wheel-cuda: sdist
+	$(call wheel,cuda,cu[0-9])
+
+# Installs into fresh virtual environments and tests there, with no source tree on the path.
+test-wheel: $(VENV)/.deps
+	$(PY) tests/check_wheel.py $(or $(WHEEL),dist/*.whl)
 
 lint: $(VENV)/.deps
 	$(PY) -m ruff check .
@@ -50,6 +72,6 @@ $(VENV)/.ready: $(VENV)/.deps $(SOURCES)
 
 # The peers that benchmarks compare with; aqlm's own dependencies are already there.
 $(VENV)/.bench: $(VENV)/.deps
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check numba==0.68.1 scipy matplotlib
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check numba==0.68.1 scipy
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps aqlm==1.1.7
 	touch $@

@@ -88,7 +88,10 @@ setup(
     version=VERSION + local_tag(),
     packages=[*find_packages(include=["aqlm_infer*"]), "aqlm_infer.triton_kernels"],
     package_dir={"aqlm_infer.triton_kernels": "triton_kernels"},
-    package_data={"aqlm_infer": ["py.typed", "*.pyi"]},
+    package_data={
+        "aqlm_infer": ["py.typed", "*.pyi"],
+        "aqlm_infer.triton_kernels": ["configs/*.json"],
+    },
     ext_modules=[
         *([cpu_extension()] if BUILD != "cuda" else []),
         *([cuda_extension()] if WITH_CUDA else []),

@@ -9,6 +9,11 @@ from . import integrations as _integrations
 from .backends import KernelError, explain, select
 from .checkpoint import CheckpointError, save_quantized
 from .formats import FormatError, parse_scheme
+from .generation import (
+    GenerationSetupError,
+    prepare_for_generation,
+    undo_prepare_for_generation,
+)
 from .layers import (
     PlanError,
     QuantLinear,
@@ -24,6 +29,7 @@ from .version import __version__
 __all__ = [
     "CheckpointError",
     "FormatError",
+    "GenerationSetupError",
     "KernelError",
     "PlanError",
     "QuantLinear",
@@ -32,12 +38,14 @@ __all__ = [
     "explain",
     "parse_scheme",
     "plan_layers",
+    "prepare_for_generation",
     "quantized_cost",
     "quantized_layers",
     "replace_linears",
     "save_quantized",
     "select",
     "share_rotations",
+    "undo_prepare_for_generation",
 ]
 
 _integrations.register_lazily()

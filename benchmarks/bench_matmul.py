@@ -19,8 +19,9 @@ from pathlib import Path
 import peers  # first: it fixes the peers' threads before their libraries load
 from tqdm import tqdm
 
-from aqlm_infer.backends import native
-from aqlm_infer.bench import MatmulCase, append_rows, bench_matmul, matmul_cases
+from aqlm_infer.backends import KERNELS, Problem, native
+from aqlm_infer.bench import BenchError, MatmulCase, append_rows, bench_matmul, matmul_cases
+from aqlm_infer.evaluation import DTYPES
 from aqlm_infer.formats import parse_scheme
 
 SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-1x8-g8", "aqlm-4x8-g8", "aqlm-8x8-g32")
@@ -39,7 +40,21 @@ INT8_SCHEMES = ("aqlm-2x8-g8", "aqlm-1x16-g8")
 INT8_TOKENS = 64  # past these int8 runs the exact path
 
 Step = tuple[str, MatmulCase, str | None]
-"""What to measure ("ours", "aqlm" or a dense dtype), where, and with which instruction set."""
+"""What to measure ("ours", "aqlm", "aqlm-triton" or a dense dtype), where, and with which
+instruction set."""
+
+
+def kernel_of(backend: str | None, scheme: str, N: int, K: int, dtype: str) -> str | None:
+    """Id of the backend's kernel for a layer on a GPU; None when the registry is to choose."""
+    if backend is None:
+        return None
+    problem = Problem(parse_scheme(scheme), N, K, DTYPES[dtype], "cuda")
+    own = [k for k in KERNELS.values() if k.id.startswith(f"{backend}.")]
+    fits = [k.id for k in own if k.why_not(problem) is None]
+    if not fits:
+        reasons = "; ".join(f"{k.id}: {k.why_not(problem)}" for k in own) or "no such backend"
+        raise BenchError(f"--backend {backend}: no kernel for {problem} ({reasons})")
+    return fits[0]
 
 
 def cuda_suite(arguments: argparse.Namespace, shapes: list[tuple[int, int]]) -> list[Step]:
@@ -53,14 +68,19 @@ def cuda_suite(arguments: argparse.Namespace, shapes: list[tuple[int, int]]) -> 
     for ms in (small, [m for m in arguments.m if m > INT8_TOKENS]):
         for shape, scheme in product(shapes, arguments.scheme):
             peer = [m for m in ms if m in PEER_BATCHES and scheme in PEER_SCHEMES and not reason]
-            for what, precision, some in (
-                ("aqlm", "exact", peer),
-                ("ours", "exact", ms),
-                ("ours", "int8", ms if ms is small and scheme in INT8_SCHEMES else []),
+            kernels = [kernel_of(b, scheme, *shape, arguments.dtype) for b in arguments.backend]
+            int8 = ms if ms is small and scheme in INT8_SCHEMES and None in kernels else []
+            slow = peer if "triton" in arguments.backend and ms is small else []
+            for what, precision, kernel, some in (
+                ("aqlm", "exact", None, peer),
+                ("aqlm-triton", "exact", None, slow),
+                *(("ours", "exact", kernel, ms) for kernel in kernels),
+                ("ours", "int8", None, int8),
             ):
                 cases = matmul_cases(
-                    [scheme], [shape], some, (1,), ("dram",), precision=precision, **fixed
-                )
+                    [scheme], [shape], some, (1,), ("dram",), precision=precision, kernel=kernel,
+                    **fixed,
+                )  # fmt: skip
                 steps += [(what, case, None) for case in cases]
     return steps
 
@@ -109,11 +129,14 @@ def measure(step: Step, aqlm_us: dict[MatmulCase, float]) -> Iterator[dict]:
     what, case, isa = step
     if what == "ours":
         for row in bench_matmul([case], isa):
-            yield {**row, "aqlm_us": aqlm_us.get(replace(case, precision="exact"))}
+            exact = replace(case, precision="exact", kernel=None)
+            yield {**row, "aqlm_us": aqlm_us.get(exact)}
     elif what == "aqlm":
         row = peers.aqlm_row(case)
         aqlm_us[case] = row["median_us"]
         yield row
+    elif what == "aqlm-triton":
+        yield peers.aqlm_row(case, triton=True)
     else:
         yield peers.dense_row(case, what)
 
@@ -127,6 +150,13 @@ def main() -> None:
     parser.add_argument("--m", nargs="+", type=int)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtype")
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        default=[None],
+        metavar="NAME",
+        help="with --device cuda: force kernels of these backends, such as cuda triton",
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows of --out")
     parser.add_argument(
         "--aqlm-extension",

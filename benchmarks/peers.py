@@ -59,8 +59,11 @@ def use_built_extension(path: Path) -> None:
 
 
 @torch.inference_mode()
-def aqlm_row(case: MatmulCase) -> Row:
-    """One row of ``aqlm.QuantizedLinear``, verified like ours. On the CPU it takes float32 only."""
+def aqlm_row(case: MatmulCase, triton: bool = False) -> Row:
+    """One row of ``aqlm.QuantizedLinear``, verified like ours. On the CPU it takes float32 only.
+
+    ``triton``: its Triton kernel on the same layer, which it runs itself where it has no CUDA one.
+    """
     from aqlm import QuantizedLinear
 
     format = parse_scheme(case.scheme)
@@ -86,22 +89,29 @@ def aqlm_row(case: MatmulCase) -> Row:
         layer.load_state_dict(random(seed))
         return layer
 
+    def forward(layer: QuantizedLinear) -> torch.Tensor:
+        if not triton:
+            return layer(x)
+        product = import_module("aqlm.inference_kernels.triton_kernel").triton_matmul
+        return product(x, layer.codes, layer.codebooks, layer.scales, layer.bias)
+
     weight = format.dequantize(random(0), torch.float64)
     with num_threads(case.threads):
         sample = build(0)
         # The peer's rounding is recorded, not judged: the bound only catches a wrong set-up.
-        error = verified_error(sample(x), x, weight, "fast", f"aqlm {case}")
+        error = verified_error(forward(sample), x, weight, "fast", f"aqlm {case}")
         del weight
         nbytes = sample.codes.nbytes
 
         def make(seed: int) -> Callable[[], object]:
             layer = sample if seed == 0 else build(seed)
-            return lambda: layer(x)
+            return lambda: forward(layer)
 
         calls = rotation(make, case.cache, nbytes)
         timing = timed(calls, case.device)
     extra = {"relative_error": error, "gb_per_s": nbytes / timing.median_us / 1e3}
-    return _row(case, "aqlm", "aqlm.QuantizedLinear", timing, **extra, **dense_columns(case))
+    name = "aqlm.triton_matmul" if triton else "aqlm.QuantizedLinear"
+    return _row(case, "aqlm", name, timing, **extra, **dense_columns(case))
 
 
 def dense_row(case: MatmulCase, dtype: str) -> Row:

@@ -230,6 +230,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.x = at_row(rows, m);
     p.x_stride = rows.stride(0);
     p.x_type = r.x_type;
+    p.local_bits = r.local_bits = aqlm::local_bits_of(config, p.s, r.r, info);
     check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
     r.partials = p.partials;
     r.s = p.s;

@@ -3,20 +3,24 @@
 import importlib.util
 import json
 import sys
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch import nn
 
 from aqlm_infer.backends import native
 from aqlm_infer.bench import BenchError, append_rows, bench_matmul, matmul_cases, time_calls
-from aqlm_infer.bench.generate import bench_generate, quantized_copy
+from aqlm_infer.bench.generate import Dense, bench_generate, quantized_copy
 from aqlm_infer.bench.layers import DRAM_BYTES, copies_for, random_tensors, verified_error
 from aqlm_infer.bench.matmul import cpu_isa, num_threads
+from aqlm_infer.bench.plot import plot_generate
+from aqlm_infer.bench.shapes import SHAPES, random_model, shape_config
 from aqlm_infer.bench.timing import GRAPH_CALLS, summarize, time_graph
 from aqlm_infer.formats import FormatError, parse_scheme
+from aqlm_infer.layers import FusedPart
 
 MATMUL_KEYS = {
     "bench", "date", "commit", "device", "device_name", "backend", "scheme", "precision", "dtype",
@@ -25,7 +29,8 @@ MATMUL_KEYS = {
 }  # fmt: skip
 GENERATE_KEYS = {
     "bench", "date", "commit", "device", "backend", "model", "scheme", "batch", "tokens_per_s",
-    "dense_tokens_per_s", "ttft_ms", "dense_ttft_ms", "bytes", "threads", "dtype",
+    "dense_tokens_per_s", "ttft_ms", "dense_ttft_ms", "bytes", "threads", "dtype", "mode",
+    "dense_compiled_tokens_per_s", "prompt_tokens", "new_tokens", "lm_head", "peak_bytes",
 }  # fmt: skip
 
 needs_native = pytest.mark.skipif(native.cpu is None, reason="the CPU module is not built")
@@ -137,17 +142,59 @@ def test_matmul_cases_are_checked():
 def test_generate_rows():
     dense = tiny_model()
     quantized = quantized_copy(dense, "aqlm-1x4-g8", "exact", progress=False)
-    rows = list(bench_generate("tiny", quantized, dense, batches=(1, 2), new_tokens=4))
-    assert [row["batch"] for row in rows] == [1, 2]
+    options = {"new_tokens": 4, "modes": ("eager", "prepared"), "prompt_tokens": (3, 5)}
+    rows = list(bench_generate("tiny", quantized, Dense(dense), batches=(1, 2), **options))
+    cases = [(row["mode"], row["batch"], row["prompt_tokens"]) for row in rows]
+    assert cases == list(product(("eager", "prepared"), (1, 2), (3, 5)))
     for row in rows:
         assert row.keys() >= GENERATE_KEYS
         assert (row["model"], row["scheme"]) == ("tiny", "aqlm-1x4-g8")
-        assert row["tokens_per_s"] > 0 and row["dense_tokens_per_s"] > 0
+        assert row["context"] == row["prompt_tokens"] + 4
+        assert 0 < row["p20_tokens_per_s"] <= row["tokens_per_s"] <= row["p80_tokens_per_s"]
+        assert row["dense_tokens_per_s"] > 0 and row["dense_compiled_tokens_per_s"] is None
         assert 0 < row["bytes"] < row["dense_bytes"]
-    (row,) = bench_generate("tiny", quantized, None, new_tokens=4)
+    assert not hasattr(quantized, "aqlm_generation")
+    (row,) = bench_generate("tiny", quantized, None, new_tokens=4, lm_head="rtn-int8-g32")
     assert row["dense_tokens_per_s"] is row["dense_bytes"] is None
+    assert row["lm_head"] == "rtn-int8-g32" and row["bytes"] != rows[0]["bytes"]
     with pytest.raises(BenchError, match="exceed the model's context of 64"):
         next(bench_generate("tiny", quantized, None, new_tokens=33))
+    with pytest.raises(BenchError, match="unknown mode 'fast'"):
+        next(bench_generate("tiny", quantized, None, new_tokens=3, modes=["fast"]))
+    with pytest.raises(BenchError, match="needs mode prepared"):
+        next(bench_generate("tiny", quantized, None, new_tokens=3, modes=["eager"], lm_head="x"))
+
+
+def test_generate_plot(tmp_path):
+    quantized = quantized_copy(tiny_model(), "aqlm-1x4-g8", "exact", progress=False)
+    rows = list(bench_generate("tiny", quantized, None, batches=(1, 2), new_tokens=3))
+    plot_generate(rows, tmp_path / "deep" / "plot.svg")
+    assert "aqlm-1x4-g8, prepared" in (tmp_path / "deep" / "plot.svg").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "quip-e8p-2bit", "gptq-int2-g128", None])
+def test_models_of_a_shape(scheme, monkeypatch):
+    monkeypatch.setitem(SHAPES["llama-3.2-1b"], "vocab_size", 100)
+    config = shape_config("llama-3.2-1b", 1)
+    model = random_model(config, scheme, torch.bfloat16)
+    block = model.model.layers[0]
+    parts = [block.self_attn.q_proj, block.self_attn.v_proj, block.mlp.gate_proj]
+    assert [part.out_features for part in parts] == [2048, 512, 8192]
+    assert sum(isinstance(m, nn.Linear) for m in block.modules()) == (7 if scheme is None else 0)
+    assert isinstance(block.mlp.gate_proj, FusedPart) == (scheme == "quip-e8p-2bit")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert torch.isfinite(logits).all() and 0.3 < logits.float().std() < 3
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_shapes_are_checked():
+    assert shape_config("llama-3-70b").num_hidden_layers == 80
+    with pytest.raises(BenchError, match="unknown shape 'llama-9'; known: llama-3-8b"):
+        shape_config("llama-9")
+    with pytest.raises(BenchError, match=r"layers=33 is outside 1\.\.32"):
+        shape_config("llama-3-8b", 33)
 
 
 def load_program(name):
@@ -192,7 +239,7 @@ def test_the_gpu_suite(program, monkeypatch):
     monkeypatch.setattr(program.peers, "missing_aqlm", lambda: None)
     schemes = ["aqlm-2x8-g8", "aqlm-4x8-g8"]
     arguments = program.argparse.Namespace(
-        dtype="float16", device="cuda", m=(1, 2, 512), scheme=schemes
+        dtype="float16", device="cuda", m=(1, 2, 512), scheme=schemes, backend=[None]
     )
     steps = program.cuda_suite(arguments, [(256, 128), (512, 128)])
     assert all(case.cache == "dram" and isa is None for _, case, isa in steps)
@@ -204,6 +251,9 @@ def test_the_gpu_suite(program, monkeypatch):
     assert ours == exact | {("aqlm-2x8-g8", n, m, "int8") for n in (256, 512) for m in (1, 2)}
     first = [what for what, c, _ in steps if (c.scheme, c.N, c.M) == ("aqlm-2x8-g8", 256, 1)]
     assert first == ["aqlm", "ours", "ours"]
+    arguments.backend = ["tpu"]
+    with pytest.raises(BenchError, match="--backend tpu: no kernel for aqlm-2x8-g8 .*no such"):
+        program.cuda_suite(arguments, [(256, 128)])
 
 
 @pytest.mark.gpu
@@ -224,79 +274,3 @@ def test_graph_timing_and_gpu_rows(monkeypatch):
             assert row.keys() >= MATMUL_KEYS
             assert row["backend"] == "cuda" and row["copy_gb_per_s"] == 1000.0
             assert row["dense_us"] > 0 and row["dense_bf16_us"] is None
-
-
-@pytest.fixture(scope="module")
-def report():
-    return load_program("report")
-
-
-def matmul_row(**changes):
-    row = {
-        "bench": "matmul", "date": "2026-01-01T00:00:00+00:00", "commit": "0123456789abcdef",
-        "device": "cpu-avx512vbmi", "device_name": "Test CPU", "cores": 2, "backend": "cpu",
-        "scheme": "aqlm-2x8-g8", "precision": "exact", "dtype": "float32", "threads": 1,
-        "cache": "dram", "N": 4096, "K": 4096, "M": 1, "median_us": 300.0, "min_us": 290.0,
-        "gb_per_s": 14.0, "read_gb_per_s": 16.0, "dense_us": 2500.0, "dense_bf16_us": 1300.0,
-    }  # fmt: skip
-    return {**row, **changes}
-
-
-def run_report(report, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-    report.main()
-
-
-def test_report_round_trip(report, monkeypatch, tmp_path):
-    rows = [
-        matmul_row(median_us=999.0),
-        matmul_row(date="2026-01-02T00:00:00+00:00"),
-        matmul_row(precision="fast", median_us=160.0, gb_per_s=15.0),
-        matmul_row(backend="aqlm", cache="dram", median_us=1500.0),
-        matmul_row(M=16, cache="warm", median_us=900.0),
-        matmul_row(cache="warm", median_us=222.0),
-        matmul_row(device="cpu-portable", cache="warm", median_us=8888.0),
-        matmul_row(device="cpu-avx2", date="2026-01-03T00:00:00+00:00", median_us=1111.0),
-    ]
-    results, document = tmp_path / "results", tmp_path / "README.md"
-    append_rows(results / "a.jsonl", rows)
-    names = "".join(f"<!-- table:{n} -->\nold\n<!-- /table -->\ntext {n}\n" for n in report.TABLES)
-    document.write_text(f"# Title\n{names}end\n")
-    arguments = ("--results", results, document)
-    with pytest.raises(SystemExit, match="out of date"):
-        run_report(report, monkeypatch, "--check", *arguments)
-    assert "old" in document.read_text()
-    run_report(report, monkeypatch, *arguments)
-    text = document.read_text()
-    line = "| aqlm-2x8-g8 | 1 | dram | 0.300 | 0.160 | 1.50 | 2.50 | 1.30 | 14.0 | 94 % |"
-    assert line in text
-    assert "| aqlm-2x8-g8 | float32 | 1 | 16 | 0.900 |" in text
-    assert "| aqlm-2x8-g8 | avx512vbmi | 0.222 |\n| aqlm-2x8-g8 | portable | 8.89 |" in text
-    assert "old" not in text and "1.11" not in text and text.endswith("end\n")
-    assert "Test CPU (2 cores, cpu-avx512vbmi), 2026-01-02, 012345678." in text
-    run_report(report, monkeypatch, "--check", *arguments)
-    append_rows(results / "b.jsonl", [matmul_row(date="2026-02-01T00:00:00+00:00", median_us=1.0)])
-    with pytest.raises(SystemExit, match="out of date"):
-        run_report(report, monkeypatch, "--check", *arguments)
-
-
-def test_report_refuses_unknown_tables_and_broken_rows(report, monkeypatch, tmp_path):
-    document = tmp_path / "README.md"
-    document.write_text("<!-- table:none -->\n<!-- /table -->\n")
-    with pytest.raises(SystemExit, match="unknown table 'none'"):
-        run_report(report, monkeypatch, "--results", tmp_path, document)
-    (tmp_path / "a.jsonl").write_text("{}{\n")
-    with pytest.raises(SystemExit, match=r"a\.jsonl:1 is not a JSON row"):
-        run_report(report, monkeypatch, "--results", tmp_path, document)
-
-
-def test_rows_are_ordered_by_date(report, tmp_path):
-    dates = [f"2026-01-0{day}T00:00:00+00:00" for day in (3, 1, 2)]
-    append_rows(tmp_path / "a.jsonl", [matmul_row(date=date) for date in dates])
-    found = report.read_rows(tmp_path)
-    assert all(a["date"] < b["date"] for a, b in pairwise(found))
-
-
-def test_the_readme_is_up_to_date(report, monkeypatch):
-    """Its tables are what the committed rows say."""
-    run_report(report, monkeypatch, "--check")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from cases import GOLDEN, random_layer
 from safetensors.torch import load_file
-from test_transformers import assert_round_trip, load
 from tiny_models import logits, tiny_config, tiny_model, write_checkpoint
 from torch import nn
 from transformers import AqlmConfig, MixtralConfig
+from transformers_cases import assert_round_trip, load
 
 from aqlm_infer import FormatError, QuantLinear, quantized_layers, replace_linears
 from aqlm_infer.checkpoint import (

@@ -9,9 +9,9 @@ import pytest
 import torch
 from cases import golden_e8p, random_layer
 from safetensors.torch import load_file, save_file
-from test_transformers import CLOSE, assert_refused, assert_round_trip, load
 from tiny_models import logits, relative_error, tiny_config, tiny_model
 from torch import nn
+from transformers_cases import CLOSE, assert_refused, assert_round_trip, load
 
 from aqlm_infer import (
     QuantLinear,

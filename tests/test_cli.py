@@ -238,6 +238,33 @@ def test_bench_generate(capfd, dense, quantized):
     assert status == 0 and "tokens/s" in out
 
 
+def test_bench_generate_of_a_shape(capfd, monkeypatch, tmp_path):
+    from aqlm_infer.bench.shapes import SHAPES
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96}  # fmt: skip
+    monkeypatch.setitem(SHAPES, "llama-3-8b", SHAPES["llama-3-8b"] | small)
+    picture = tmp_path / "rates.svg"
+    record = json_of(
+        capfd, "bench", "generate", "--shape", "llama-3-8b", "--layers", "2", "--scheme",
+        "aqlm-1x4-g8", "--scheme", "quip-e8p-2bit", "--mode", "eager", "--mode", "prepared",
+        "--new-tokens", "3", "--prompt-tokens", "4,6", "--plot", picture,
+    )  # fmt: skip
+    cases = [(row["scheme"], row["mode"], row["prompt_tokens"]) for row in record["rows"]]
+    assert cases[:3] == [("aqlm-1x4-g8", mode, prompt) for mode, prompt in
+                         (("eager", 4), ("eager", 6), ("prepared", 4))]  # fmt: skip
+    assert len(cases) == 8 and picture.is_file()
+    for arguments, message in (
+        ((), "give either MODEL or --shape"),
+        (("--shape", "llama-3-8b"), "--shape needs --scheme"),
+        (("--shape", "llama", "--scheme", "aqlm-1x4-g8"), "unknown shape 'llama'; known: llama-3"),
+        (("--shape", "llama-3-8b", "--scheme", "aqlm-1x4-g8", "--layers", "99"), "outside 1..32"),
+        (("--shape", "llama-3-8b", "--scheme", "int3"), "unknown scheme 'int3'"),
+    ):
+        status, _, err = call(capfd, "bench", "generate", *arguments)
+        assert status == 1 and message in err
+
+
 # -- quantize: plans, resume, nothing half-written -------------------------------------------------
 
 

@@ -106,6 +106,14 @@ def test_e8p_bodies(bits, N, K, dtype):
     check(E8P(bits, N, K, None if N == 3072 else 0), dtype)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("N", [4096, 14336, 11008, 29568, 1280, 768, 192])
+def test_output_rotations(bits, N):
+    """The matmul does the Sylvester bits of its own rows, all to none of them; its second kernel
+    mixes the rest: P = 4096, 512, 64, 32, 64, 64 and 16 (the rotation alone)."""
+    check(E8P(bits, N, 320), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
@@ -113,6 +121,9 @@ def test_e8p_bodies(bits, N, K, dtype):
     [
         (1001, 1024, 128, True),
         (517, 1088, 64, False),
+        (200, 1280, 128, True),  # 10 and 11 scale groups: not whole chunks, not whole pairs
+        (200, 1408, 128, True),
+        (1500, 1536, 512, True),
         (770, 4096, 1024, True),
         (333, 1984, 1984, False),
         (77, 104, 104, True),
@@ -184,7 +195,7 @@ def test_opcheck():
 def test_refusals_print_values():
     layer = E8P(2, 64, 128)
     x = torch.randn(2, 192, device="cuda").half()
-    with pytest.raises(RuntimeError, match="packed must be 6144 contiguous uint8; got 4096"):
+    with pytest.raises(RuntimeError, match="packed must be 3072 contiguous uint8; got 2048"):
         layer(x)
     h, bits, residual = layer.numbers()
     with pytest.raises(RuntimeError, match="precision='int8'"):

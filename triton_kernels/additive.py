@@ -3,13 +3,13 @@
 Runtime layout: the canonical codes transposed to [B, K/g, N/og], so that neighbouring rows are
 neighbouring bytes. ``additive_ops`` chooses the body by the number of tokens M:
 
-    _tables, _lookup   the 2^b partial dot products of every input vector and codebook, then one
-                       table entry a code (2 bytes from L1 instead of a 16-byte word)
+    _tables, _lookup   one token: the 2^b partial dot products of every input vector and codebook,
+                       then one table entry a code (2 bytes from L1 instead of a 16-byte word)
+    _gemv              one token: words gathered and multiplied
     _dot               words gathered into a tile of the weight, one ``tl.dot`` for all tokens
     _dequantize        a slice of the weight, for the device's GEMM
 
-Split K writes partial sums [S, M, N] that ``_finish`` adds in order: no atomics, so runs are
-bitwise equal.
+Split K writes partial sums [S, M, N] (``partial``).
 """
 
 import triton
@@ -17,55 +17,99 @@ import triton.language as tl
 
 
 @triton.jit
-def _word(codes_ptr, books_ptr, groups, rows, row_ok, group_ok, b, IN, OUT,
-          ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):  # fmt: skip
-    """Codebook b's words of a tile [rows, groups], float32 [rows, groups, GP] (zero past G).
+def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr):
+    """Codebook b's codes, int32; 0 where not ok. IN and OUT count in groups and out groups."""
+    at = codes_ptr + (b * IN + group) * OUT + row // OG
+    code = tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
+    return code & (ENTRIES - 1)
 
-    IN and OUT are the numbers of in groups and out groups; GP is G padded to a power of two.
+
+@triton.jit
+def _word(books_ptr, code, row, j, b, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
+          GP: tl.constexpr):  # fmt: skip
+    """Codebook b's words of the codes in the codebooks' type, 0 past G.
+
+    code, row and j are broadcast together, j over 0 .. GP-1: G padded to a power of two. (All have
+    three dimensions, so that one thread reads a whole word at once.)
     """
-    ok = row_ok[:, None] & group_ok[None, :]
-    at = (b * IN + groups[None, :]) * OUT + (rows // OG)[:, None]
-    code = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32) & (ENTRIES - 1)
-    entry = ((b * ENTRIES + code) * OG + (rows % OG)[:, None]) * G
-    j = tl.arange(0, GP)
-    inside = ok[:, :, None] & (j < G)[None, None, :]
-    return tl.load(books_ptr + entry[:, :, None] + j[None, None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    at = books_ptr + ((b * ENTRIES + code) * OG + row % OG) * G + j
+    if G == GP:
+        return tl.load(at, eviction_policy="evict_last")
+    else:
+        return tl.load(at, mask=(code >= 0) & (j < G), other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B: tl.constexpr,
+          ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+          NATIVE: tl.constexpr):  # fmt: skip
+    """The sums of B words: float32, or with one codebook or NATIVE the codebooks' type.
+
+    code0 and code1 are the first two codebooks' codes. NATIVE, for two codebooks: a sum in their
+    type is rounded like a float32 sum that is put into a tile of that type, and takes no
+    conversions.
+    """
+    total = _word(books_ptr, code0, row, j, 0, ENTRIES, OG, G, GP)
+    if B > 1 and not NATIVE:
+        total = total.to(tl.float32)
+    if B > 1:
+        total += _word(books_ptr, code1, row, j, 1, ENTRIES, OG, G, GP).to(total.dtype)
+    for b in tl.static_range(2, B):
+        code = _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES, OG)
+        total += _word(books_ptr, code, row, j, b, ENTRIES, OG, G, GP).to(total.dtype)
+    return total
+
+
+@triton.jit
+def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: tl.constexpr,
+                 OG: tl.constexpr):  # fmt: skip
+    """The codes of the first two codebooks (twice the first of one)."""
+    code0 = _codes(codes_ptr, group, row, ok, 0, IN, OUT, ENTRIES, OG)
+    code1 = code0
+    if B > 1:
+        code1 = _codes(codes_ptr, group, row, ok, 1, IN, OUT, ENTRIES, OG)
+    return code0, code1
 
 
 @triton.jit
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
-         GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-         BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's groups of x[m] . word sums[n]."""
+         GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+         NATIVE: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's groups of x[m] . word sums[n].
+
+    The weight is the second operand, [K, N], which Hopper's MMAs read from shared memory. As the
+    first operand it was moved to registers in many small steps.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, row_ok = rows[None, None, :], (rows < N)[None, None, :]
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, IN)
     tokens = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, GP)
-    row_ok, token_ok = rows < N, tokens < M
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    token_ok = tokens < M
+    i = tl.arange(0, BLOCK_G * GP)
+    j = tl.arange(0, GP)[None, :, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Codes (of two codebooks) are loaded one step ahead.
+    group = begin + tl.arange(0, BLOCK_G)[:, None, None]
+    ok = (group < end) & row_ok
+    next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
     for first in range(begin, end, BLOCK_G):
-        groups = first + tl.arange(0, BLOCK_G)
-        group_ok = groups < end
-        words = _word(codes_ptr, books_ptr, groups, rows, row_ok, group_ok, 0, IN, OUT,
-                      ENTRIES, OG, G, GP)  # fmt: skip
-        for b in tl.static_range(1, B):
-            words += _word(codes_ptr, books_ptr, groups, rows, row_ok, group_ok, b, IN, OUT,
-                           ENTRIES, OG, G, GP)  # fmt: skip
-        tile = tl.reshape(words, (BLOCK_N, BLOCK_G * GP)).to(x_ptr.dtype.element_ty)
-        k = tl.reshape(groups[:, None] * G + j[None, :], (BLOCK_G * GP,))
-        k_ok = tl.reshape(group_ok[:, None] & (j < G)[None, :], (BLOCK_G * GP,))
-        x = tl.load(
-            x_ptr + tokens[None, :] * x_stride + k[:, None],
-            mask=k_ok[:, None] & token_ok[None, :],
-            other=0.0,
-        )
-        total = tl.dot(tile, x, total, input_precision=PRECISION)
-    at = (tl.program_id(1) * M + tokens[None, :]) * N + rows[:, None]
-    tl.store(partial_ptr + at, total, mask=row_ok[:, None] & token_ok[None, :])
+        code0 = next0
+        code1 = next1 if B > 1 else next0
+        k = (first + i // GP) * G + i % GP
+        x_ok = token_ok[:, None] & ((first + i // GP < end) & (i % GP < G))[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
+        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[:, None, None]
+        ok = (group < end) & row_ok
+        next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
+        ok = (group - BLOCK_G < end) & row_ok
+        tile = _tile(codes_ptr, books_ptr, code0, code1, group - BLOCK_G, row, ok, IN, OUT, j, B,
+                     ENTRIES, OG, G, GP, NATIVE)  # fmt: skip
+        tile = tl.reshape(tile, (BLOCK_G * GP, BLOCK_N)).to(x_ptr.dtype.element_ty)
+        total = tl.dot(x, tile, total, input_precision="ieee")
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])
 
 
 @triton.jit
@@ -120,21 +164,33 @@ def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
 
 
 @triton.jit
-def _finish(partial_ptr, unit_ptr, scales_ptr, bias_ptr, y_ptr, M, N, y_stride,
-            SPLITS: tl.constexpr, OG: tl.constexpr, UNIT: tl.constexpr,
-            BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """y[m, n] = scale[n] * unit[m] * (partial sums in order) + bias[n]."""
-    rows, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    ok = rows < N
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + (s * M + m) * N + rows, mask=ok, other=0.0)
-    if UNIT:
-        total *= tl.load(unit_ptr + m)
-    total *= tl.load(scales_ptr + rows // OG, mask=ok, other=0.0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias_ptr + rows, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * y_stride + rows, total.to(y_ptr.dtype.element_ty), mask=ok)
+def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
+          B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, IN)
+    j = tl.arange(0, GP)
+    total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+    for first in range(begin, end, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        ok = (rows < N)[:, None] & (group < end)[None, :]
+        x_ok = (group < end)[:, None] & (j < G)[None, :]
+        x = tl.load(x_ptr + group[:, None] * G + j[None, :], mask=x_ok, other=0.0).to(tl.float32)
+        for b in tl.static_range(B):
+            at = (b * IN + group[None, :]) * N + rows[:, None]
+            code = tl.load(codes_ptr + at, mask=ok, other=0, eviction_policy="evict_first")
+            entry = (b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))) * G
+            entry = entry[:, :, None] + j[None, None, :]
+            if G == GP:
+                word = tl.load(books_ptr + entry, eviction_policy="evict_last")
+            else:
+                inside = (j < G)[None, None, :]
+                word = tl.load(books_ptr + entry, mask=inside, other=0.0,
+                               eviction_policy="evict_last")  # fmt: skip
+            total += tl.sum(word.to(tl.float32) * x[None, :, :], 2)
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, tl.sum(total, 1), mask=rows < N)
 
 
 @triton.jit
@@ -142,16 +198,15 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
                 B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
                 GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """w[n - first_row, :] = scale[n] * word sums[n], rows first_row .. rows_end - 1."""
-    rows = first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    groups = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    row_ok, group_ok = rows < rows_end, groups < IN
-    words = _word(codes_ptr, books_ptr, groups, rows, row_ok, group_ok, 0, IN, OUT,
-                  ENTRIES, OG, G, GP)  # fmt: skip
-    for b in tl.static_range(1, B):
-        words += _word(codes_ptr, books_ptr, groups, rows, row_ok, group_ok, b, IN, OUT,
-                       ENTRIES, OG, G, GP)  # fmt: skip
-    words *= tl.load(scales_ptr + rows // OG, mask=row_ok, other=0.0).to(tl.float32)[:, None, None]
-    j = tl.arange(0, GP)
-    at = (rows - first_row)[:, None, None] * K + groups[None, :, None] * G + j[None, None, :]
-    ok = row_ok[:, None, None] & group_ok[None, :, None] & (j < G)[None, None, :]
-    tl.store(w_ptr + at, words.to(w_ptr.dtype.element_ty), mask=ok)
+    row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
+    ok = (row < rows_end) & (group < IN)
+    j = tl.arange(0, GP)[None, None, :]
+    code0, code1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
+    w = _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B, ENTRIES, OG, G,
+              GP, False)  # fmt: skip
+    w = w.to(tl.float32) * tl.load(scales_ptr + row // OG, mask=row < rows_end, other=0.0).to(
+        tl.float32
+    )
+    at = (row - first_row) * K + group * G + j
+    tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=ok & (j < G))

@@ -14,10 +14,10 @@ from ..ops.additive import check_matmul, check_operands, refuse_value_gradients
 from ..ops.library import OperandError, bias_gradient
 from . import additive as bodies
 from . import tuning
+from .partial import finish, split, unit_rows
+from .slices import sliced_dx, sliced_matmul
 
-LOOKUP_TOKENS = 2  # the table costs twice for two tokens
-DOT_TOKENS = 64
-SLICE_BYTES = 24 << 20  # a slice of the weight that stays in L2
+DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 
 
 class _Part:
@@ -31,39 +31,61 @@ class _Part:
         self.N = self.out_groups * self.og
         self.sizes = {"B": self.B, "ENTRIES": self.entries, "OG": self.og, "G": self.g}
 
-    def config(self, body: str, M: int) -> dict[str, int]:
+    def config(self, M: int) -> tuning.Config:
         scheme = f"{self.B}x{self.entries.bit_length() - 1}-g{self.g}"
-        return tuning.config(f"additive.{body}", scheme, self.N, self.K, M)
+        body = "dot"
+        if M == 1 and self.og == 1:
+            # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
+            # entries cost more than the products that they replace.
+            body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
+        return tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.stride(1) == 1 else x.contiguous()
+    def matmul(self, x, widest, bias, y) -> None:
+        """Fill y [M, N] with the product of at most 64 tokens."""
+        config, unit = self.config(x.shape[0]), None
+        if config["body"] == "lookup":
+            partial, unit = self.lookup(x, widest, config)
+        elif config["body"] == "gemv":
+            partial = self.gemv(x, config)
+        else:
+            partial = self.dot(x, config)
+        finish(partial, y, scales=self.scales, out_group=self.og, unit=unit, bias=bias)
 
-    def block_groups(self, block_k: int) -> int:
-        # tl.dot needs 16 along K.
-        return max(block_k // self.gp, triton.cdiv(16, self.gp), 1)
+    def gemv(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
+        """Partial sums [S, 1, N] of one token."""
+        tiles = triton.cdiv(self.N, config["BLOCK_N"])
+        block_g = config["BLOCK_G"]
+        steps = triton.cdiv(self.in_groups, block_g)
+        each, splits = split(steps, config["PROGRAMS"] // tiles)
+        partial = torch.empty((splits, 1, self.N), dtype=torch.float32, device=x.device)
+        wrap_triton(bodies._gemv)[(tiles, splits)](
+            x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
+            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, BLOCK_N=config["BLOCK_N"],
+            BLOCK_G=block_g, **tuning.launch_options(config),
+        )  # fmt: skip
+        return partial
 
-    def dot(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens."""
-        M, config = x.shape[0], self.config("dot", x.shape[0])
-        block_g = self.block_groups(config["BLOCK_K"])
+        M = x.shape[0]
+        # tl.dot needs 16 along K.
+        block_g = max(config["BLOCK_K"] // self.gp, triton.cdiv(16, self.gp), 1)
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         steps = triton.cdiv(self.in_groups, block_g)
-        per_split = triton.cdiv(steps, max(1, min(config["PROGRAMS"] // tiles, steps))) * block_g
-        splits = triton.cdiv(self.in_groups, per_split)
+        each, splits = split(steps, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.in_groups, self.out_groups,
-            x.stride(0), per_split, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
-            BLOCK_G=block_g,
-            BLOCK_M=max(16, triton.next_power_of_2(M)),
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            x.stride(0), each * block_g, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
+            BLOCK_G=block_g, BLOCK_M=tuning.token_rows(config, M),
+            NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype,
+            **tuning.launch_options(config),
         )  # fmt: skip
-        return partial, splits
+        return partial
 
-    def lookup(self, x: torch.Tensor, widest: torch.Tensor):
+    def lookup(self, x: torch.Tensor, widest: torch.Tensor, config: tuning.Config):
         """Partial sums [S, M, N] in units [M] of one or two tokens."""
-        M, config = x.shape[0], self.config("lookup", x.shape[0])
+        M = x.shape[0]
         # float16 tables are half the bytes; float32 input keeps float32 sums.
         dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
         tables = torch.empty(
@@ -76,41 +98,22 @@ class _Part:
             ENTRIES=self.entries, G=self.g, GP=self.gp, GROUPS=groups, CHUNK=1024,
         )  # fmt: skip
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        splits = max(1, min(config["PROGRAMS"] // tiles, self.in_groups))
-        per_split = triton.cdiv(self.in_groups, splits)
-        splits = triton.cdiv(self.in_groups, per_split)
+        each, splits = split(self.in_groups, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._lookup)[(tiles, splits, M)](
-            tables, self.codes, partial, M, self.N, self.in_groups, per_split, B=self.B,
-            ENTRIES=self.entries, BLOCK_N=config["BLOCK_N"], num_warps=config["num_warps"],
+            tables, self.codes, partial, M, self.N, self.in_groups, each, B=self.B,
+            ENTRIES=self.entries, BLOCK_N=config["BLOCK_N"], **tuning.launch_options(config),
         )  # fmt: skip
-        return partial, splits, unit
-
-    def finish(self, partial, splits: int, unit, bias, y: torch.Tensor) -> None:
-        wrap_triton(bodies._finish)[(triton.cdiv(self.N, 1024), y.shape[0])](
-            partial, partial if unit is None else unit, self.scales,
-            self.scales if bias is None else bias, y, y.shape[0], self.N, y.stride(0),
-            SPLITS=splits, OG=self.og, UNIT=unit is not None, BIAS=bias is not None, BLOCK=1024,
-        )  # fmt: skip
-
-    def slices(self, dtype: torch.dtype):
-        """Yields (first row, weight slice [rows, K]); the scratch is reused."""
-        rows = max(1, SLICE_BYTES // (self.K * dtype.itemsize))
-        scratch = torch.empty((min(rows, self.N), self.K), dtype=dtype, device=self.codes.device)
-        for first in range(0, self.N, rows):
-            count = min(rows, self.N - first)
-            self.dequantize(first, scratch[:count])
-            yield first, scratch[:count]
+        return partial, unit
 
     def dequantize(self, first: int, out: torch.Tensor) -> None:
         """Fill ``out`` [rows, K] with the rows from ``first`` on."""
-        config = self.config("dequantize", 0)
-        block_g = max(config["BLOCK_K"] // self.gp, 1)
-        grid = (triton.cdiv(out.shape[0], config["BLOCK_N"]), triton.cdiv(self.in_groups, block_g))
+        block_g = max(DEQUANTIZE_K // self.gp, 1)
+        grid = (triton.cdiv(out.shape[0], DEQUANTIZE_N), triton.cdiv(self.in_groups, block_g))
         wrap_triton(bodies._dequantize)[grid](
             self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
-            self.in_groups, self.out_groups, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
-            BLOCK_G=block_g, num_warps=config["num_warps"],
+            self.in_groups, self.out_groups, **self.sizes, GP=self.gp, BLOCK_N=DEQUANTIZE_N,
+            BLOCK_G=block_g, num_warps=4,
         )  # fmt: skip
 
 
@@ -164,8 +167,7 @@ def additive_matmul(
     it was packed (it only scales the look-up tables); other shapes as in ``aqlm_infer.ops``.
     """
     check_matmul(x, codebooks, scales, bias, partitions)
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = unit_rows(x)
     M, N = rows.shape[0], sum(partitions)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if M == 0:
@@ -173,18 +175,10 @@ def additive_matmul(
     for p, (row, part) in enumerate(_parts(packed, codebooks, scales, x.shape[-1], partitions)):
         part_bias = None if bias is None else bias[row : row + part.N]
         out = y[:, row : row + part.N]
-        if M > DOT_TOKENS:
-            for first, weight in part.slices(x.dtype):
-                product = torch.mm(rows, weight.t())
-                if part_bias is not None:
-                    product = product + part_bias[first : first + weight.shape[0]].to(x.dtype)
-                out[:, first : first + weight.shape[0]] = product
-        elif M <= LOOKUP_TOKENS and part.entries <= 256 and part.og == 1:
-            partial, splits, unit = part.lookup(rows, widest[p])
-            part.finish(partial, splits, unit, part_bias, out)
+        if M > tuning.DOT_TOKENS:
+            sliced_matmul(rows, out, part.dequantize, part_bias)
         else:
-            partial, splits = part.dot(rows)
-            part.finish(partial, splits, None, part_bias, out)
+            part.matmul(rows, widest[p], part_bias, out)
     return y.view(*x.shape[:-1], N)
 
 
@@ -202,9 +196,7 @@ def additive_matmul_dx(
     rows = dy.reshape(-1, dy.shape[-1])
     dx = torch.zeros((rows.shape[0], in_features), dtype=torch.float32, device=dy.device)
     for row, part in _parts(packed, codebooks, scales, in_features, partitions):
-        for first, weight in part.slices(dy.dtype):
-            block = rows[:, row + first : row + first + weight.shape[0]]
-            dx = dx + torch.mm(block, weight)
+        dx = dx + sliced_dx(rows[:, row : row + part.N], in_features, part.dequantize)
     return dx.to(dy.dtype).view(*dy.shape[:-1], in_features)
 
 

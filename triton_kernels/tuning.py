@@ -1,8 +1,9 @@
-"""Launch configurations: measured ones per device from ``configs/``, else defaults.
+"""Which body a matmul runs and how it is launched: measured rows per device, else defaults.
 
-``configs/<device>.json`` maps a kernel id to rows ``{"scheme", "N", "K", "M", "config"}``, written
-by ``benchmarks/tune_triton.py``. Nothing is tuned at run time: a call takes the row of its scheme
-whose shape is nearest, and a device without a file takes the defaults.
+``configs/<device>.json`` maps a family to rows ``{"scheme", "N", "K", "M", "us", "config"}``,
+written by ``benchmarks/tune_triton.py``; a config names the body. Nothing is tuned at run time: a
+call takes the row of its scheme whose shape is nearest among those with as many tokens (1, up to
+16, 32, 64).
 """
 
 from __future__ import annotations
@@ -10,17 +11,60 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 
 import torch
 
-DEFAULTS: dict[str, dict[str, int]] = {
-    "additive.dot": {
-        "BLOCK_N": 64, "BLOCK_K": 64, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 2,
+Config = dict[str, int | str]
+
+DEFAULTS: dict[str, Config] = {
+    "additive.gemv": {
+        "BLOCK_N": 256, "BLOCK_G": 4, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
-    "additive.dequantize": {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4},
+    "additive.dot": {
+        "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "PROGRAMS": 1056, "num_warps": 4,
+        "num_stages": 1,
+    },
+    "e8p.gemv": {
+        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "num_stages": 1,
+    },
+    "e8p.integers": {
+        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "num_stages": 1,
+    },
+    "e8p.dot": {
+        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
+        "num_warps": 4, "num_stages": 1,
+    },
+    "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
+    "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
+    "scalar.dot": {
+        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "num_stages": 1,
+    },
 }  # fmt: skip
+"""By body, for devices and schemes without a row."""
+
+DOT_TOKENS = 64
+"""The most tokens of a decode body; more of them multiply with a decoded weight."""
+
+_forced: list[Config] = []
+
+
+def token_block(M: int) -> int:
+    """Tokens of a tile for up to 64: 1, 16, 32 or 64. (By comparisons: M may be symbolic.)"""
+    if M == 1:
+        return 1
+    return 16 if M <= 16 else 32 if M <= 32 else 64
+
+
+def token_rows(config: Config, M: int) -> int:
+    """Rows of a dot's tile of tokens: the config's (at least 16), or more for more tokens."""
+    return max(config["BLOCK_M"], token_block(M))
 
 
 def device_name() -> str:
@@ -31,20 +75,47 @@ def device_name() -> str:
 
 
 @functools.cache
-def _table(device: str) -> dict[str, list[dict]]:
+def table(device: str) -> dict[str, list[dict]]:
+    """The measured rows of a device by family; empty for a device without a file."""
     file = resources.files(__package__).joinpath("configs", f"{device}.json")
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def nearest(rows: list[dict], scheme: str, N: int, K: int, M: int) -> Config | None:
+    """The config of the scheme's nearest shape among rows with M's block of tokens, or None."""
+    fits = [r for r in rows if r["scheme"] == scheme and token_block(r["M"]) == token_block(M)]
+    if not fits:
+        return None
+    return min(fits, key=lambda r: abs(math.log2(r["N"] / N)) + abs(math.log2(r["K"] / K)))[
+        "config"
+    ]
+
+
 @functools.cache
-def config(kernel: str, scheme: str, N: int, K: int, M: int) -> dict[str, int]:
-    """The configuration of ``kernel`` for a [N, K] weight in ``scheme`` and M tokens."""
-    rows = [row for row in _table(device_name()).get(kernel, ()) if row["scheme"] == scheme]
-    if not rows:
-        return DEFAULTS[kernel]
+def _measured(device: str, family: str, scheme: str, N: int, K: int, M: int) -> Config | None:
+    return nearest(table(device).get(family, []), scheme, N, K, M)
 
-    def distance(row: dict) -> float:
-        pairs = ((row["N"], N), (row["K"], K), (max(row["M"], 1), max(M, 1)))
-        return sum(abs(math.log2(a / b)) for a, b in pairs)
 
-    return {**DEFAULTS[kernel], **min(rows, key=distance)["config"]}
+def config(family: str, scheme: str, N: int, K: int, M: int, body: str) -> Config:
+    """The config, with its ``body``, for a [N, K] weight in ``scheme`` and a block of M tokens.
+
+    ``body`` is the one to run where no row was measured.
+    """
+    found = _forced[-1] if _forced else _measured(device_name(), family, scheme, N, K, M)
+    body = found["body"] if found else body
+    return {**DEFAULTS[f"{family}.{body}"], **(found or {}), "body": body}
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Run every matmul with one config: for the tuner and for tests."""
+    _forced.append(config)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """The keywords of a launch that Triton itself reads."""
+    return {name: config[name] for name in ("num_warps", "num_stages") if name in config}

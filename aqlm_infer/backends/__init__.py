@@ -1,6 +1,6 @@
 """Kernels and their registry. Importing this package registers every backend's kernels."""
 
-from . import cpu, cpu_rotated, cuda, cuda_rotated, reference, triton
+from . import cpu, cpu_rotated, cuda, cuda_rotated, reference, triton, triton_rotated
 from .registry import KERNELS, Kernel, KernelError, Problem, explain, select, why_not_fast
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "reference",
     "select",
     "triton",
+    "triton_rotated",
     "why_not_fast",
 ]

@@ -7,6 +7,8 @@ A kernel record takes ``**CALLS``. Runtime buffers of a layer: ``packed_Qidxs``,
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .. import ops
@@ -30,11 +32,13 @@ def rotation_numbers(kind: str, h: torch.Tensor) -> tuple[int, int]:
     return (h.shape[0] if h.dim() == 2 else 1), (BLOCK if kind == "block" else 0)
 
 
-def repack(format: E8PFormat, tensors: Tensors, partitions: Partitions, precision: str):
+def repack(
+    format: E8PFormat, tensors: Tensors, partitions: Partitions, precision: str, operators=ops
+):
     """Canonical codes -> the device's runtime layout, and both rotations' factor matrices."""
     qidxs = tensors["Qidxs"].contiguous()
     N, K = sum(partitions), tensors["SU"].shape[0]
-    packed = ops.e8p_pack(qidxs, format.bits)
+    packed = operators.e8p_pack(qidxs, format.bits)
     return {"packed_Qidxs": packed, **factor_matrices(format.rotation, N, K, qidxs.device)}
 
 
@@ -43,21 +47,27 @@ def fold(format: E8PFormat, values: Tensors):
     return {"su": values["SU"].to(torch.float32, copy=True), "sv": format.output_scale(values)}
 
 
-def unpack(format: E8PFormat, buffers: Buffers, N: int, K: int, partitions: Partitions):
+def unpack(
+    format: E8PFormat, buffers: Buffers, N: int, K: int, partitions: Partitions, operators=ops
+):
     """The canonical code tensors, bit for bit what ``repack`` was given."""
     packed = buffers["packed_Qidxs"]
     number = torch.tensor(CODEBOOK_IDS[format.bits], device=packed.device)
-    return {"Qidxs": ops.e8p_unpack(packed, format.bits, N, K), "codebook_id": number}
+    return {"Qidxs": operators.e8p_unpack(packed, format.bits, N, K), "codebook_id": number}
 
 
-def rotate(format, x: torch.Tensor, buffers: Buffers, values: Tensors) -> torch.Tensor:
+def rotate(
+    format, x: torch.Tensor, buffers: Buffers, values: Tensors, operators=ops
+) -> torch.Tensor:
     """U_K^T (SU x), in x's dtype (of any format with Hadamard rotations)."""
     h = buffers["h_in"]
     factor, block = rotation_numbers(format.rotation, h)
-    return call(ops.hadamard, x, buffers["su"], None, h, factor, block, True)
+    return call(operators.hadamard, x, buffers["su"], None, h, factor, block, True)
 
 
-def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
+def matmul(
+    format, x, buffers: Buffers, values: Tensors, bias, partitions, precision, operators=ops
+):
     """y = sv * U_N (x Wq^T) + bias for a rotated x, through ``ops.e8p_matmul``.
 
     An ``sv`` that requires grad is applied by a differentiable transform of its own.
@@ -65,29 +75,35 @@ def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, preci
     h, sv = buffers["h_out"], buffers["sv"]
     factor, block = rotation_numbers(format.rotation, h)
     if sv.requires_grad and torch.is_grad_enabled():
+        none = h.new_empty(0)
         z = _product(
-            format, x.float(), buffers, None, None, h.new_empty(0), 0, 0, partitions, precision
+            format, x.float(), buffers, None, None, none, 0, 0, partitions, precision, operators
         )
-        return rotate_output(z, sv, bias, h, factor, block).to(x.dtype)
-    return _product(format, x, buffers, sv, bias, h, factor, block, partitions, precision)
+        return rotate_output(z, sv, bias, h, factor, block, operators).to(x.dtype)
+    return _product(
+        format, x, buffers, sv, bias, h, factor, block, partitions, precision, operators
+    )
 
 
-def rotate_output(z, sv, bias, h, factor: int, block: int) -> torch.Tensor:
+def rotate_output(z, sv, bias, h, factor: int, block: int, operators=ops) -> torch.Tensor:
     """sv * U_N z + bias in z's dtype, differentiable in sv as well."""
-    y = ops.hadamard(z, None, sv, h, factor, block, False)
+    y = operators.hadamard(z, None, sv, h, factor, block, False)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _product(format, x, buffers, sv, bias, h, factor, block, partitions, precision):
+def _product(format, x, buffers, sv, bias, h, factor, block, partitions, precision, operators):
     packed, bits, N = buffers["packed_Qidxs"], format.bits, sum(partitions)
-    residual = 1 / format.residual
-    return call(ops.e8p_matmul, x, packed, sv, bias, h, bits, residual, N, factor, block, precision)
+    residual, matmul = 1 / format.residual, operators.e8p_matmul
+    return call(matmul, x, packed, sv, bias, h, bits, residual, N, factor, block, precision)
 
 
-def dequantize(format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
+def dequantize(
+    format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions, operators=ops
+):
     """The [N, K] weight in the original basis, in SV's dtype."""
     N = sum(partitions)
-    weight = ops.e8p_dequantize(buffers["packed_Qidxs"], format.bits, 1 / format.residual, N, K)
+    packed, residual = buffers["packed_Qidxs"], 1 / format.residual
+    weight = operators.e8p_dequantize(packed, format.bits, residual, N, K)
     scale = format.output_scale(values)
     return rotate_back(weight, format.rotation, values["SU"], scale).to(values["SV"].dtype)
 
@@ -102,3 +118,9 @@ CALLS = {
     "trains": True,
 }
 """The fields of a kernel record that are the same for every backend of the operators."""
+
+
+def calls_of(operators, calls=CALLS) -> dict:
+    """``calls`` with other operators of the same names and signatures (Triton's)."""
+    own = ("fold", "trains")
+    return {n: f if n in own else partial(f, operators=operators) for n, f in calls.items()}

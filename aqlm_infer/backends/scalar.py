@@ -16,28 +16,34 @@ from . import rotated
 from .registry import Buffers, Partitions, call
 
 
-def repack(format: ScalarFormat, tensors: Tensors, partitions: Partitions, precision: str):
+def repack(
+    format: ScalarFormat, tensors: Tensors, partitions: Partitions, precision: str, operators=ops
+):
     """Canonical codes -> the device's runtime layout; zeros as floats in the scales' dtype."""
     qweight, scales = tensors["qweight"].contiguous(), tensors["scales"]
     K = scales.shape[1] * format.group_size
     return {
-        "packed_qweight": ops.scalar_pack(qweight, format.bits, K),
+        "packed_qweight": operators.scalar_pack(qweight, format.bits, K),
         "packed_zeros": format.zero_points(tensors, scales.dtype),
         "h_out": torch.empty(0, dtype=torch.int8, device=qweight.device),
     }
 
 
-def unpack(format: ScalarFormat, buffers: Buffers, N: int, K: int, partitions: Partitions):
+def unpack(
+    format: ScalarFormat, buffers: Buffers, N: int, K: int, partitions: Partitions, operators=ops
+):
     """The canonical codes and zeros, bit for bit what ``repack`` was given."""
-    qweight = ops.scalar_unpack(buffers["packed_qweight"], format.bits, N, K)
+    qweight = operators.scalar_unpack(buffers["packed_qweight"], format.bits, N, K)
     zeros = pack_bits(buffers["packed_zeros"].to(torch.uint8), format.bits)
     return {"qweight": qweight, "zeros": zeros}
 
 
-def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
+def matmul(
+    format, x, buffers: Buffers, values: Tensors, bias, partitions, precision, operators=ops
+):
     """y = x W^T + bias through ``ops.scalar_matmul``, without a rotation."""
     return call(
-        ops.scalar_matmul,
+        operators.scalar_matmul,
         x,
         buffers["packed_qweight"],
         values["scales"],
@@ -54,10 +60,12 @@ def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, preci
     )
 
 
-def dequantize(format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
+def dequantize(
+    format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions, operators=ops
+):
     """The [N, K] weight in the scales' dtype."""
     packed, zeros, scales = buffers["packed_qweight"], buffers["packed_zeros"], values["scales"]
-    weight = ops.scalar_dequantize(packed, scales, zeros, format.bits, format.group_size, K)
+    weight = operators.scalar_dequantize(packed, scales, zeros, format.bits, format.group_size, K)
     return weight.to(scales.dtype)
 
 
@@ -65,12 +73,14 @@ CALLS = {"repack": repack, "unpack": unpack, "matmul": matmul, "dequantize": deq
 """Fields of a kernel record for gptq-* and rtn-* formats."""
 
 
-def quip_repack(format: QuipFormat, tensors: Tensors, partitions: Partitions, precision: str):
+def quip_repack(
+    format: QuipFormat, tensors: Tensors, partitions: Partitions, precision: str, operators=ops
+):
     """Canonical codes -> the device's runtime layout, and what both rotations need besides."""
     qweight = tensors["qweight"].contiguous()
     N, K = sum(partitions), tensors["SU"].shape[0]
     buffers = {
-        "packed_qweight": ops.scalar_pack(qweight, format.bits, K),
+        "packed_qweight": operators.scalar_pack(qweight, format.bits, K),
         "grid_step": torch.full((N, 1), format.step, device=qweight.device),
     }
     if format.rotation != "kronecker":
@@ -88,9 +98,11 @@ def quip_fold(format: QuipFormat, values: Tensors):
     return {"su": values["SU"].to(torch.float32, copy=True), "sv": scale}
 
 
-def quip_unpack(format: QuipFormat, buffers: Buffers, N: int, K: int, partitions: Partitions):
+def quip_unpack(
+    format: QuipFormat, buffers: Buffers, N: int, K: int, partitions: Partitions, operators=ops
+):
     """The canonical code tensors, bit for bit what ``quip_repack`` was given."""
-    qweight = ops.scalar_unpack(buffers["packed_qweight"], format.bits, N, K)
+    qweight = operators.scalar_unpack(buffers["packed_qweight"], format.bits, N, K)
     return {"qweight": qweight, **_permutations(format, buffers)}
 
 
@@ -98,16 +110,20 @@ def _permutations(format: QuipFormat, buffers: Buffers) -> dict[str, torch.Tenso
     return {n: buffers[f"packed_{n}"] for n in format.code_names if n != "qweight"}
 
 
-def quip_rotate(format: QuipFormat, x: torch.Tensor, buffers: Buffers, values: Tensors):
+def quip_rotate(
+    format: QuipFormat, x: torch.Tensor, buffers: Buffers, values: Tensors, operators=ops
+):
     """The input in the rotated basis, in x's dtype: U_K^T (SU x), or V (SU x) for Kronecker."""
     if format.rotation != "kronecker":
-        return rotated.rotate(format, x, buffers, values)
+        return rotated.rotate(format, x, buffers, values, operators)
     B0, B1 = values["V_B0"], values["V_B1"]
     first, last = buffers["packed_V_p_in"], buffers["packed_V_p_out"]
     return kronecker_product(x.float() * buffers["su"], B0, B1, first, last).to(x.dtype)
 
 
-def quip_matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
+def quip_matmul(
+    format, x, buffers: Buffers, values: Tensors, bias, partitions, precision, operators=ops
+):
     """y = sv * U_N (x Wq^T) + bias for a rotated x, through ``ops.scalar_matmul``.
 
     An ``sv`` that requires grad is applied by a differentiable transform of its own.
@@ -117,30 +133,35 @@ def quip_matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, 
     if format.rotation != "kronecker":
         numbers = rotated.rotation_numbers(format.rotation, h)
         if not (sv.requires_grad and torch.is_grad_enabled()):
-            return _product(format, x, buffers, sv, bias, h, numbers, partitions, precision)
+            return _product(
+                format, x, buffers, sv, bias, h, numbers, partitions, precision, operators
+            )
     # In float32: z is not scaled yet, and is rounded to x's dtype at the end.
     none = h.new_empty(0)
-    z = _product(format, x.float(), buffers, None, None, none, (0, 0), partitions, precision)
+    z = _product(
+        format, x.float(), buffers, None, None, none, (0, 0), partitions, precision, operators
+    )
     if format.rotation != "kronecker":
-        return rotated.rotate_output(z, sv, bias, h, *numbers).to(x.dtype)
+        return rotated.rotate_output(z, sv, bias, h, *numbers, operators).to(x.dtype)
     B0, B1 = values["U_B0"].T, values["U_B1"].T
     first, last = buffers["inverse_U_p_out"], buffers["inverse_U_p_in"]
     y = kronecker_product(z, B0, B1, first, last) * sv
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _product(format, x, buffers: Buffers, sv, bias, h, numbers, partitions, precision):
+def _product(format, x, buffers: Buffers, sv, bias, h, numbers, partitions, precision, operators):
     packed, step = buffers["packed_qweight"], buffers["grid_step"]
     bits, K, N = format.bits, x.shape[-1], sum(partitions)
-    return call(
-        ops.scalar_matmul, x, packed, step, None, sv, bias, h, bits, K, N, *numbers, precision
-    )
+    matmul = operators.scalar_matmul
+    return call(matmul, x, packed, step, None, sv, bias, h, bits, K, N, *numbers, precision)
 
 
-def quip_dequantize(format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
+def quip_dequantize(
+    format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions, operators=ops
+):
     """The [N, K] weight in the original basis, in SV's dtype."""
     packed, step = buffers["packed_qweight"], buffers["grid_step"]
-    weight = ops.scalar_dequantize(packed, step, None, format.bits, K, K) * values["Wscale"]
+    weight = operators.scalar_dequantize(packed, step, None, format.bits, K, K) * values["Wscale"]
     return format.rotate_back(weight, {**values, **_permutations(format, buffers)}).to(
         values["SV"].dtype
     )

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 
@@ -32,26 +33,35 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _device_reason(device: str) -> str | None:
+def _device_reason(device: str, dtype: torch.dtype) -> str | None:
     if interpreted():
+        if dtype == torch.bfloat16:
+            return "TRITON_INTERPRET=1 multiplies bfloat16 as if its bits were integers"
         return None if device == "cpu" else f"TRITON_INTERPRET=1 runs on cpu, not {device}"
     if device not in ("cuda", "xpu"):
         return f"runs on cuda or xpu, not {device} (on cpu with TRITON_INTERPRET=1, for tests)"
     return None
 
 
-def _kernels():
-    return importlib.import_module("aqlm_infer.triton_kernels.additive_ops")
+_LOADED: dict[str, ModuleType] = {}
+
+
+def kernels(family: str) -> ModuleType:
+    """``aqlm_infer.triton_kernels.<family>_ops``. A prepared layer has imported it, so that
+    torch.compile, which cannot trace an import, finds it here."""
+    if family not in _LOADED:
+        _LOADED[family] = importlib.import_module(f"aqlm_infer.triton_kernels.{family}_ops")
+    return _LOADED[family]
 
 
 def _repack(format: AdditiveFormat, tensors: Tensors, partitions: Partitions, precision: str):
-    codes = _kernels().pack(tensors["codes"], format.out_group_size, list(partitions))
+    codes = kernels("additive").pack(tensors["codes"], format.out_group_size, list(partitions))
     books = tensors["codebooks"].detach().float().unflatten(0, (len(partitions), -1))
     return {"packed_codes": codes, "widest": books.abs().flatten(1).amax(1)}
 
 
 def _unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions: Partitions):
-    codes = _kernels().unpack(
+    codes = kernels("additive").unpack(
         buffers["packed_codes"],
         K // format.in_group_size,
         format.num_codebooks,
@@ -62,15 +72,26 @@ def _unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions
 
 
 def _matmul(format: Format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
-    return _kernels().additive_matmul(
+    return kernels("additive").additive_matmul(
         x, buffers["packed_codes"], values["codebooks"], values["scales"], bias,
         buffers["widest"], list(partitions),
     )  # fmt: skip
 
 
 def _dequantize(format: Format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
-    return _kernels().additive_dequantize(
+    return kernels("additive").additive_dequantize(
         buffers["packed_codes"], values["codebooks"], values["scales"], K, list(partitions)
+    )
+
+
+def why_not_here(problem: Problem, largest: int) -> str | None:
+    """Why Triton does not run a problem here; its largest tensor has ``largest`` elements."""
+    return first_reason(
+        _missing(),
+        _device_reason(problem.device, problem.dtype),
+        None if problem.dtype in _DTYPES else f"takes {list(_DTYPES)}, not {problem.dtype}",
+        None if problem.precision == "exact" else f"has precision exact, not {problem.precision}",
+        None if largest < _INDEX_LIMIT else f"{largest} elements, at most 2^31 - 1 (32-bit)",
     )
 
 
@@ -79,14 +100,7 @@ def _why_not(problem: Problem) -> str | None:
     if not isinstance(format, AdditiveFormat):
         return f"takes additive codebooks, not {format.id}"
     codes = problem.N * problem.K // (format.in_group_size * format.out_group_size)
-    largest = max(problem.N * problem.K, codes * format.num_codebooks)
-    return first_reason(
-        _missing(),
-        _device_reason(problem.device),
-        None if problem.dtype in _DTYPES else f"takes {list(_DTYPES)}, not {problem.dtype}",
-        None if problem.precision == "exact" else f"has precision exact, not {problem.precision}",
-        None if largest < _INDEX_LIMIT else f"{largest} elements, at most 2^31 - 1 (32-bit)",
-    )
+    return why_not_here(problem, max(problem.N * problem.K, codes * format.num_codebooks))
 
 
 def _cost(problem: Problem) -> float:

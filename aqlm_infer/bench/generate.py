@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import nn
 
 from ..evaluation.generation import TokenClock
+from ..generation import prepare_for_generation, undo_prepare_for_generation
+from ..generation.prepare import captured
 from ..layers import quantized_cost, quantized_layers, replace_linears
 from .layers import BenchError
 from .matmul import num_threads
 from .record import Row, environment, rounded
 
 PROMPT_TOKENS = 32
+MODES = ("eager", "prepared")
+"""A model as it is loaded, and after ``prepare_for_generation``."""
+
 _REPEATS = 3
+_ENOUGH_SECONDS = 5.0
+"""No further run of a case that has taken this long."""
+
+_REPLAYS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated: ``batch`` prompts of ``prompt_tokens``, ``new_tokens`` for each."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
 
 
 @dataclass(frozen=True)
 class Rate:
-    """``tokens_per_s`` counts the whole batch's tokens after the first."""
+    """Tokens per second of the whole batch after the first token: of the median, 20th and 80th
+    percentile step. ``step_us`` is a captured step alone, replay after replay.
+
+    ``capture_s`` is what the first call took longer than a later one: compiling and capturing.
+    """
 
     tokens_per_s: float
+    p20_tokens_per_s: float
+    p80_tokens_per_s: float
     ttft_ms: float
+    step_us: float | None
+    capture_s: float | None
+    peak_bytes: int | None
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -34,14 +65,18 @@ def model_bytes(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, batch: int, new_tokens: int) -> Rate:
-    """Greedy generation of exactly ``new_tokens`` tokens after a random prompt: medians of runs."""
+def measure(model: nn.Module, case: Case) -> Rate:
+    """Greedy generation of exactly ``new_tokens`` tokens after a random prompt, a few times."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, vocabulary, (batch, PROMPT_TOKENS), generator=generator)
-    prompt = prompt.to(next(model.parameters()).device)
+    prompt = torch.randint(0, vocabulary, (case.batch, case.prompt_tokens), generator=generator)
+    device = next(model.parameters()).device
+    prompt = prompt.to(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
 
-    def run(count: int) -> TokenClock:
+    def run(count: int) -> tuple[TokenClock, float]:
         clock = TokenClock()
         model.generate(
             prompt,
@@ -52,70 +87,188 @@ def measure(model: nn.Module, batch: int, new_tokens: int) -> Rate:
             pad_token_id=0,
             streamer=clock,
         )
-        return clock
+        return clock, time.perf_counter() - clock.start
 
-    run(2)
-    clocks = [run(new_tokens) for _ in range(_REPEATS)]
+    # All of it where a step is captured: graphs belong to a cache length, which follows from the
+    # number of tokens. Else a short warm-up.
+    _, first = run(case.new_tokens if _runner(model) is not None else 2)
+    runs = [run(case.new_tokens)]
+    while len(runs) < _REPEATS and sum(seconds for _, seconds in runs) < _ENOUGH_SECONDS:
+        runs.append(run(case.new_tokens))
+    steps = [step for clock, _ in runs for step in clock.steps()]
+    fast, median, slow = _percentiles(steps)
     return Rate(
-        tokens_per_s=batch * statistics.median(clock.steps_per_s for clock in clocks),
-        ttft_ms=1e3 * statistics.median(clock.ttft_s for clock in clocks),
+        tokens_per_s=case.batch / median,
+        p20_tokens_per_s=case.batch / slow,
+        p80_tokens_per_s=case.batch / fast,
+        ttft_ms=1e3 * statistics.median(clock.ttft_s for clock, _ in runs),
+        step_us=_step_us(model),
+        capture_s=None if _runner(model) is None else max(0.0, first - runs[-1][1]),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
 
-def check_sizes(model: nn.Module, batches: Sequence[int], new_tokens: int) -> None:
+def _percentiles(steps: Sequence[float]) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile."""
+    if len(steps) == 1:
+        return steps[0], steps[0], steps[0]
+    fifths = statistics.quantiles(steps, n=5, method="inclusive")
+    return fifths[0], statistics.median(steps), fifths[3]
+
+
+def _runner(model: nn.Module):
+    """The runner of captured steps that a model has, or None."""
+    return getattr(model.forward, "runner", None)
+
+
+def _step_us(model: nn.Module) -> float | None:
+    """A replay of the graph that ran last, in microseconds; None without one."""
+    runner = _runner(model)
+    if runner is None or not runner.counts["replays"]:
+        return None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    replay = runner.rehearsal()
+    replay()
+    start.record()
+    for _ in range(_REPLAYS):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / _REPLAYS
+
+
+def check_sizes(
+    model: nn.Module,
+    batches: Sequence[int],
+    new_tokens: int,
+    prompt_tokens: Sequence[int] = (PROMPT_TOKENS,),
+) -> None:
     """Raise BenchError for sizes that the model cannot run."""
-    if new_tokens < 2 or min(batches) < 1:
+    if new_tokens < 2 or min(*batches, *prompt_tokens) < 1:
         raise BenchError(
-            f"new_tokens={new_tokens}, batch={min(batches)}: need at least 2 and at least 1"
+            f"new_tokens={new_tokens}, batch={min(batches)}, prompt={min(prompt_tokens)}: need at"
+            " least 2, 1 and 1"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and PROMPT_TOKENS + new_tokens > limit:
+    limit, longest = context_of(model), max(prompt_tokens)
+    if limit is not None and longest + new_tokens > limit:
         raise BenchError(
-            f"{PROMPT_TOKENS} prompt tokens and {new_tokens} new ones exceed the model's context"
-            f" of {limit}"
+            f"{longest} prompt tokens and {new_tokens} new ones exceed the model's context of"
+            f" {limit}"
         )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The number of positions that a model was made for, None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+class Dense:
+    """A dense model and its rates, measured once for all the schemes that are compared with it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._eager: dict[Case, Rate] = {}
+        self._compiled: dict[Case, Rate] = {}
+
+    def eager(self, case: Case) -> Rate:
+        """As loaded."""
+        if case not in self._eager:
+            self._eager[case] = measure(self.model, case)
+        return self._eager[case]
+
+    def compiled(self, case: Case) -> Rate | None:
+        """Compiled and captured as a prepared model is; None on the CPU."""
+        if next(self.model.parameters()).device.type != "cuda":
+            return None
+        if case not in self._compiled:
+            with captured(self.model):
+                self._compiled[case] = measure(self.model, case)
+        return self._compiled[case]
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: str, lm_head: str | None = None) -> Iterator[nn.Module]:
+    """The model as ``mode`` says; afterwards it is as before."""
+    if mode not in MODES:
+        raise BenchError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    if mode == "eager":
+        if lm_head is not None:
+            raise BenchError(f"lm_head={lm_head!r} needs mode prepared, not eager")
+        yield model
+        return
+    prepare_for_generation(model, lm_head=lm_head)
+    try:
+        yield model
+    finally:
+        undo_prepare_for_generation(model)
 
 
 def bench_generate(
     name: str,
     quantized: nn.Module,
-    dense: nn.Module | None,
+    dense: Dense | None,
     *,
     batches: Sequence[int] = (1,),
+    prompt_tokens: Sequence[int] = (PROMPT_TOKENS,),
     new_tokens: int = 64,
     threads: Sequence[int] = (1,),
+    modes: Sequence[str] = ("prepared",),
+    lm_head: str | None = None,
 ) -> Iterator[Row]:
-    """One row for each batch and thread count; dense fields are None without a dense model."""
-    check_sizes(quantized, batches, new_tokens)
+    """One row for each mode, thread count, batch and prompt length.
+
+    Dense fields are None without a dense model: ``dense_*`` are those of the model as loaded,
+    ``dense_compiled_*`` of the compiled and captured one (on a GPU, beside mode "prepared").
+    """
+    check_sizes(quantized, batches, new_tokens, prompt_tokens)
     layers = [layer for _, layer in quantized_layers(quantized)]
-    schemes = sorted({layer.format.id for layer in layers})
-    backends = sorted({layer.kernel_id.split(".")[0] for layer in layers})
-    cost = quantized_cost(quantized)
-    device = next(quantized.parameters()).device.type
-    for count in threads:
-        for batch in batches:
-            with num_threads(count):
-                ours = measure(quantized, batch, new_tokens)
-                theirs = measure(dense, batch, new_tokens) if dense is not None else None
-            yield rounded(
-                {
-                    **environment("generate", device),
-                    "backend": "+".join(backends),
-                    "model": name,
-                    "scheme": "+".join(schemes),
-                    "bits_per_weight": cost.bits_per_weight,
-                    "batch": batch,
-                    "new_tokens": new_tokens,
-                    "threads": count,
-                    "dtype": str(quantized.dtype).removeprefix("torch."),
-                    "tokens_per_s": ours.tokens_per_s,
-                    "dense_tokens_per_s": theirs.tokens_per_s if theirs else None,
-                    "ttft_ms": ours.ttft_ms,
-                    "dense_ttft_ms": theirs.ttft_ms if theirs else None,
-                    "bytes": model_bytes(quantized),
-                    "dense_bytes": model_bytes(dense) if dense is not None else None,
-                }
-            )
+    cost, device = quantized_cost(quantized), next(quantized.parameters()).device.type
+    fixed = {
+        "backend": "+".join(sorted({layer.kernel_id.split(".")[0] for layer in layers})),
+        "model": name,
+        "scheme": "+".join(sorted({layer.format.id for layer in layers})),
+        "bits_per_weight": cost.bits_per_weight,
+        "dtype": str(quantized.dtype).removeprefix("torch."),
+        "precision": "+".join(sorted({layer.precision for layer in layers})),
+    }
+    for mode in modes:
+        with in_mode(quantized, mode, lm_head) as model:
+            described = {**fixed, "mode": mode, "lm_head": lm_head, "bytes": model_bytes(model)}
+            for count, batch, prompt in product(threads, batches, prompt_tokens):
+                case = Case(batch, prompt, new_tokens, count)
+                with num_threads(count):
+                    rates = rate_fields(measure(model, case)) | dense_fields(dense, case, mode)
+                shared = environment("generate", device)
+                yield rounded({**shared, **described, **case_fields(case), **rates})
+
+
+def case_fields(case: Case) -> Row:
+    """The columns that say what was generated."""
+    return {
+        "batch": case.batch,
+        "prompt_tokens": case.prompt_tokens,
+        "new_tokens": case.new_tokens,
+        "context": case.prompt_tokens + case.new_tokens,
+        "threads": case.threads,
+    }
+
+
+def rate_fields(rate: Rate) -> Row:
+    """The columns of a measured model."""
+    return dict(vars(rate))
+
+
+def dense_fields(dense: Dense | None, case: Case, mode: str) -> Row:
+    """The columns of the dense model beside it."""
+    eager = dense.eager(case) if dense is not None else None
+    compiled = dense.compiled(case) if dense is not None and mode == "prepared" else None
+    return {
+        "dense_tokens_per_s": eager and eager.tokens_per_s,
+        "dense_ttft_ms": eager and eager.ttft_ms,
+        "dense_compiled_tokens_per_s": compiled and compiled.tokens_per_s,
+        "dense_step_us": compiled and compiled.step_us,
+        "dense_bytes": model_bytes(dense.model) if dense is not None else None,
+    }
 
 
 def quantized_copy(model: nn.Module, scheme: str, precision: str, progress: bool) -> nn.Module:

@@ -29,6 +29,7 @@ from ..formats import Format
 from ..layers import QuantLinear, plan_layers, quantized_cost
 from ..quantizers import Quantizer, quantizer_for
 from ..version import __version__
+from .sharing import shared_by_name
 
 
 class JobError(RuntimeError):
@@ -68,15 +69,23 @@ class QuantizeReport:
 class KeptLayer(Quantizer):
     """Another quantizer whose result is kept in a file, and taken from it when the key fits."""
 
-    def __init__(self, inner: Quantizer, file: Path, format: Format, seed: int):
+    def __init__(
+        self,
+        inner: Quantizer,
+        file: Path,
+        format: Format,
+        seed: int,
+        shared: Mapping[str, torch.Tensor],
+    ):
         self.inner, self.file, self.format, self.seed = inner, file, format, seed
-        self.reused = False
+        self.shared, self.reused = shared, False
 
     def key(self, weight: torch.Tensor) -> str:
         """Hash of everything that the result depends on."""
         parts = [__version__, self.format.id, self.seed, weight.dtype, tuple(weight.shape)]
         digest = hashlib.sha256(repr(parts).encode())
-        digest.update(weight.contiguous().cpu().view(torch.uint8).numpy())
+        for tensor in (weight, *self.shared.values()):
+            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def fit(
@@ -144,11 +153,14 @@ def quantize_layers(
 ) -> list[LayerReport]:
     """Quantize the chosen layers in place, keeping each in ``work`` as it is done."""
     reports = []
+    shared = shared_by_name(model, chosen)
     with tqdm(chosen.items(), desc="quantize", unit="layer", disable=not progress) as bar:
         for name, format in bar:
             bar.set_postfix_str(name)
             file = work / f"{name}.safetensors"
-            kept = KeptLayer(quantizer_for(format, seed=seed), file, format, seed)
+            options = shared.get(name, {})
+            quantizer = quantizer_for(format, seed=seed, **options)
+            kept = KeptLayer(quantizer, file, format, seed, options)
             linear = model.get_submodule(name)
             layer = QuantLinear.from_linear(linear, format, quantizer=kept)
             reports.append(_report(name, linear, layer, kept.reused))

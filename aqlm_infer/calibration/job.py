@@ -27,6 +27,7 @@ from ..quantizers.hessian import HessianWarning, relative_loss
 from ..version import __version__
 from .moments import Moments
 from .report import BlockResult, LayerResult
+from .sharing import shared_options
 from .stream import BlockStream, set_parameter
 from .tune import TunedBlock, TuneOptions, tune_block
 from .windows import digest
@@ -171,7 +172,9 @@ class Job:
             rest = list(layers)[position + 1 :]
             last = all(moments.leader(n) != moments.leader(name) for n in rest)
             full = f"{self.stream.block_name(index)}.{name}"
-            tensors, report = self.layer(full, name, format, block, moments, last)
+            siblings = [n for n in layers if moments.leader(n) == moments.leader(name)]
+            shared = shared_options(block, {n: layers[n] for n in siblings}, format)
+            tensors, report = self.layer(full, name, format, block, moments, last, shared)
             done[name] = (format, tensors)
             reports.append(report)
         tuned = None
@@ -191,15 +194,24 @@ class Job:
         return result, tensors
 
     def layer(
-        self, full: str, name: str, format: Format, block: nn.Module, moments: Moments, last: bool
+        self,
+        full: str,
+        name: str,
+        format: Format,
+        block: nn.Module,
+        moments: Moments,
+        last: bool,
+        shared: Mapping[str, object] | None = None,
     ) -> tuple[dict[str, torch.Tensor], LayerResult]:
         """Quantize the layer ``name`` of a block, called ``full`` in the model; its values come
-        back in their stored dtype."""
+        back in their stored dtype. ``shared``: options that its siblings get as well."""
         start = time.perf_counter()
         weight = block.get_submodule(name).weight.detach().float()
         N, K = weight.shape
         quantizer = quantizer_for(
-            format, **options_for(format, self.settings.options, self.settings.seed)
+            format,
+            **options_for(format, self.settings.options, self.settings.seed),
+            **(shared or {}),
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", HessianWarning)

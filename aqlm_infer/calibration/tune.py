@@ -71,10 +71,20 @@ class TunedBlock:
         self.parameters: dict[str, nn.Parameter] = {}
         self._units: dict[str, float] = {}
         rates: dict[str, list] = {"codebooks": [], "others": []}
+        inputs: list[str] = []  # SU vectors seen: layers with equal ones keep sharing a rotation
         for name, (_, tensors) in layers.items():
             for key, kind in TRAINED.items():
-                if key in tensors:
-                    rates[kind].append(self._add(f"{name}.{key}", tensors[key]))
+                if key not in tensors:
+                    continue
+                twin = self._twin(inputs, tensors[key]) if key == "SU" else None
+                own = f"{name}.{key}"
+                if twin is not None:
+                    self.parameters[own] = self.parameters[twin]
+                    self._units[own] = self._units[twin]
+                    continue
+                rates[kind].append(self._add(own, tensors[key]))
+                if key == "SU":
+                    inputs.append(own)
         for name, parameter in block.named_parameters():
             layer, _, leaf = name.rpartition(".")
             if (layer not in layers or leaf == "bias") and parameter.dim() == 1:
@@ -86,6 +96,14 @@ class TunedBlock:
             ],
             betas=(0.9, 0.95),
         )
+
+    def _twin(self, names: list[str], value: torch.Tensor) -> str | None:
+        """The name among ``names`` whose tensor equals ``value``."""
+        for name in names:
+            layer, _, key = name.rpartition(".")
+            if torch.equal(self.layers[layer][1][key], value):
+                return name
+        return None
 
     def _add(self, name: str, value: torch.Tensor) -> nn.Parameter:
         value = value.detach().float()

@@ -48,6 +48,11 @@ def save_quantized(model: nn.Module, out_dir: str | Path, tokenizer=None) -> Pat
     """
     out = Path(out_dir).resolve()
     refuse_foreign(out)
+    if getattr(model, "aqlm_generation", None) is not None:
+        raise CheckpointError(
+            "the model is prepared for generation: aqlm_infer.undo_prepare_for_generation(model)"
+            " first"
+        )
     attach_config(model)
     for name, layer in quantized_layers(model):
         N, K = layer.out_features, layer.in_features

@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from . import bench, convert, eval, generate, info, quantize, tune
+from . import bench, bench_generate, convert, eval, generate, info, quantize, tune
 from .options import DEBUG_VARIABLE
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app.command("tune")(tune.tune)
 app.command("convert")(convert.convert)
 app.command("eval")(eval.eval_)
 app.command("generate")(generate.generate)
+bench.app.command("generate")(bench_generate.generate)
 app.add_typer(bench.app, name="bench")
 
 

@@ -20,7 +20,7 @@ def convert(
     """Convert a QuIP# or legacy AQLM checkpoint; codes are copied bit for bit."""
     with working(json):
         from ..checkpoint import convert as convert_checkpoint
-        from .inventory import checkpoint_info
+        from ..inventory import checkpoint_info
 
         kind, folder = convert_checkpoint(source, out)
         found = checkpoint_info(folder)

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, Dtype, Json, Model, Precision, parse_device, parse_dtype
+from .options import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OptionError,
+    Precision,
+    parse_device,
+    parse_dtype,
+)
 from .output import emit, working
 
 
@@ -25,6 +35,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Dtype = None,
     precision: Precision = "exact",
+    lm_head: Annotated[
+        str | None, typer.Option(help="Quantize the output head, to rtn-int8-g128 for instance.")
+    ] = None,
+    prepare: Annotated[
+        bool, typer.Option(help="Stack layers and, on a GPU, capture decode steps.")
+    ] = True,
     device: Device = "cpu",
     json: Json = False,
     debug: Debug = False,
@@ -34,7 +50,11 @@ def generate(
     Ends with the decode rate (tokens after the first) and the time to the first token, on stderr.
     """
     from ..evaluation import load_model, load_tokenizer, resolve_model, set_precision
+    from ..generation import prepare_for_generation
+    from ..layers import quantized_layers
 
+    if lm_head is not None and not prepare:
+        raise OptionError(f"--lm-head {lm_head} needs --prepare")
     torch_dtype, device = parse_dtype(dtype), parse_device(device)
     resolve_model(model)
     from ..evaluation.generation import generate as run
@@ -44,6 +64,8 @@ def generate(
         loaded = load_model(model, torch_dtype, device)
         if precision != "exact":
             set_precision(loaded, precision)
+        if lm_head is not None or (prepare and any(True for _ in quantized_layers(loaded))):
+            prepare_for_generation(loaded, lm_head=lm_head)
         result = run(
             loaded,
             tokenizer,

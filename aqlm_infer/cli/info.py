@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, Json, OptionError, Precision, parse_dtype, parse_shape
+from .options import Debug, Json, OptionError, Precision, parse_dtype, parse_shape
 from .output import emit, megabytes, pairs, table
 
 
@@ -72,20 +72,25 @@ def info(
     shape: Annotated[str, typer.Option(help="NxK of that layer.", metavar="NxK")] = "4096x4096",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     precision: Precision = "exact",
-    device: Device = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Its device (default: cuda where there is one, else cpu).")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show versions, devices and kernels; with MODEL, what the checkpoint holds."""
     if model is not None and explain is not None:
         raise OptionError("give either MODEL or --explain")
-    from .inventory import checkpoint_info, explain_scheme, system_info
+    from ..inventory import checkpoint_info, explain_scheme, system_info
 
     if explain is not None:
+        import torch
+
         N, K = parse_shape(shape)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         verdicts = explain_scheme(explain, N, K, parse_dtype(dtype), precision, device)
         emit({"scheme": explain, "N": N, "K": K, "dtype": dtype, "precision": precision,
-              "kernels": verdicts}, json, _show_verdicts(verdicts))  # fmt: skip
+              "device": device, "kernels": verdicts}, json, _show_verdicts(verdicts))  # fmt: skip
     elif model is not None:
         if not Path(model).is_dir():
             raise OptionError(f"{model} is no folder: info reads local checkpoints only")

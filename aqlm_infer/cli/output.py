@@ -11,6 +11,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+_WIDEST = 1000
+"""Columns that a table may take, whatever the terminal has."""
+
 
 @contextmanager
 def working(as_json: bool) -> Iterator[None]:
@@ -34,7 +37,9 @@ def emit(record: Mapping[str, Any], as_json: bool, *shown: RenderableType) -> No
     console = Console()
     for item in shown:
         # Never cut a column: a terminal that is too narrow wraps the lines itself.
-        console.print(item, width=max(console.width, console.measure(item).maximum), crop=False)
+        wide = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, console.measure(item, options=wide).maximum)
+        console.print(item, crop=False)
 
 
 def table(title: str | None, columns: list[str], rows: list[list[Any]]) -> Table:

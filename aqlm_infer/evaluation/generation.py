@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TextIO
 
 import torch
@@ -48,6 +49,10 @@ class TokenClock(BaseStreamer):
     def ttft_s(self) -> float:
         """Seconds from the clock's creation to the first new token."""
         return self.times[0] - self.start
+
+    def steps(self) -> list[float]:
+        """Seconds of each decode step after the first token."""
+        return [after - before for before, after in pairwise(self.times)]
 
     @property
     def steps_per_s(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Parts of a linear layer that was quantized as one matrix: q, k and v, or up and gate of QuIP#.
+"""Parts of a linear layer that computes several at once: q, k and v, or up and gate of QuIP#.
 
 A fused layer has one rotation of all its outputs, so it cannot be split: every part would need the
 whole product. The block keeps it under its published name, and its parts slice the one result.

@@ -6,7 +6,8 @@ identity of the input, so layers may be grouped freely: with different inputs th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -18,14 +19,31 @@ class SharedInBlock:
     def __init__(self, block: nn.Module):
         self._open = False
         self._kept: tuple | None = None  # input, its version, ((key, result), ...)
-        block.register_forward_pre_hook(self._begin)
-        block.register_forward_hook(self._end)
+        self._hooks = (
+            block.register_forward_pre_hook(self._begin),
+            block.register_forward_hook(self._end),
+        )
 
     def _begin(self, block, args) -> None:
         self._open, self._kept = True, None
 
     def _end(self, block, args, output) -> None:
         self._open, self._kept = False, None
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Keep results for the ``with`` block, for callers that run a block's layers themselves."""
+        self._begin(None, ())
+        try:
+            yield
+        finally:
+            self._end(None, (), None)
+
+    def detach(self) -> None:
+        """Take the hooks off the block: nothing is kept from then on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
     def get(self, x: torch.Tensor, key, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``compute()``, or its kept result for this very ``x`` and ``key`` (both by identity).
@@ -45,7 +63,8 @@ class SharedInBlock:
         return result
 
     def __getstate__(self) -> dict:
-        return {"_open": False, "_kept": None}  # copies and pickles hold no activations
+        # Copies and pickles hold no activations.
+        return {"_open": False, "_kept": None, "_hooks": self._hooks}
 
 
 def _version(x: torch.Tensor) -> int:

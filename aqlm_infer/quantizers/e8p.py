@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,7 +12,7 @@ from .base import Quantizer, QuantizerError, check_weight
 from .hessian import DAMPING, regularise
 from .lattice import E8PRounder
 from .ldlq import feedback_round, greedy_passes
-from .rotate import balance, random_signs, rotate
+from .rotate import balance, column_energy, random_signs, rotate
 
 SPREADS = {2: 0.9, 3: 0.98, 4: 1.03}
 """Root mean square of the rotated weight in units of the codebook, as published."""
@@ -27,6 +27,8 @@ class E8PQuantizer(Quantizer):
         seed: of the random signs.
         damping: of the rotated Hessian, as a fraction of its mean diagonal.
         rescale: balance columns before rotating; the scaling lands in SU.
+        energy: [K], the column energies to balance by (None: the weight's own). Layers that read
+            one input and are given their sum get equal SU, so that they can share its rotation.
         passes: greedy passes after BlockLDLQ.
     """
 
@@ -34,6 +36,7 @@ class E8PQuantizer(Quantizer):
     seed: int = 0
     damping: float = DAMPING
     rescale: bool = True
+    energy: torch.Tensor | None = field(default=None, compare=False, repr=False)
     passes: int = 10
 
     def __post_init__(self):
@@ -63,7 +66,8 @@ class E8PQuantizer(Quantizer):
         su = random_signs(K, generator).to(device)
         sv = random_signs(N, generator).to(device)
         if self.rescale:
-            su = su / balance(wide, plain.matrix)
+            energy = column_energy(wide) if self.energy is None else self.energy
+            su = su / balance(energy, plain.matrix)
         make = Hadamard.blocks if self.format.blocks else Hadamard.full
         out, into = make(N), make(K)
         turned = rotate(

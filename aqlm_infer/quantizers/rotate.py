@@ -18,16 +18,22 @@ def random_signs(size: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(2, (size,), generator=generator).double() * 2 - 1
 
 
-def balance(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def balance(energy: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """QuIP's column scaling t [K]: ``W diag(t)`` and ``diag(1/t) H diag(1/t)`` are quantized.
 
-    The fourth root of diag(H) / diag(W^T W), both clamped at 1e-8 of their largest, centred on 1.
+    The fourth root of diag(H) over ``energy`` [K], diag(W^T W) or the sum of those of all layers
+    that read the input; both clamped at 1e-8 of their largest, centred on 1.
     """
     ratio = []
-    for values in (hessian.diagonal(), weight.square().sum(0)):
+    for values in (hessian.diagonal(), energy):
         ratio.append((values / values.max().clamp_min(1e-300)).clamp_min(1e-8))
     scale = (ratio[0] / ratio[1]).pow(0.25)
     return scale / scale.log().mean().exp()
+
+
+def column_energy(weight: torch.Tensor) -> torch.Tensor:
+    """diag(W^T W), float64 [K]."""
+    return weight.double().square().sum(0)
 
 
 @dataclass(frozen=True)

@@ -57,51 +57,74 @@ __device__ __forceinline__ float4 load_four(const void* x, DType type, long long
   return make_float4(v[0], v[1], v[2], v[3]);
 }
 
-// Elements i .. i + 3 of the vector of token m before the rotation; kRotateInFlight slots of
-// partial sums are loaded together.
-template <int kRotateInFlight>
-__device__ __forceinline__ float4 rotate_source(const RotateParams& p, int m, int i) {
+// Where the partial sums of elements i .. i + 3 of token m lie: `slots` vectors, `stride` apart.
+struct RotateSource {
+  const float* from;
+  size_t stride;
+  int slots;
+};
+__device__ __forceinline__ RotateSource rotate_locate(const RotateParams& p, int m, int i) {
+  const RotatedSchedule& s = p.s;
+  const int group = i / s.group_rows, cell = group * s.units;
+  return {p.partials + (size_t(group) * s.max_slots * p.tokens + m) * s.group_rows +
+              i % s.group_rows,
+          size_t(p.tokens) * s.group_rows,
+          owner_of(s, cell + s.units - 1) - owner_of(s, cell) + 1};
+}
+// 16 bytes past L1 where `wanted`, else zeros. Written so because a conditional load in C++ became
+// a chain in which every load waits for the one before.
+__device__ __forceinline__ float4 load_slot(const float* at, bool wanted) {
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (i >= p.r.n) return v;
-  if (p.partials != nullptr) {
-    const RotatedSchedule& s = p.s;
-    const int group = i / s.group_rows, cell = group * s.units;
-    const int slots = owner_of(s, cell + s.units - 1) - owner_of(s, cell) + 1;
-    const size_t stride = size_t(p.tokens) * s.group_rows;
-    const float* from = p.partials + (size_t(group) * s.max_slots * p.tokens + m) * s.group_rows +
-                        i % s.group_rows;
-    for (int k = 0; k < slots; k += kRotateInFlight) {
-      float4 part[kRotateInFlight];
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+               "@p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];}"
+               : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w) : "l"(at), "r"(uint32_t(wanted))
+               : "memory");
+  return v;
+}
+// Their sum, kInFlight loaded together.
+template <int kInFlight>
+__device__ __forceinline__ float4 rotate_sum(const RotateSource& s) {
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int k = 0; k < s.slots; k += kInFlight) {
+    float4 part[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kRotateInFlight; ++j)
-        part[j] = k + j < slots ? __ldcg(reinterpret_cast<const float4*>(from + (k + j) * stride))
-                                : make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int j = 0; j < kInFlight; ++j)
+      part[j] = load_slot(s.from + (k + j) * s.stride, k + j < s.slots);
 #pragma unroll
-      for (int j = 0; j < kRotateInFlight; ++j) v = add4(v, part[j]);
-    }
-  } else {
-    v = load_four(p.x, p.x_type, m * p.x_stride, i, p.r.n);
-  }
-  if (p.pre != nullptr) {
-    const float4 w = load_four(p.pre, p.pre_type, 0, i, p.r.n);
-    v = make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
+    for (int j = 0; j < kInFlight; ++j) v = add4(v, part[j]);
   }
   return v;
 }
 
-// Stores elements i .. i + 3 of token m, scaled by post and `gain`.
+// Elements i .. i + 3 of row m of x, times `pre`.
+__device__ __forceinline__ float4 rotate_input(const RotateParams& p, int m, int i) {
+  const float4 v = load_four(p.x, p.x_type, m * p.x_stride, i, p.r.n);
+  if (p.pre == nullptr) return v;
+  const float4 w = load_four(p.pre, p.pre_type, 0, i, p.r.n);
+  return make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
+}
+
+// What the end of a rotation multiplies and adds to elements i .. i + 3.
+struct RotateFinish {
+  float4 scale, bias;
+};
+__device__ __forceinline__ RotateFinish rotate_finish(const RotateParams& p, int i, float gain) {
+  RotateFinish f = {make_float4(gain, gain, gain, gain), make_float4(0.f, 0.f, 0.f, 0.f)};
+  if (p.post != nullptr) {
+    const float4 w = load_four(p.post, p.post_type, 0, i, p.r.n);
+    f.scale = make_float4(gain * w.x, gain * w.y, gain * w.z, gain * w.w);
+  }
+  if (p.bias != nullptr) f.bias = load_four(p.bias, p.y_type, 0, i, p.r.n);
+  return f;
+}
+
+// Stores elements i .. i + 3 of token m, finished.
 __device__ __forceinline__ void rotate_store(const RotateParams& p, int m, int i, float4 v,
-                                             float gain) {
+                                             const RotateFinish& f) {
   const int n = p.r.n;
   if (i >= n) return;
-  float4 scale = make_float4(gain, gain, gain, gain), bias = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (p.post != nullptr) {
-    const float4 w = load_four(p.post, p.post_type, 0, i, n);
-    scale = make_float4(gain * w.x, gain * w.y, gain * w.z, gain * w.w);
-  }
-  if (p.bias != nullptr) bias = load_four(p.bias, p.y_type, 0, i, n);
-  const float out[4] = {v.x * scale.x + bias.x, v.y * scale.y + bias.y, v.z * scale.z + bias.z,
-                        v.w * scale.w + bias.w};
+  const float out[4] = {v.x * f.scale.x + f.bias.x, v.y * f.scale.y + f.bias.y,
+                        v.z * f.scale.z + f.bias.z, v.w * f.scale.w + f.bias.w};
   const size_t at = size_t(m) * n + i;
   const bool whole = n % 4 == 0;
   if (p.y_type == DType::kFloat32) {
@@ -122,6 +145,11 @@ __device__ __forceinline__ void rotate_store(const RotateParams& p, int m, int i
         make_uint2(bits[0] | uint32_t(bits[1]) << 16, bits[2] | uint32_t(bits[3]) << 16);
   else
     for (int j = 0; j < 4 && i + j < n; ++j) y[j] = bits[j];
+}
+
+__device__ __forceinline__ void rotate_store(const RotateParams& p, int m, int i, float4 v,
+                                             float gain) {
+  if (i < p.r.n) rotate_store(p, m, i, v, rotate_finish(p, i, gain));
 }
 
 // One element; the H_F stage of a single block ends with columns, not rows.
@@ -155,18 +183,30 @@ __device__ __forceinline__ void prefetch_constant(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 
-// Grid: (chunks of a row, tokens).
-__global__ void __launch_bounds__(kFlatThreads)
+// Partial sums in flight per thread: few tokens have many slots and want the latency of one load,
+// many tokens want threads. The second number of __launch_bounds__ matters: without it ptxas took
+// 40 registers and every load waited for the one before (4096 x 4096, M = 1: 9.1 against 6.2 us).
+constexpr int kFewSlots = 16, kManySlots = 4, kFewTokens = 4;
+
+// Grid: (chunks of a row, tokens). What is known before the matmul ends is found out before.
+template <int kSlots>
+__global__ void __launch_bounds__(kFlatThreads, kSlots == kFewSlots ? 2 : 6)
 rotate_flat_kernel(const __grid_constant__ RotateParams p) {
-  const int i = (blockIdx.x * kFlatThreads + threadIdx.x) * 4, m = blockIdx.y;
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4, m = blockIdx.y;
+  const bool inside = i < p.r.n, sums = p.partials != nullptr;
   grid_dependents_start();
-  if (p.post != nullptr && i < p.r.n)
-    prefetch_constant(static_cast<const char*>(p.post) +
-                      i * (p.post_type == DType::kFloat32 ? 4ll : 2ll));
+  RotateFinish finish = {};
+  RotateSource source = {};
+  if (inside) finish = rotate_finish(p, i, p.gain);
+  if (inside && sums) {
+    source = rotate_locate(p, m, i);
+    prefetch_constant(source.from);
+  }
   grid_dependency_wait();
-  float4 v = rotate_source<16>(p, m, i);
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (inside) v = sums ? rotate_sum<kSlots>(source) : rotate_input(p, m, i);
   if (p.r.block) v = rotate_lanes(v, 7);
-  rotate_store(p, m, i, v, p.gain);
+  rotate_store(p, m, i, v, finish);
 }
 
 // One radix-2^kBits pass over bit `bit` .. of the local index, in place. Ends with a barrier.
@@ -198,16 +238,18 @@ __device__ __forceinline__ float signed_one(uint32_t w, int i) {
   return __uint_as_float(__byte_perm(w, 0x80u, 0x0455 | i << 12));
 }
 
-// Rows a .. a + 3 of H_F (or its transpose) times columns b and b + half of z [F][1 << log_p].
+// Rows a .. a + 3 of H_F (or its transpose; in shared or global memory) times columns b and
+// b + half of z [F][1 << log_p].
 template <int kColumns, bool kTranspose>
 __device__ __forceinline__ void mix_rows(const int8_t* h, int F, const float* z, int log_p, int a,
                                          int b, int half, float (&out)[4][2]) {
+#pragma unroll 2
   for (int k = 0; k < F; k += 4) {
     uint32_t w[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int8_t* at = kTranspose ? h + (k + j) * F + a : h + (a + j) * F + k;
-      w[j] = and_or(__ldg(reinterpret_cast<const uint32_t*>(at)), 0x80808080u, 0x3F3F3F3Fu);
+      w[j] = and_or(*reinterpret_cast<const uint32_t*>(at), 0x80808080u, 0x3F3F3F3Fu);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -244,7 +286,7 @@ __device__ __forceinline__ float4 load_cluster(const float* p, int rank) {
 // Grid: (C, tokens), clusters of C. log_p: log2(P / C), the Sylvester bits local to a block. Shared
 // memory: n / C floats, twice where H_F and an exchange follow each other.
 template <int C>
-__global__ void __launch_bounds__(kRotateThreads)
+__global__ void __launch_bounds__(kRotateThreads, 2)
 rotate_kernel(const __grid_constant__ RotateParams p, int log_p) {
   extern __shared__ __align__(16) float rotate_smem[];
   const int F = p.r.factor, length = F << log_p, m = blockIdx.y, rank = blockIdx.x;
@@ -269,7 +311,10 @@ rotate_kernel(const __grid_constant__ RotateParams p, int log_p) {
   for (int base = 0; base < length; base += 4 * int(blockDim.x)) {
     const int i = base + 4 * tid;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (i < length) v = rotate_source<8>(p, m, place(i, rank));
+    if (i < length) {
+      const int at = place(i, rank);
+      v = p.partials != nullptr ? rotate_sum<8>(rotate_locate(p, m, at)) : rotate_input(p, m, at);
+    }
     v = rotate_lanes(v, log_p);
     if (i < length) *reinterpret_cast<float4*>(z + i) = v;
   }

@@ -61,6 +61,7 @@ struct RotatedMatmul {
   uint8_t* x_cells;     // [units][8 * tiles * 64]: int8 activations (more than one tile)
   float2* x_sums;       // [units][tokens]: sums of a cell's activations (see rotated_stage.cuh)
   float* x_scales;      // [tokens]
+  int local_bits;       // partials are transformed over these low bits of the row; see local_bits_of
 };
 
 // One rotation U of vectors of length n; see aqlm_infer/formats/rotation.py.
@@ -77,6 +78,7 @@ struct RotateParams {
   Rotation r;
   RotatedSchedule s;      // of `partials`
   const float* partials;  // null: x
+  int local_bits;         // of `partials`: Sylvester bits that the matmul has done
   const void* x;
   DType x_type;
   long long x_stride;
@@ -95,6 +97,7 @@ struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
+  bool wide;       // more warps a block
 };
 
 RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device);
@@ -107,6 +110,11 @@ RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& 
 cudaError_t launch_rotated(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream);
 
 cudaError_t launch_rotate(const RotateParams& p, cudaStream_t stream);
+
+// Low Sylvester bits of the output rotation that a matmul does on the rows it holds, so that its
+// second kernel mixes columns that are independent of each other; 0: all is left to that kernel.
+int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotation& r,
+                  const DeviceInfo& device);
 
 // Rows [row0, row1) x columns [col0, col1) (multiples of 64, or the end) of gain * Wq; out[0] is
 // element (row0, col0).

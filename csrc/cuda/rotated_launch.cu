@@ -3,7 +3,8 @@
 #include <cmath>
 
 #include "enqueue.cuh"
-#include "hadamard.cuh"
+#include "hadamard_mix.cuh"
+#include "hadamard_spread.cuh"
 #include "rotated_bodies.h"
 #include "rotated_prepare.cuh"
 #include "rotated_tune.h"
@@ -13,6 +14,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
+int g_rotated_local = -1;
 #endif
 
 int log2_of(int n) {
@@ -68,6 +70,55 @@ cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t str
   }
 }
 
+// Elements of one block of the spread rotation.
+int spread_elements(int log_l) { return std::max(128, 1 << log_l); }
+
+// Sylvester bits that stay in one block of the spread rotation; 0: the cluster kernel. Every block
+// reads all of a token (H200: docs/notes/cuda_rotated.md).
+int spread_bits_of(const Rotation& r, int tokens, const DeviceInfo& device) {
+  const int bits = log2_of(r.n / r.factor);
+  auto megabytes = [&](int local) {
+    return 1e-6 * r.n / spread_elements(local) * tokens * r.n * 2;
+  };
+  int local = std::min(bits, 9);
+#ifdef AQLM_TUNE
+  if (g_rotated_cluster > 0) return 0;
+#endif
+  return local >= 6 && r.n % 128 == 0 && megabytes(local) <= tune::kSpreadMegabytes ? local : 0;
+}
+
+cudaError_t rotate_spread(const RotateParams& p, int log_l, cudaStream_t stream) {
+  const int log_c = log2_of(p.r.n / p.r.factor) - log_l, rows = p.r.factor << log_c;
+  const int elements = spread_elements(log_l), lanes = elements / 4;
+  int splits = 1;
+  while (splits * kSpreadLoads < rows && 2 * splits * lanes <= kSpreadThreads) splits *= 2;
+  const int threads = splits * lanes;
+  return enqueue(rotate_spread_kernel, dim3(p.r.n / elements, p.tokens), threads, threads * 16,
+                 stream, p, log_l, log_c, splits);
+}
+
+// Elements and bytes of shared memory of a block of the mixing kernel.
+int mix_length(const Rotation& r, int local_bits) { return (r.n >> local_bits) * kMixColumns; }
+int mix_smem(const Rotation& r, int local_bits) {
+  const int F = r.factor;
+  return mix_length(r, local_bits) * 4 * (F > 1 ? 2 : 1) +
+         (F > 1 && F <= kMixMaxFactor ? F * F : 0);
+}
+
+template <int kSlots>
+cudaError_t rotate_mix(const RotateParams& p, int max_smem, cudaStream_t stream) {
+  const int log_q = log2_of(p.r.n / p.r.factor) - p.local_bits;
+  const int length = mix_length(p.r, p.local_bits), smem = mix_smem(p.r, p.local_bits);
+  const int threads = std::max(64, std::min(kMixThreads, (length / 4 + 31) / 32 * 32));
+  const dim3 grid((1 << p.local_bits) / kMixColumns, p.tokens);
+  const auto kernel = rotate_mix_kernel<kSlots>;
+  static std::atomic<unsigned long long> done{0};
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = allow_smem(kernel, &done, device, max_smem);
+  return e == cudaSuccess ? enqueue(kernel, grid, threads, smem, stream, p, log_q) : e;
+}
+
 template <int kBits>
 cudaError_t e8p_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
   return RotatedBodies<Coding::kE8p, kBits>::matmul(c, p, stream);
@@ -82,21 +133,28 @@ int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 }  // namespace
 
 RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
-  RotatedConfig c = {0, w.coding == Coding::kScalar && w.group < w.K, false};
+  RotatedConfig c = {};
+  c.grouped = w.coding == Coding::kScalar && w.group < w.K;
   // Scale groups end with a cell, and the integers of a group must fit in int32.
   if (c.grouped && w.group % kCellColumns != 0) return c;
   if (w.K > (1 << 16)) return c;
   // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
   const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2);
   if (least > device.max_smem) return c;
-  const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped);
   const bool hopper = device.arch == 90;
-  if (tokens > most * tune::rotated_passes(hopper, c.grouped)) return c;
+  const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
+  const int planes = tune::rotated_planes(w.coding, w.bits);
+  if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.wgmma = hopper && c.tiles > 1;
+  c.wide = tokens == 1 && tune::rotated_wide(w) &&
+           static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
-  if (g_rotated_body == 1) c.wgmma = false;
+  if (g_rotated_body == 1) {
+    c.wgmma = false;
+    c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
+  }
 #endif
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
@@ -105,7 +163,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
+  const int warps = c.wgmma ? tune::rotated_wg_warps(c.tiles, c.grouped)
+                   : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped);
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
@@ -119,17 +178,33 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
       std::max<long long>(1, std::min<long long>(ctas, cells / tune::kRotatedMinCells)));
   const int most_x = std::min(tune::kRotatedMaxX,
                               device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
+  const int staged = p->tokens == 1 ? 1 : 4;
   if (c.tiles == 1)  // what a CTA stages must fit
-    while (tune::staged_bytes(s, p->tokens, 1) > most_x && s.ctas < cells)
+    while (tune::staged_bytes(s, staged, 1) > most_x && s.ctas < cells)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
+}
+
+int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotation& r,
+                  const DeviceInfo& device) {
+  if (r.factor == 0 || r.block != 0) return 0;
+  const int bits = log2_of(r.n / r.factor);
+  if (bits < 5) return 0;  // rows of one warp
+  int local = 5;
+  if (c.tiles == 1 || (c.wgmma && tune::rotated_exchanges(c.tiles)))
+    while (local < bits && s.group_rows % (2 << local) == 0) ++local;
+#ifdef AQLM_TUNE
+  if (g_rotated_local >= 0) local = std::min(local, g_rotated_local);
+#endif
+  return mix_smem(r, local) <= device.max_smem ? local : 0;
 }
 
 RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& p) {
   RotatedWorkspace w = {};
   w.partials = size_t(p.s.groups) * p.s.max_slots * p.tokens * p.s.group_rows * sizeof(float);
   if (c.tiles > 1) {
-    w.x_cells = size_t(p.s.units) * c.tiles * 512;
+    const int planes = c.wgmma ? tune::rotated_planes(p.w.coding, p.w.bits) : 1;
+    w.x_cells = size_t(p.s.units) * c.tiles * 512 * planes;
     w.x_sums = size_t(p.s.units) * p.tokens * sizeof(float2);
     w.x_scales = p.tokens * sizeof(float);
   }
@@ -181,11 +256,19 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
     }
     if (p.r.factor == 0 || p.r.block) {
       p.gain = params.gain * (p.r.block ? 1.f / std::sqrt(static_cast<float>(p.r.block)) : 1.f);
-      const dim3 grid((p.r.n + 4 * kFlatThreads - 1) / (4 * kFlatThreads), p.tokens);
-      e = enqueue(rotate_flat_kernel, grid, kFlatThreads, 0, stream, p);
+      const bool few = p.tokens <= kFewTokens;
+      const int threads = few ? 64 : kFlatThreads;  // few tokens: more SMs
+      const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), p.tokens);
+      const auto kernel = few ? rotate_flat_kernel<kFewSlots> : rotate_flat_kernel<kManySlots>;
+      e = enqueue(kernel, grid, threads, 0, stream, p);
     } else {
       p.gain = params.gain / std::sqrt(static_cast<float>(p.r.n));
-      switch (cluster_of(p.r, p.tokens, info)) {
+      if (p.partials != nullptr && p.local_bits > 0) {
+        e = p.tokens <= kFewTokens ? rotate_mix<kFewSlots>(p, info.max_smem, stream)
+                                   : rotate_mix<kManySlots>(p, info.max_smem, stream);
+      } else if (const int bits = p.partials == nullptr ? spread_bits_of(p.r, p.tokens, info) : 0) {
+        e = rotate_spread(p, bits, stream);
+      } else switch (cluster_of(p.r, p.tokens, info)) {
         case 1: e = rotate_cluster<1>(p, info.max_smem, stream); break;
         case 2: e = rotate_cluster<2>(p, info.max_smem, stream); break;
         case 4: e = rotate_cluster<4>(p, info.max_smem, stream); break;
@@ -233,5 +316,9 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::dependent_launch = dependent != 0;
   aqlm::g_rotated_cluster = cluster;
   aqlm::g_rotated_ctas = ctas;
+}
+// Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {
+  aqlm::g_rotated_local = most;
 }
 #endif

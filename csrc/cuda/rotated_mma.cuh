@@ -16,20 +16,19 @@
 #pragma once
 
 #include "e8p_decode.cuh"
-#include "rotated_rows.cuh"
+#include "rotated_codes.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
 #include "scalar_decode.cuh"
 
 namespace aqlm {
 
-template <Coding kCoding, int kBits, int kTiles, bool kGrouped>
-__global__ void __launch_bounds__(tune::rotated_warps(kCoding, kBits, kTiles, kGrouped) * 32, 1)
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
   constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kTiles == 1;
-  constexpr int kWarps = tune::rotated_warps(kCoding, kBits, kTiles, kGrouped);
-  constexpr int kDepth = Shape::kDepth;
+  constexpr int kDepth = kWarps == tune::kWideWarps ? tune::kWideDepth : Shape::kDepth;
   constexpr int kPlanes = Shape::kPlanes, kSets = Shape::kSets;
   constexpr bool kSplit = Shape::kSplit;
   constexpr int kCellBytes = kTiles * 8 * kStageColumn;  // of staged activations
@@ -45,32 +44,17 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
 
   // Codes: a register ring, filled ahead of the activations.
-  using Codes = ScalarCodes<kE8p && kBits == 4 ? 4 : kBits>;
-  constexpr int kCodeBytes = kCellRows * kCellColumns / 8 * kBits;
+  using Codes = ScalarCodes<kBits>;
+  CodeStream<kBits, kWarps> codes(p, first, count);
   Codes ring[kDepth] = {};
-  int fetch_block = first / units * kWarps + warp, wrap = units - first % units;
-  int left = fetch_block < blocks ? count : 0;  // cells to fetch
-  const uint8_t* from = p.w.packed +
-                        (size_t(fetch_block) * units + first % units) * kCodeBytes + lane * 16;
-  auto fetch = [&](Codes& c) {
-    if (left > 0) {
-#pragma unroll
-      for (int i = 0; i < int(sizeof(c.a) / 16); ++i) c.a[i] = load_stream(from + i * 512);
-      if constexpr (kBits == 3) c.b = load_stream8(from - lane * 8 + 512);
-    }
-    --left;
-    from += kCodeBytes;
-    if (--wrap == 0) {  // on to the warp's block of the next row group
-      wrap = units;
-      from += size_t(kWarps - 1) * units * kCodeBytes;
-      fetch_block += kWarps;
-      if (fetch_block >= blocks) left = 0;
-    }
-  };
   grid_dependents_start();
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) fetch(ring[d]);
+  for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  const int unit0 = first % units, group0 = first / units;
+  const int slot0 = kLocal ? first_slot(p, group0) : 0;
+  if constexpr (kLocal) prefetch_token(p, unit0, min(count, units));
+  if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   grid_dependency_wait();
 
   // Activations.
@@ -80,7 +64,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   float2* const sums = reinterpret_cast<float2*>(cells + slots * cell_stride);  // kLocal
   float* const peaks = reinterpret_cast<float*>(sums + slots * tokens);
   float* const scales = peaks + slots;
-  const int unit0 = first % units;
+  float* const exchange = scales + tokens;  // [tokens][group_rows] of partial sums
   auto copy_chunk = [&](int chunk) {
     if constexpr (!kLocal) {
       const int base = chunk * kChunk, n = min(kChunk, count - base);
@@ -95,7 +79,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   if constexpr (kLocal) {
     for (int m = 0; m < tokens; ++m) {
       const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
-                            size_t(cell_stride), mma_layout(), sums + m, tokens, peaks};
+                            size_t(cell_stride), 1, mma_layout(), sums + m, tokens, peaks};
       const float scale = stage_token<kE8p, kGrouped>(p, m, r);
       if (threadIdx.x == 0) scales[m] = scale;
       __syncthreads();
@@ -177,11 +161,14 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   // Sum over the cells [begin, begin + n) of the CTA's range of this lane's token of tile `tile`.
   auto sum_cells = [&](int begin, int n, int token) {
     float2 v = make_float2(0.f, 0.f);
-    for (int i = g; i < n; i += 8) {
-      const float2* at = kLocal ? sums + (begin + i) % slots * tokens
-                                : p.x_sums + size_t((unit0 + begin + i) % units) * tokens;
-      v.x += at[token].x;
-      v.y += at[token].y;
+    // Wrapped places, without divisions: n is at most `slots` and `units`.
+    int at = kLocal ? begin % slots + g : (unit0 + begin) % units + g;
+    const int wrap_at = kLocal ? slots : units;
+    for (int i = g; i < n; i += 8, at += 8) {
+      if (at >= wrap_at) at -= wrap_at;
+      const float2 sum = kLocal ? sums[at * tokens + token] : p.x_sums[size_t(at) * tokens + token];
+      v.x += sum.x;
+      v.y += sum.y;
     }
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) {
@@ -192,8 +179,17 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
   auto write = [&](int group, int begin, int n_cells) {
     const int block = group * kWarps + warp;
-    if (block >= blocks) return;
-    float* out = partials_of(p, group) + warp * kCellRows + g;
+    // Rows past the last block: computed for the sake of barriers, never stored.
+    const bool exists = block < blocks, exchanged = kLocal && p.local_bits > 5;
+    if (!exists && !exchanged) return;
+    float* const to = partials_of(p, group, begin > 0 ? 0 : kLocal ? slot0 : first_slot(p, group));
+    float* out = to + warp * kCellRows + g;
+    if constexpr (kLocal) {
+      if (exchanged) {
+        __syncthreads();  // the previous row group has been read
+        out = exchange + warp * kCellRows + g;
+      }
+    }
     if constexpr (!kE8p && !kGrouped) rows.load(p.w, block, 0, 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -205,32 +201,40 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
         if (kSplit || (!kE8p && (p.w.zeros != nullptr || kBits == 8)))
           sum = sum_cells(begin, n_cells, token);
       }
+      float v[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        float v;
         if constexpr (kGrouped) {
-          v = total[r / 2][n][r % 2];
+          v[r] = total[r / 2][n][r % 2];
         } else if constexpr (kE8p) {
-          v = combined(0, r / 2, n, r % 2);
-          if constexpr (kSplit) v += 8.f * sum.x - 128.f * sum.y;
+          v[r] = combined(0, r / 2, n, r % 2);
+          if constexpr (kSplit) v[r] += 8.f * sum.x - 128.f * sum.y;
           if constexpr (kPlanes == 2) {
             float rest = combined(1, r / 2, n, r % 2);
             if constexpr (kSplit) rest += (kBits == 4 ? 8.f * sum.x : 0.f) - 128.f * sum.y;
-            v += p.w.residual * rest;
+            v[r] += p.w.residual * rest;
           }
-          v *= x_scale * (1.f / 32.f);
+          v[r] *= x_scale * (1.f / 32.f);
         } else {
-          v = kStep * combined(0, r / 2, n, r % 2) + rows.template shift<kBits>(p.w, r) * sum.x;
-          v *= x_scale * rows.scale(p.w, r);
+          v[r] = kStep * combined(0, r / 2, n, r % 2) + rows.template shift<kBits>(p.w, r) * sum.x;
+          v[r] *= x_scale * rows.scale(p.w, r);
         }
-        if (m < tokens) out[m * s.group_rows + r * 8] = v;
       }
+      if (p.local_bits > 0) transform_rows(v, p.local_bits);
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (m < tokens) out[m * s.group_rows + r * 8] = v[r];
+    }
+    if constexpr (kLocal) {
+      if (!exchanged) return;
+      __syncthreads();
+      transform_warps<kWarps>(exchange, tokens, p.local_bits - 5, to, blocks - group * kWarps);
     }
   };
 
   const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
   uint32_t x_at = x_begin;
-  int begin = 0, group = first / units, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
+  int begin = 0, group = group0, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit), first_unit = unit;
     int rest = end - begin, phase = -1;
@@ -266,7 +270,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
           }
         }
         multiply(ring[d], x_at);
-        fetch(ring[d]);
+        codes.fetch(ring[d]);
         x_at += cell_stride;
         if (x_at == x_end) x_at = x_begin;
         if constexpr (kGrouped) {

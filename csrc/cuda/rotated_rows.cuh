@@ -72,9 +72,73 @@ __device__ __forceinline__ void advance_rows(const RotatedWeight& w, int block, 
   ahead->load(w, block, min(j + 1, groups - 1), groups);
 }
 
+// Butterflies over the low `bits` (at most 5) bits of a warp's row 8i + g: v[i] is row 8i + g.
+__device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int b = 0; b < 3; ++b) {
+    if (b >= bits) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float other = __shfl_xor_sync(~0u, v[i], 4 << b);
+      v[i] = lane & (4 << b) ? other - v[i] : v[i] + other;
+    }
+  }
+  if (bits > 3) {
+    const float w[4] = {v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};
+    const bool last = bits > 4;
+    v[0] = last ? w[0] + w[2] : w[0];
+    v[1] = last ? w[1] + w[3] : w[1];
+    v[2] = last ? w[0] - w[2] : w[2];
+    v[3] = last ? w[1] - w[3] : w[3];
+  }
+}
+
+// The next bits of the row, those of the warp's index, by all kWarps warps of the block: `from`
+// holds 32 rows of every warp for `tokens` tokens. A warp does one half of one transform of a token,
+// eight values a lane at most, which is what registers allow beside accumulators. Blocks from
+// `blocks` on are not stored.
+template <int kWarps>
+__device__ __forceinline__ void transform_warps(const float* from, int tokens, int bits, float* to,
+                                                int blocks) {
+  const int lane = threadIdx.x % 32, size = 1 << bits, parts = kWarps >> bits;
+  const int halves = bits > 3 ? 2 : 1;
+  for (int item = threadIdx.x / 32; item < tokens * parts * halves; item += kWarps) {
+    const int half = item % halves, row = item / halves * size;  // row: of warps, over all tokens
+    const float* at = from + row * kCellRows + lane;
+    float v[8];
+#pragma unroll
+    for (int w = 0; w < 8; ++w) {
+      v[w] = w < size ? at[w * kCellRows] : 0.f;
+      if (halves == 2) {
+        const float other = at[(w + 8) * kCellRows];
+        v[w] = half == 0 ? v[w] + other : v[w] - other;
+      }
+    }
+#pragma unroll
+    for (int b = 1; b < 8; b *= 2) {
+      if (b >= size) break;
+#pragma unroll
+      for (int w = 0; w < 8; ++w)
+        if ((w & b) == 0) {
+          const float sum = v[w], difference = v[w + b];
+          v[w] = sum + difference;
+          v[w + b] = sum - difference;
+        }
+    }
+#pragma unroll
+    for (int w = 0; w < 8; ++w)
+      if (w < size && row % kWarps + 8 * half + w < blocks)
+        to[(row + 8 * half + w) * kCellRows + lane] = v[w];
+  }
+}
+
+// The slot of this block's partial sums of its first row group; it begins every later one, slot 0.
+__device__ __forceinline__ int first_slot(const RotatedMatmul& p, int group) {
+  return blockIdx.x - owner_of(p.s, group * p.s.units);
+}
 // This block's partial sums of a row group: [tokens][group_rows].
-__device__ __forceinline__ float* partials_of(const RotatedMatmul& p, int group) {
-  const int slot = blockIdx.x - owner_of(p.s, group * p.s.units);
+__device__ __forceinline__ float* partials_of(const RotatedMatmul& p, int group, int slot) {
   return p.partials + (size_t(group) * p.s.max_slots + slot) * p.tokens * p.s.group_rows;
 }
 

@@ -50,6 +50,12 @@ __device__ __forceinline__ void load_eight(const RotatedMatmul& p, long long off
   }
 }
 
+// Brings the translation of an address, and its line to L2, while the previous kernel ends: the
+// first load after the wait took 1000 cycles.
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+
 // Word i of a column of a cell (K columns 4i .. 4i + 3) is what lane t of the MMA multiplies in
 // register `chunk` of its four B registers.
 template <bool kE8p>
@@ -71,12 +77,23 @@ struct StageRange {
   int first, count;      // units that share the scale
   int from, to;          // slots to write
   uint8_t* cells;        // of slot 0, from this token's column 2m on
-  size_t cell_stride;
+  size_t cell_stride;    // of all planes
+  int planes;            // 2: a second copy times the weight's residual factor
   StageLayout layout;
   float2* sums;          // of slot 0
   int sums_stride;
   float* peaks;          // shared memory, `count` floats
 };
+
+// What the thread's first load of `stage_token` reads.
+__device__ __forceinline__ void prefetch_token(const RotatedMatmul& p, int first, int count) {
+  const int slot = threadIdx.x / 8, units = p.s.units;
+  if (slot >= count) return;
+  const int unit = first + slot < units ? first + slot : first + slot - units;
+  const int k = unit * kCellColumns + threadIdx.x % 8 * 8;
+  if (k < p.w.K)
+    prefetch_line(static_cast<const char*>(p.x) + k * (p.x_type == DType::kFloat32 ? 4ll : 2ll));
+}
 
 // All threads of the block; returns the scale (of the last cell, when grouped).
 template <bool kE8p, bool kGrouped>
@@ -85,8 +102,9 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
   const int units = p.s.units, tid = threadIdx.x, threads = blockDim.x;
   const unsigned eight = 0xffu << (tid & 24);  // the lanes of one cell
   const long long row = token * p.x_stride;
+  auto wrapped = [&](int unit) { return unit < units ? unit : unit - units; };
   auto load = [&](int slot, int eighth, float (&v)[8]) {
-    const int unit = (r.first + slot) % units, k = unit * kCellColumns + eighth * 8;
+    const int unit = wrapped(r.first + slot), k = unit * kCellColumns + eighth * 8;
     load_eight(p, row + k, p.w.K - k, v);
   };
   float kept[8];  // the thread's first item stays in registers for the second pass
@@ -121,7 +139,7 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
       load(slot, eighth, v);
     }
     if constexpr (kGrouped) {
-      const int span = p.w.group / kCellColumns, unit = (r.first + slot) % units;
+      const int span = p.w.group / kCellColumns, unit = wrapped(r.first + slot);
       const int begin = unit / span * span;
       peak = 0.f;
       for (int u = begin; u < begin + span; ++u) {
@@ -129,25 +147,28 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
         if (other < r.count) peak = fmaxf(peak, r.peaks[other]);
       }
     }
-    const float inverse = peak > 0.f ? kStageMax / peak : 0.f;
-    uint32_t high[2] = {0, 0}, low[2] = {0, 0};
+    const float inverse = peak > 0.f ? __fdividef(kStageMax, peak) : 0.f;
     int sum[2] = {0, 0};
+    for (int plane = 0; plane < r.planes; ++plane) {
+      const float factor = plane == 0 ? inverse : inverse * p.w.residual;
+      uint32_t high[2] = {0, 0}, low[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int q = __float2int_rn(v[j] * inverse);
-      const int h = (q + 128) >> 8;
-      high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
-      low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
-      sum[j / 4] += q;
-    }
-    uint8_t* cell = r.cells + slot * r.cell_stride;
+      for (int j = 0; j < 8; ++j) {
+        const int q = __float2int_rn(v[j] * factor);
+        const int h = (q + 128) >> 8;
+        high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
+        low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
+        if (plane == 0) sum[j / 4] += q;
+      }
+      uint8_t* cell = r.cells + slot * r.cell_stride + plane * (r.cell_stride / r.planes);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int word = eighth * 2 + j;
-      uint8_t* at = cell + stage_lane<kE8p>(word) * r.layout.lane +
-                    stage_chunk<kE8p>(word) * r.layout.chunk;
-      *reinterpret_cast<uint32_t*>(at) = high[j];
-      *reinterpret_cast<uint32_t*>(at + r.layout.column) = low[j];
+      for (int j = 0; j < 2; ++j) {
+        const int word = eighth * 2 + j;
+        uint8_t* at = cell + stage_lane<kE8p>(word) * r.layout.lane +
+                      stage_chunk<kE8p>(word) * r.layout.chunk;
+        *reinterpret_cast<uint32_t*>(at) = high[j];
+        *reinterpret_cast<uint32_t*>(at + r.layout.column) = low[j];
+      }
     }
     int all = sum[0] + sum[1], second = sum[1];
 #pragma unroll
@@ -167,8 +188,8 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
 constexpr int kStageThreads = 1024;  // an item each up to K = 8192
 
 template <bool kE8p, bool kGrouped>
-__global__ void __launch_bounds__(kStageThreads)
-stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, bool wgmma) {
+__global__ void __launch_bounds__(kStageThreads, 1)
+stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, int planes, bool wgmma) {
   extern __shared__ float stage_peaks[];
   const int token = blockIdx.x, units = p.s.units;
   const int from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
@@ -176,8 +197,8 @@ stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, bool wgmma) {
   grid_dependency_wait();
   const StageLayout layout = wgmma ? wgmma_layout(columns) : mma_layout();
   const StageRange r = {0, units, from, to, p.x_cells + 2 * token * layout.column,
-                        size_t(columns) * kStageColumn, layout, p.x_sums + token, p.tokens,
-                        stage_peaks};
+                        size_t(planes) * columns * kStageColumn, planes, layout,
+                        p.x_sums + token, p.tokens, stage_peaks};
   const float scale = stage_token<kE8p, kGrouped>(p, token, r);
   if (blockIdx.y == 0 && threadIdx.x == 0) p.x_scales[token] = scale;
 }

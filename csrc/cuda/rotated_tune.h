@@ -12,6 +12,13 @@ AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool gro
   return tiles >= 8 || (tiles >= 2 && (grouped || (coding == Coding::kE8p && bits > 2))) ? 8 : 16;
 }
 
+// One token of a large 2-bit matrix: 24 warps with less in flight each, 22.0 -> 20.9 us at
+// 28672 x 8192 (E8P: no gain, and 8 % slower at 14336 x 4096). 32 x 64 cells per SM from which on.
+constexpr int kWideWarps = 24, kWideDepth = 3, kWideCells = 400;
+inline bool rotated_wide(const RotatedWeight& w) {
+  return w.coding == Coding::kScalar && w.bits == 2 && w.group == w.K;
+}
+
 // Staged activations: cells per chunk and chunks in the ring (more than one tile); 24 KB in all, so
 // that they and 64 KB of tables fit in 99 KB.
 AQLM_HD constexpr int rotated_chunk(int tiles) { return 16 / tiles; }
@@ -23,22 +30,32 @@ AQLM_HD constexpr int rotated_tables(Coding coding, int bits) {
   return coding == Coding::kScalar ? 0 : bits == 3 ? 128 << 10 : 64 << 10;
 }
 
+// Codes of a weight that are decoded and multiplied one after the other: E8P with a residual has 2.
+AQLM_HD constexpr int rotated_planes(Coding coding, int bits) {
+  return coding == Coding::kE8p && bits > 2 ? 2 : 1;
+}
+
 // Hopper, more than one tile: warpgroup MMAs. Warps that multiply: as many as registers allow, one
-// warp's decode is latency. Stages of x, cells of codes in flight per warp.
-AQLM_HD constexpr int rotated_wg_warps(Coding coding, int bits, int tiles, bool grouped) {
-  const int planes = coding == Coding::kE8p && bits > 2 ? 2 : 1;
-  const int accumulators = tiles * (planes * 8 + (grouped ? 6 : 0));
+// warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
+// of tables at 3 bits.
+AQLM_HD constexpr int rotated_wg_warps(int tiles, bool grouped) {
+  const int accumulators = tiles * (8 + (grouped ? 6 : 0));
   return accumulators <= 32 ? 16 : accumulators <= 64 ? 12 : 8;
 }
-constexpr int kRotatedWgStages = 4;
-AQLM_HD constexpr int rotated_wg_depth(int bits, int warps) {
-  return (bits == 8 ? 32 : 64) / warps;
+// Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
+// that costs more than it saves (28672 x 8192, M = 64: whole layer 102 against 92 us).
+AQLM_HD constexpr bool rotated_exchanges(int tiles) { return tiles <= 4; }
+AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
+  return coding == Coding::kE8p && bits == 3 && tiles == 16 ? 3 : 4;
+}
+AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps) {
+  return coding == Coding::kE8p && bits == 3 && warps == 8 ? 6 : (bits == 8 ? 32 : 64) / warps;
 }
 
 template <Coding kCoding, int kBits, int kTiles>
 struct RotatedShape {
   static constexpr bool kE8p = kCoding == Coding::kE8p;
-  static constexpr int kPlanes = kE8p && kBits > 2 ? 2 : 1;
+  static constexpr int kPlanes = rotated_planes(kCoding, kBits);
   // Separate accumulators for high and low nibbles while registers allow.
   static constexpr bool kSplit = kE8p && kPlanes * kTiles <= 2;
   static constexpr int kSets = kPlanes * (kSplit ? 2 : 1);
@@ -46,6 +63,19 @@ struct RotatedShape {
   // Cells in flight per warp.
   static constexpr int kDepth = kBits == 8 ? 1 : kBits == 4 ? 2 : kTiles >= 8 ? 2 : 4;
 };
+
+// The body of scale groups for few tokens: warps of a CTA, cells in flight per warp.
+constexpr int kGroupWarps = 16;
+AQLM_HD constexpr int rotated_group_depth(int bits) {
+  return bits == 8 ? 1 : bits == 4 ? 3 : bits == 3 ? 4 : 6;
+}
+// Whether it takes the weight: pairs of 16-bit scales, and sums of a group in int32.
+inline bool rotated_group_body(const RotatedWeight& w, int tokens) {
+  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return tokens <= 4 && w.group % kCellColumns == 0 && w.group <= 512 && w.zeros != nullptr &&
+         w.scale_type != DType::kFloat32 && w.K / w.group % 2 == 0 && aligned(w.scales) &&
+         aligned(w.zeros);
+}
 
 // Cells of x that one CTA stages itself.
 inline int local_cells(const RotatedSchedule& s) {
@@ -55,25 +85,32 @@ inline int local_cells(const RotatedSchedule& s) {
 // Dynamic shared memory of the staged activations.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles) {
   if (tiles > 1) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  return local_cells(s) * (tokens * (128 + 8) + 4) + 16;
+  return local_cells(s) * (tokens * (128 + 8) + 4) + 16 + tokens * s.group_rows * 4;
 }
 
-// Most tiles of one pass: registers again.
-AQLM_HD constexpr int rotated_max_tiles(Coding coding, int bits, bool grouped) {
-  return grouped || bits == 8 || (coding == Coding::kE8p && bits > 2) ? 8 : 16;
+// Most tiles of one pass: registers again. Warpgroup MMAs take both planes into one accumulator.
+AQLM_HD constexpr int rotated_max_tiles(Coding coding, int bits, bool grouped, bool wgmma) {
+  return grouped || bits == 8 || (!wgmma && rotated_planes(coding, bits) == 2) ? 8 : 16;
 }
 
 AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, int warps) {
   return rotated_tables(coding, bits) +
-         warps * rotated_wg_depth(bits, warps) * kCellRows * kCellColumns / 8 * bits +
-         kRotatedWgStages * (tiles * 512 + 16);
+         warps * rotated_wg_depth(coding, bits, warps) * kCellRows * kCellColumns / 8 * bits +
+         rotated_wg_stages(coding, bits, tiles) *
+             (rotated_planes(coding, bits) * tiles * 512 + 16) +
+         (rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0);
 }
 
 // Up to this many tokens per tile of a pass, passes of the MMA bodies beat dequantized slices and a
 // GEMM: 66 us for 64 tokens against 183 us and the GEMM (H200, E8P 28672 x 8192).
-AQLM_HD constexpr int rotated_passes(bool hopper, bool grouped) {
-  return hopper && !grouped ? 24 : 12;
+AQLM_HD constexpr int rotated_passes(bool hopper, bool grouped, int planes) {
+  return hopper && !grouped && planes == 1 ? 24 : 12;
 }
+
+// Bytes that the blocks of a spread rotation read from L2 in all, up to which it is faster than
+// clusters that exchange: 8192 x 16 tokens 2.6 against 4.0 us at 4 MB, 14336 x 4 4.8 against 6.3 at
+// 3 MB, 28672 x 4 8.1 against 7.8 at 6.4 MB (H200).
+constexpr double kSpreadMegabytes = 4.5;
 
 // Cells of K per CTA below which partial sums cost more than idle SMs.
 constexpr int kRotatedMinCells = 4;

@@ -34,20 +34,22 @@ __device__ __forceinline__ void after_wait(ScalarCodes<kBits>& c, uint32_t no_bi
 
 template <Coding kCoding, int kBits, int kTiles, bool kGrouped>
 __global__ void
-__launch_bounds__((tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped) + 4) * 32, 1)
+__launch_bounds__((tune::rotated_wg_warps(kTiles, kGrouped) + 4) * 32, 1)
 rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
-  constexpr int kWarps = tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped);
-  constexpr int kStages = tune::kRotatedWgStages;
-  constexpr int kPlanes = kE8p && kBits > 2 ? 2 : 1, kColumns = 8 * kTiles;
-  constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits, kX = kColumns * kStageColumn;
-  constexpr int kDepth = tune::rotated_wg_depth(kBits, kWarps);
+  constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
+  constexpr int kStages = tune::rotated_wg_stages(kCoding, kBits, kTiles);
+  constexpr int kPlanes = tune::rotated_planes(kCoding, kBits), kColumns = 8 * kTiles;
+  constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;
+  constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane;
+  constexpr int kDepth = tune::rotated_wg_depth(kCoding, kBits, kWarps);
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const codes = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = codes + kWarps * kDepth * kCodes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kX);
   uint64_t* const empty = full + kStages;
+  float* const exchange = reinterpret_cast<float*>(empty + kStages);  // two of [4][group_rows]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
@@ -112,7 +114,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   }
   grid_dependency_wait();
 
-  int acc[kPlanes][2][kTiles * 4] = {};
+  int acc[2][kTiles * 4] = {};
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
   float group_sum[kTiles] = {}, group_scale[kTiles] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
@@ -125,21 +127,21 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
 #pragma unroll
-    for (int q = 0; q < kPlanes * 2 * kTiles * 4; ++q)
-      asm volatile("" : "+r"((&acc[0][0][0])[q]) :: "memory");
+    for (int q = 0; q < 2 * kTiles * 4; ++q)
+      asm volatile("" : "+r"((&acc[0][0])[q]) :: "memory");
   };
   auto release = [&] {
     mma_groups_wait<0>();
     if (released >= 0 && lane == 0) barrier_arrive(empty + released);
     released = -1;
   };
-  auto combined = [&](int plane, int r, int n) {
-    const int* v = acc[plane][r / 2] + n * 4 + r % 2 * 2;
+  auto combined = [&](int r, int n) {
+    const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
     return 256.f * v[0] + v[1];
   };
   auto clear = [&] {
 #pragma unroll
-    for (int q = 0; q < kPlanes * 2 * kTiles * 4; ++q) (&acc[0][0][0])[q] = 0;
+    for (int q = 0; q < 2 * kTiles * 4; ++q) (&acc[0][0])[q] = 0;
     finished();
   };
 
@@ -198,8 +200,8 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         mma_fence();
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          wgmma(acc[plane][m], a[m][0], x);
-          wgmma(acc[plane][m], a[m][1], x + (2 * kColumns * 16 >> 4));
+          wgmma(acc[m], a[m][0], x + (plane * kPlane >> 4));
+          wgmma(acc[m], a[m][1], x + (plane * kPlane + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
       }
@@ -215,7 +217,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             const float scale = rows.scale(p.w, r), shift = rows.template shift<kBits>(p.w, r);
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
-              total[r / 2][n][r % 2] += (kStep * combined(0, r, n) + shift * group_sum[n]) *
+              total[r / 2][n][r % 2] += (kStep * combined(r, n) + shift * group_sum[n]) *
                                         (scale * group_scale[n]);
           }
 #pragma unroll
@@ -228,11 +230,15 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
     finished();
 
     const int block = group * kWarps + warp;
-    if (block < blocks) {
-      float* out = partials_of(p, group) + warp * kCellRows + g;
+    // Rows past the last block: computed for the sake of barriers, never stored.
+    const bool exists = block < blocks;
+    const bool exchanged = tune::rotated_exchanges(kTiles) && p.local_bits > 5;
+    if (exists || exchanged) {
+      float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0);
       if constexpr (!kE8p && !kGrouped) rows.load(p.w, block, 0, 1);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        if (exchanged && n * 4 >= tokens) break;
         const int m = n * 4 + t, token = min(m, tokens - 1);
         const float x_scale = kGrouped ? 0.f : p.x_scales[token];
         float sum = 0.f;
@@ -244,22 +250,34 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
           }
         }
+        float v[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          float v;
           if constexpr (kGrouped) {
-            v = total[r / 2][n][r % 2];
+            v[r] = total[r / 2][n][r % 2];
           } else if constexpr (kE8p) {
-            v = combined(0, r, n);
-            if constexpr (kPlanes == 2) v += p.w.residual * combined(1, r, n);
-            v *= x_scale * (1.f / 32.f);
+            v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
           } else {
-            v = kStep * combined(0, r, n) + rows.template shift<kBits>(p.w, r) * sum;
-            v *= x_scale * rows.scale(p.w, r);
+            v[r] = kStep * combined(r, n) + rows.template shift<kBits>(p.w, r) * sum;
+            v[r] *= x_scale * rows.scale(p.w, r);
           }
-          if (m < tokens) out[m * s.group_rows + r * 8] = v;
+        }
+        if (p.local_bits > 0) transform_rows(v, p.local_bits);
+        if (exchanged) {
+          // Two buffers in turn: one barrier a tile.
+          float* const ex = exchange + n % 2 * 4 * kWarps * kCellRows;
+#pragma unroll
+          for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
+          consumers_sync<kWarps * 32>();
+          transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
+                                  out + n * 4 * s.group_rows, blocks - group * kWarps);
+        } else if (m < tokens) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            out[m * s.group_rows + warp * kCellRows + r * 8 + g] = v[r];
         }
       }
+      if (exchanged) consumers_sync<kWarps * 32>();  // the next row group begins with buffer 0
     }
     if (end == count) break;
     clear();

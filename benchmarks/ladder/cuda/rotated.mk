@@ -12,7 +12,7 @@ HDR := $(wildcard csrc/cuda/rotated* csrc/cuda/scalar* csrc/cuda/e8p* csrc/cuda/
   csrc/cuda/ptx.cuh csrc/cuda/numeric.cuh csrc/cuda/enqueue.cuh csrc/cuda/launch.h \
   csrc/cuda/instances/rotated.inl csrc/ops_cuda_common.h)
 VPATH := csrc/cuda:csrc/cuda/instances
-NVFLAGS := -O3 $(ARCH) -lineinfo -Xptxas -v -DAQLM_TUNE \
+NVFLAGS := -O3 $(ARCH) -Xptxas -v -DAQLM_TUNE \
   -Xcompiler -fPIC,-fvisibility=hidden,-ffunction-sections
 CUDA_INC := /usr/local/cuda/include
 

@@ -2,6 +2,7 @@
 #include "../enqueue.cuh"
 #include "../rotated_bodies.h"
 #include "../rotated_dequant.cuh"
+#include "../rotated_groups.cuh"
 #include "../rotated_mma.cuh"
 #include "../rotated_wgmma.cuh"
 
@@ -9,11 +10,11 @@ namespace aqlm {
 
 namespace {
 
-template <int kTiles, bool kGrouped>
+template <int kTiles, bool kGrouped,
+          int kWarps = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped)>
 cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   using Shape = tune::RotatedShape<AQLM_CODING, AQLM_BITS, kTiles>;
-  const int threads = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped) * 32;
-  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
+  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps>;
   const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles);
   int device = 0;
   DeviceInfo info;
@@ -21,13 +22,22 @@ cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   if (e == cudaSuccess) e = device_info(device, &info);
   if (e != cudaSuccess) return e;
   const int limit = std::min(info.max_smem, Shape::kTables + tune::kRotatedMaxX);
-  return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, threads, smem, stream, p);
+  return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, smem, stream, p);
+}
+
+template <int kTokens>
+cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_groups_kernel<AQLM_BITS, kTokens>;
+  constexpr int kScales = tune::kGroupWarps * kGroupBytes;
+  const int smem = kScales + tune::staged_bytes(p.s, kTokens, 1);
+  constexpr int limit = kScales + tune::kRotatedMaxX;
+  return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, tune::kGroupWarps * 32, smem, stream, p);
 }
 
 template <int kTiles, bool kGrouped>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
-  constexpr int kWarps = tune::rotated_wg_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped);
+  constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
   constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kWarps);
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWarps + 4) * 32, kSmem, stream, p);
 }
@@ -35,20 +45,27 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
 template <bool kGrouped>
 cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
   constexpr bool kE8p = AQLM_CODING == Coding::kE8p;
-  constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped);
+  constexpr int kMostWg = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, true);
+  constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, false);
   const int tiles = c.tiles;
+  if constexpr (kGrouped)
+    if (tiles == 1 && tune::rotated_group_body(p.w, p.tokens))
+      return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);
   if (tiles > 1) {
     const int units = p.s.units, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
+    const int planes = c.wgmma ? tune::rotated_planes(AQLM_CODING, AQLM_BITS) : 1;
     const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
-                                  kStageThreads, units * 4, stream, p, 8 * tiles, c.wgmma);
+                                  kStageThreads, units * 4, stream, p, 8 * tiles, planes, c.wgmma);
     if (e != cudaSuccess) return e;
   }
   if (c.wgmma) {
     if (tiles == 4) return wgmma_tiles<4, kGrouped>(p, stream);
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
-    if constexpr (kMost == 16) return wgmma_tiles<16, kGrouped>(p, stream);
+    if constexpr (kMostWg == 16) return wgmma_tiles<16, kGrouped>(p, stream);
     return cudaErrorInvalidValue;
   }
+  if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
+    if (c.wide) return matmul_tiles<1, false, tune::kWideWarps>(p, stream);
   switch (tiles) {
     case 1: return matmul_tiles<1, kGrouped>(p, stream);
     case 2: return matmul_tiles<2, kGrouped>(p, stream);

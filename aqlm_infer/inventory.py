@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..backends import KERNELS, Problem, explain, native
-from ..bench.record import device_name
-from ..checkpoint import CheckpointError, check_block, quantized_names, read_headers
-from ..checkpoint.own import METHOD
-from ..formats import FAMILIES, AdditiveFormat, Format, FormatError, parse_scheme
-from ..version import __version__
+from .backends import KERNELS, Problem, explain, native
+from .bench.record import device_name
+from .checkpoint import CheckpointError, check_block, quantized_names, read_headers
+from .checkpoint.own import METHOD
+from .formats import FAMILIES, AdditiveFormat, Format, FormatError, parse_scheme
+from .version import __version__
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "triton", "numpy")
 

@@ -1,0 +1,198 @@
+"""Operators between the matmuls of a decode step. M tokens are M sequences: one new token each.
+
+    rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
+    swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
+    decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
+    rope_attention: the same with the rotary embedding and the cache's update in one launch
+
+On CUDA they are Triton kernels (``triton_kernels/decode.py``), elsewhere plain torch. Everything is
+rounded where transformers rounds it. Inference only: they have no gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..ops.library import LIBRARY, OperandError, define
+
+_SCHEMAS = (
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
+    "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
+    " float scale) -> Tensor",
+)
+
+
+def check_rows(x, *others) -> None:
+    """Raise OperandError unless x is [M, N] and the others are [M, N] or [N] of its dtype."""
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise OperandError(f"x is {list(x.shape)}, strides {x.stride()}: expected rows [M, N]")
+    for other in others:
+        if other.shape not in (x.shape, x.shape[1:]) or other.dtype != x.dtype:
+            raise OperandError(
+                f"{other.dtype} {list(other.shape)} beside {x.dtype} {list(x.shape)}"
+            )
+
+
+def check_attention(q, k, v, mask) -> None:
+    """Raise OperandError unless q [B, H, D] attends to k and v [B, Hkv, L, D] through the mask."""
+    B, H, D = q.shape
+    expected = [B, k.shape[1], k.shape[2], D]
+    if list(k.shape) != expected or list(v.shape) != expected or H % k.shape[1]:
+        raise OperandError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B, H, D] and"
+            " [B, Hkv, L, D] with H a multiple of Hkv"
+        )
+    if list(mask.shape) != [B, k.shape[2]] or mask.dtype != torch.bool:
+        raise OperandError(f"mask is {mask.dtype} {list(mask.shape)}, expected bool [B, L]")
+    if any(t.stride(-1) != 1 for t in (q, k, v, mask)):
+        raise OperandError("the last dimension of q, k, v and mask must be contiguous")
+
+
+def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
+    """Raise OperandError unless a new key and value [B, Hkv, D] fit q and the cache."""
+    B, heads, L, D = keys.shape
+    shapes = {
+        "key": (key, [B, heads, D]), "value": (value, [B, heads, D]), "cos": (cos, [L, D]),
+        "sin": (sin, [L, D]), "ids": (ids, [B, 1]), "filled": (filled, [1]),
+        "counts": (counts, [B * heads]),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape or tensor.stride(-1) != 1:
+            raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
+
+
+def _norm(x, weight, eps):
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rms_norm(x, weight, eps):
+    check_rows(x, weight)
+    return _norm(x, weight, eps)
+
+
+def _add_rms_norm(x, delta, weight, eps):
+    check_rows(x, delta, weight)
+    total = x + delta
+    return total, _norm(total, weight, eps)
+
+
+def _swiglu(gate, up):
+    check_rows(gate, up)
+    return F.silu(gate) * up
+
+
+def _decode_attention(q, k, v, mask, scale):
+    check_attention(q[:, :, 0], k, v, mask)
+    return _attend(q[:, :, 0], k, v, mask, scale)[:, None]
+
+
+def _attend(q, k, v, mask, scale):
+    B, H, D = q.shape
+    # The query heads of a key/value head are the rows of one product: no repeated keys.
+    rows = q.reshape(B, k.shape[1], -1, D)
+    y = F.scaled_dot_product_attention(rows, k, v, mask[:, None, None, :], scale=scale)
+    return y.reshape(B, H, D)
+
+
+def _rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale):
+    check_attention(q, keys, values, mask)
+    check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
+    cos, sin = cos[ids], sin[ids]  # [B, 1, D]
+    keys.index_copy_(2, filled, _rotate(key, cos, sin)[:, :, None])
+    values.index_copy_(2, filled, value[:, :, None])
+    seen = mask & (torch.arange(mask.shape[1], device=mask.device) <= filled)
+    return _attend(_rotate(q, cos, sin), keys, values, seen, scale)
+
+
+def _rms_norm_fake(x, weight, eps):
+    check_rows(x, weight)
+    return x.new_empty(x.shape)
+
+
+def _add_rms_norm_fake(x, delta, weight, eps):
+    check_rows(x, delta, weight)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _swiglu_fake(gate, up):
+    check_rows(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+def _decode_attention_fake(q, k, v, mask, scale):
+    check_attention(q[:, :, 0], k, v, mask)
+    return q.new_empty((q.shape[0], 1, q.shape[1], q.shape[3]))
+
+
+def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale):
+    check_attention(q, keys, values, mask)
+    return q.new_empty(q.shape)
+
+
+define(
+    _SCHEMAS,
+    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _decode_attention_fake,
+     _rope_attention_fake),
+    (_rms_norm, _add_rms_norm, _swiglu, _decode_attention, _rope_attention),
+)  # fmt: skip
+
+_ops = torch.ops.aqlm_infer
+rms_norm = _ops.rms_norm
+add_rms_norm = _ops.add_rms_norm
+swiglu = _ops.swiglu
+decode_attention = _ops.decode_attention
+rope_attention = _ops.rope_attention
+
+
+def _kernels():
+    from ..triton_kernels import decode  # Triton is imported when a CUDA tensor first comes
+
+    return decode
+
+
+def _cuda_rms_norm(x, weight, eps):
+    check_rows(x, weight)
+    return _kernels().add_rms_norm(x, None, weight, eps)[1]
+
+
+def _cuda_add_rms_norm(x, delta, weight, eps):
+    check_rows(x, delta, weight)
+    return _kernels().add_rms_norm(x, delta, weight, eps)
+
+
+def _cuda_swiglu(gate, up):
+    check_rows(gate, up)
+    return _kernels().swiglu(gate, up)
+
+
+def _cuda_decode_attention(q, k, v, mask, scale):
+    check_attention(q[:, :, 0], k, v, mask)
+    return _kernels().attention(q[:, :, 0], k, v, mask, scale)[:, None]
+
+
+def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale):
+    check_attention(q, keys, values, mask)
+    check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
+    new = key, value, cos, sin, ids, filled
+    return _kernels().attention(q, keys, values, mask, scale, new, counts)
+
+
+for _name, _function in {
+    "rms_norm": _cuda_rms_norm,
+    "add_rms_norm": _cuda_add_rms_norm,
+    "swiglu": _cuda_swiglu,
+    "decode_attention": _cuda_decode_attention,
+    "rope_attention": _cuda_rope_attention,
+}.items():
+    LIBRARY.impl(_name, _function, "CUDA")

@@ -1,0 +1,130 @@
+"""One decode step as a captured CUDA graph: a token a sequence in, logits out, no Python between.
+
+Everything that changes from step to step lives in tensors that stay in place: the tokens, their
+positions, which cached positions are not padding, and the number of filled positions (which the
+graph itself counts up).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from .cache import StepCache
+
+_WARM_UP = 2
+
+Body = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tokens [B, 1], positions [B, 1], valid bool [B, L]) -> logits [B, 1, vocabulary].
+
+Stores the new keys and values and counts up ``cache.lengths``.
+"""
+
+
+def argmax(scores: torch.Tensor) -> torch.Tensor:
+    """The index of the largest of [B, V], the first of equals: [B].
+
+    In two stages: torch's reduction of one long row runs on a few SMs (27 us for 128256 scores).
+    """
+    size = scores.shape[-1]
+    parts = next((p for p in range(256, 15, -1) if size % p == 0), 1)
+    if parts == 1:
+        return scores.argmax(-1)
+    tops, places = scores.unflatten(-1, (parts, -1)).max(-1)
+    part = tops.argmax(-1, keepdim=True)
+    return (part * (size // parts) + places.gather(-1, part)).squeeze(-1)
+
+
+class DecodeStep:
+    """The step of ``batch`` sequences over one ``StepCache``, captured when first run.
+
+    ``make_body`` is called when the cache has been filled by a prompt; ``counts`` counts "captures"
+    and "replays"; ``pool`` is the memory pool that graphs share.
+    """
+
+    def __init__(
+        self,
+        cache: StepCache,
+        batch: int,
+        make_body: Callable[[], Body],
+        counts: Counter,
+        pool=None,
+    ):
+        self.cache, self.make_body, self.counts, self.pool = cache, make_body, counts, pool
+        device = cache.lengths.device
+        self.body: Body | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: torch.Tensor | None = None
+        self.best: torch.Tensor | None = None
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
+            self.positions = torch.zeros((batch, 1), dtype=torch.long, device=device)
+            self.valid = torch.ones((batch, cache.length), dtype=torch.bool, device=device)
+        self._all_valid = True
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        return self.tokens.shape[0]
+
+    def set_inputs(self, tokens, positions, mask: torch.Tensor | None) -> None:
+        """Copy a step's inputs.
+
+        tokens [B, 1]; positions [B, 1] below the cache's length, or None for the next one; mask
+        over the positions so far, [B, T] or [B, 1, 1, T] (boolean or additive), None for all seen.
+        """
+        self.tokens.copy_(tokens)
+        if positions is None:
+            positions = self.cache.lengths[:1]
+        self.positions.copy_(positions)
+        if not self._all_valid:
+            self.valid.fill_(True)
+        self._all_valid = mask is None
+        if mask is None:
+            return
+        if mask.dim() == 4:
+            mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+        self.valid[:, : mask.shape[1]].copy_(mask)
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Set the inputs that follow the last ones: tokens [B], one position on, none masked."""
+        self.tokens.copy_(tokens[:, None])
+        self.positions.add_(1)
+
+    def run(self) -> torch.Tensor:
+        """The logits [B, 1, vocabulary] of the inputs that are set, and ``best``, their argmax [B].
+
+        Both are overwritten by the next run.
+        """
+        if self.graph is None:
+            self._capture()
+        self.counts["replays"] += 1
+        self.graph.replay()
+        return self.logits
+
+    def eager(self) -> torch.Tensor:
+        """What the graph computes, without one."""
+        # In normal mode, whatever mode the caller is in: what is made here outlives the call.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.body is None:
+                self.body = self.make_body()
+                self.counts["captures"] += 1
+            logits = self.body(self.tokens, self.positions, self.valid)
+            self.best = argmax(logits[:, -1])
+            return logits
+
+    def _capture(self) -> None:
+        before = self.cache.lengths.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self.eager()
+                self.cache.lengths.copy_(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.logits = self.eager()
+        self.graph = graph

@@ -1,0 +1,139 @@
+"""Microseconds of whole rotated layers and of their parts, by launch shape.
+
+    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|groups|short|one|sanitize
+
+Uses the ladder build (rotated.mk). Every row names the overrides that it ran under.
+"""
+
+import ctypes
+import os
+import sys
+from functools import partial
+
+import torch
+from rotated_times import time_layers, timed_graph
+from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, override
+
+from aqlm_infer import ops
+from aqlm_infer.formats.rotation import Hadamard
+
+SHAPES = (SMALL, (6144, 4096), MEDIUM, (28672, 4096), (4096, 14336), BIG, (8192, 28672))
+
+
+def local_bits(most=-1):
+    ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_local_bits(most)
+
+
+def layers():
+    """E8P 2 bit: matmul alone, the whole layer, and the layer without folded rotations."""
+    torch.manual_seed(2)
+    for shape in SHAPES:
+        plain, rotated = (
+            copies(partial(E8P, 2, *shape)),
+            copies(partial(E8P, 2, *shape, FULL, True)),
+        )
+        for M in (1, 4, 16, 64) if shape in (SMALL, BIG) else (1,):
+            alone = time_layers(plain, M, 9)[0]
+            inner = time_layers(rotated, M, 9)[0]
+            whole = time_layers(rotated, M, 9, True)[0]
+            local_bits(5)
+            within = time_layers(rotated, M, 9, True)[0]
+            local_bits()
+            print(
+                f"e8p2 {shape[0]}x{shape[1]} M={M:<3d} alone {alone:.2f}  with output rotation"
+                f" {inner:.2f}  whole {whole:.2f} = {whole / alone:.2f}x"
+                f"  no exchange between warps {within:.2f}",
+                flush=True,
+            )
+
+
+def hadamards():
+    for n in (4096, 8192, 14336, 28672, 11008, 18944):
+        r = Hadamard.full(n)
+        h, su = r.matrix(DEV), torch.randn(n, device=DEV)
+        for M in (1, 4, 16, 64):
+            x = torch.randn(M, n, device=DEV).half()
+            calls = [partial(ops.hadamard, x, su, None, h, r.factor, 0, True)] * 20
+            row = [f"{timed_graph(calls)[0]:.2f}"]
+            for cluster in (4, 8):
+                override(cluster)
+                row.append(f"cluster {cluster}: {timed_graph(calls)[0]:.2f}")
+            override()
+            print(f"hadamard {n} F={r.factor} M={M}  ", "  ".join(row), flush=True)
+
+
+def groups():
+    for bits in (2, 3, 4, 8):
+        rows = copies(partial(Scalar, bits, *BIG, 128))
+        print(
+            f"int{bits}-g128",
+            [round(time_layers(rows, M, 9)[0], 2) for M in (1, 2, 4, 16)],
+            flush=True,
+        )
+        if bits < 8:
+            rows = copies(partial(Scalar, bits, *BIG, BIG[1], zeros=False, dtype=torch.float32))
+            print(
+                f"quip-int{bits}",
+                [round(time_layers(rows, M, 9)[0], 2) for M in (1, 4, 16, 64)],
+                flush=True,
+            )
+        del rows
+
+
+def short():
+    for shape in (BIG, MEDIUM, SMALL):
+        rows = copies(partial(E8P, 2, *shape))
+        print("e8p2", shape, [round(time_layers(rows, M, 15)[0], 2) for M in (1, 2, 4)], flush=True)
+    for bits in (2, 3):
+        rows = copies(partial(Scalar, bits, *BIG, BIG[1], zeros=False, dtype=torch.float32))
+        print(
+            f"quip-int{bits}",
+            [round(time_layers(rows, M, 15)[0], 2) for M in (1, 2, 4)],
+            flush=True,
+        )
+
+
+def sanitize():
+    """One call of every body, for compute-sanitizer: racecheck is a thousand times slower."""
+    cases = [(partial(E8P, bits, 768, 192, FULL, True), (1, 3, 7, 33, 64)) for bits in (2, 3, 4)]
+    cases += [(partial(E8P, 2, 4096, 128, FULL, True), (1, 16)), (partial(E8P, 2, 96, 64), (1,))]
+    for bits in (2, 3, 4, 8):
+        cases.append((partial(Scalar, bits, 97, 256, 128), (1, 4, 9)))
+        cases.append((partial(Scalar, bits, 97, 384, 128), (1,)))
+        cases.append((partial(Scalar, bits, 128, 192, 192, FULL, True, False), (2, 40)))
+    for make, tokens in cases:
+        layer = make()
+        for M in tokens:
+            y = layer.call(torch.randn(M, layer.K, device=DEV).half())
+            assert torch.isfinite(y).all(), (layer.name, M)
+    for n in (384, 768, 3072, 11008, 4096):
+        r = Hadamard.full(n)
+        x = torch.randn(2, n, device=DEV).half()
+        for M in (1, 2):
+            y = ops.hadamard(x[:M], None, None, r.matrix(DEV), r.factor, 0, True)
+            assert torch.isfinite(y).all(), n
+    torch.cuda.synchronize()
+    print("-- sanitize OK", flush=True)
+
+
+def one():
+    """A few launches for a profiler."""
+    for shape in (BIG, SMALL):
+        layer = E8P(2, *shape, FULL, True)
+        layer.call(torch.randn(1, shape[1], device=DEV).half())
+    for bits in (2, 4):
+        Scalar(bits, *BIG, 128).call(torch.randn(1, BIG[1], device=DEV).half())
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    actions = {
+        "layers": layers,
+        "hadamards": hadamards,
+        "groups": groups,
+        "short": short,
+        "one": one,
+        "sanitize": sanitize,
+    }
+    for what in sys.argv[1:]:
+        actions[what]()

@@ -1,0 +1,248 @@
+"""Which configuration of the Triton kernels is fastest here, for each scheme, shape and M?
+
+Writes triton_kernels/configs/<device>.json (--out), which ``triton_kernels/tuning.py`` reads:
+rows of --merge stay where nothing was measured. Times are CUDA-graph replays over weights from
+memory, of the matmul alone (no rotations). First --jobs processes compile every candidate, so that
+one run's time is mostly measurement; --compile-only stops there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from aqlm_infer.backends import KERNELS, Problem
+from aqlm_infer.backends.triton import kernels
+from aqlm_infer.bench.layers import copies_for, random_tensors
+from aqlm_infer.bench.timing import time_graph
+from aqlm_infer.formats import AdditiveFormat, E8PFormat, ScalarFormat, parse_scheme
+
+SCHEMES = (
+    "aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-1x8-g8", "quip-e8p-2bit", "quip-e8p-3bit",
+    "quip-e8p-4bit", "quip-int2", "quip-int3", "quip-int4", "gptq-int2-g128", "gptq-int3-g128",
+    "gptq-int4-g128", "gptq-int8-g128",
+)  # fmt: skip
+SHAPES = ("4096x4096", "14336x4096", "28672x8192")
+TOKENS = (1, 16, 64)
+
+GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "additive.lookup": {
+        "BLOCK_N": (512, 1024, 2048), "GROUPS": (4,), "PROGRAMS": (1056, 2112, 4224),
+        "num_warps": (4, 8),
+    },
+    "additive.gemv": {
+        "BLOCK_N": (128, 256, 512), "BLOCK_G": (2, 4), "PROGRAMS": (1056, 2112),
+        "num_warps": (4,), "num_stages": (1,),
+    },
+    "additive.dot": {
+        "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
+        "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+    },
+    "e8p.gemv": {
+        "BLOCK_N": (1024,), "BLOCK_G": (2,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
+        "num_stages": (1,),
+    },
+    "e8p.integers": {
+        "BLOCK_N": (512, 1024, 2048), "BLOCK_G": (2, 4), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
+        "num_warps": (4,), "num_stages": (1,),
+    },
+    "e8p.dot": {
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (16, 32), "FIRST": (1, 0),
+        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+    },
+    "scalar.gemv": {
+        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
+        "num_stages": (1,),
+    },
+    "scalar.integers": {
+        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
+        "num_stages": (1,),
+    },
+    "scalar.dot": {
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
+        "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
+    },
+}  # fmt: skip
+
+Case = tuple[str, int, int, int]
+"""Scheme, N, K, M."""
+
+
+def family_of(scheme: str) -> str:
+    kinds = {AdditiveFormat: "additive", E8PFormat: "e8p"}
+    return kinds.get(type(parse_scheme(scheme)), "scalar")
+
+
+def row_scheme(scheme: str) -> str:
+    """The name under which ``tuning`` looks a scheme up."""
+    format = parse_scheme(scheme)
+    if isinstance(format, AdditiveFormat):
+        return f"{format.num_codebooks}x{format.nbits}-g{format.in_group_size}"
+    if isinstance(format, E8PFormat):
+        return f"{format.bits}bit"
+    grouped = isinstance(format, ScalarFormat)
+    return f"int{format.bits}" + (f"-g{format.group_size}" if grouped else "")
+
+
+def fills_bytes(scheme: str) -> bool:
+    """Whether a scalar scheme has fields that fill bytes, and groups of whole blocks."""
+    format = parse_scheme(scheme)
+    grouped = isinstance(format, ScalarFormat)
+    return format.bits != 3 and not (grouped and format.group_size % (512 // format.bits))
+
+
+def candidates(case: Case, thin: int) -> list[dict]:
+    """Configs worth trying: tiles of at most 8192 words, and every ``thin``-th of them."""
+    scheme, _, _, M = case
+    found = []
+    for name, grid in GRIDS.items():
+        family, body = name.split(".")
+        if family != family_of(scheme) or (M > 1) != (body == "dot"):
+            continue
+        if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
+            continue
+        if name == "scalar.integers" and not fills_bytes(scheme):
+            continue
+        for values in product(*grid.values()):
+            config = {"body": body, **dict(zip(grid, values, strict=True))}
+            large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
+            dot = body == "dot"
+            if large or (dot and config["BLOCK_M"] < min(M, 64)):
+                continue
+            # The first operand of Hopper's MMAs has 64 rows: few tokens are the second one.
+            if M <= 16 and "FIRST" in config and config["FIRST"] != (config["BLOCK_M"] == 16):
+                continue
+            found.append(config)
+    return found[::thin]
+
+
+def calls(case: Case, copies: int) -> list[Callable[[], torch.Tensor]]:
+    """The matmul of a case over distinct weights, without rotations."""
+    scheme, N, K, M = case
+    format, family = parse_scheme(scheme), family_of(scheme)
+    x = torch.randn(M, K, device="cuda").half()
+    none = torch.empty(0, dtype=torch.int8, device="cuda")
+    problem = Problem(format, N, K, torch.float16, "cuda")
+    kernel = next(
+        k for id, k in KERNELS.items() if id.startswith("triton.") and not k.why_not(problem)
+    )
+    made = []
+    for seed in range(copies):
+        tensors = random_tensors(format, N, K, torch.float16, seed, "cuda")
+        buffers = kernel.repack(format, tensors, (N,), "exact")
+        if family == "additive":
+            op = kernels("additive").additive_matmul
+            rest = (tensors["codebooks"], tensors["scales"], None, buffers["widest"], [N])
+            args = (x, buffers["packed_codes"], *rest)
+        elif family == "e8p":
+            op = kernels("e8p").e8p_matmul
+            rest = (None, None, none, format.bits, 1 / format.residual, N, 0, 0, "exact")
+            args = (x, buffers["packed_Qidxs"], *rest)
+        else:
+            op = kernels("scalar").scalar_matmul
+            grouped = isinstance(format, ScalarFormat)
+            scales = tensors["scales"] if grouped else buffers["grid_step"]
+            G = format.group_size if grouped else K
+            rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
+            args = (x, buffers["packed_qweight"], *rest, "exact")
+        made.append(lambda op=op, args=args: op(*args))
+    return made
+
+
+def compile_all(work: list[tuple[Case, list[dict]]]) -> None:
+    """Run each config of each case once; Triton keeps the compiled kernels on disk."""
+    tuning = kernels("additive").tuning
+    for case, configs in work:
+        (call,) = calls(case, 1)
+        for config in configs:
+            with tuning.forced(config), torch.no_grad():
+                try:
+                    call()
+                except Exception as error:  # does not compile: the timing run says so
+                    print(f"{case} {config}: {str(error)[:100]}", flush=True)
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def measure(case: Case, configs: list[dict], replays: int) -> Iterator[tuple[float, dict]]:
+    """(us, config) of each config that runs."""
+    tuning = kernels("additive").tuning
+    scheme, N, K, _ = case
+    bits = parse_scheme(scheme).bits_per_weight(N, K)
+    made = calls(case, copies_for("dram", int(N * K * bits / 8)))
+    for config in configs:
+        with tuning.forced(config):
+            try:
+                yield round(time_graph(made, replays).median_us, 2), config
+            except Exception as error:
+                print(f"{case} {config}: {str(error)[:100]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--merge", type=Path, help="an earlier file, whose other rows are kept")
+    parser.add_argument("--log", type=Path, help="JSON lines of every timing")
+    parser.add_argument("--scheme", nargs="+", default=SCHEMES)
+    parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--thin", type=int, default=1, help="try every n-th candidate")
+    parser.add_argument("--replays", type=int, default=7)
+    parser.add_argument("--seconds", type=float, help="start no case after this time")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="the cache holds every kernel")
+    arguments = parser.parse_args()
+    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape]
+    cases = [(s, N, K, M) for (N, K), M, s in product(shapes, arguments.m, arguments.scheme)]
+    work = [(case, candidates(case, arguments.thin)) for case in cases]
+    if not arguments.no_compile:
+        pieces = [(case, configs[i::4]) for case, configs in work for i in range(4)]
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(compile_all, [[piece] for piece in pieces]))
+    if arguments.compile_only:
+        return
+    begin, best = time.time(), {}
+    for case, configs in work:
+        if arguments.seconds and time.time() - begin > arguments.seconds:
+            print(f"out of time before {case}", flush=True)
+            break
+        timed = sorted(measure(case, configs, arguments.replays), key=lambda t: t[0])
+        if arguments.log:
+            with arguments.log.open("a") as log:
+                log.writelines(json.dumps([*case, us, config]) + "\n" for us, config in timed)
+        if timed:
+            best[case] = timed[0]
+            print(*case, *timed[0], flush=True)
+        write(arguments.out, arguments.merge, best)
+
+
+def write(out: Path, merge: Path | None, best: dict[Case, tuple[float, dict]]) -> None:
+    """One file of all rows, in a fixed order."""
+    rows = {}
+    for family, old in (json.loads(merge.read_text()) if merge else {}).items():
+        rows |= {(family, r["scheme"], r["N"], r["K"], r["M"]): r for r in old}
+    for (scheme, N, K, M), (us, config) in best.items():
+        row = {"scheme": row_scheme(scheme), "N": N, "K": K, "M": M, "us": us, "config": config}
+        rows[family_of(scheme), row["scheme"], N, K, M] = row
+    table: dict[str, list[dict]] = {}
+    for key in sorted(rows):
+        table.setdefault(key[0], []).append(rows[key])
+    lines = [
+        f'  "{family}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in found) + "\n  ]"
+        for family, found in table.items()
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

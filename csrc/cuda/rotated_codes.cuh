@@ -1,0 +1,42 @@
+// A warp's stream of codes: cells in the order of the CTA's range, one contiguous run a row block.
+#pragma once
+
+#include "rotated_rows.cuh"
+
+namespace aqlm {
+
+template <int kBits, int kWarps>
+struct CodeStream {
+  static constexpr int kBytes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
+  const uint8_t* from;
+  int units, blocks, block;  // of the warp
+  int wrap, left;            // cells until the row group ends; until the range does
+
+  // `count` cells from cell `first` on (row group * units + unit).
+  __device__ __forceinline__ CodeStream(const RotatedMatmul& p, int first, int count)
+      : units(p.s.units), blocks(p.w.blocks()) {
+    const int unit = first % units;
+    block = first / units * kWarps + threadIdx.x / 32;
+    wrap = units - unit;
+    left = block < blocks ? count : 0;
+    from = p.w.packed + (size_t(block) * units + unit) * kBytes + threadIdx.x % 32 * 16;
+  }
+  // Starts loading the next cell.
+  __device__ __forceinline__ void fetch(ScalarCodes<kBits>& c) {
+    if (left > 0) {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(c.a) / 16); ++i) c.a[i] = load_stream(from + i * 512);
+      if constexpr (kBits == 3) c.b = load_stream8(from - threadIdx.x % 32 * 8 + 512);
+    }
+    --left;
+    from += kBytes;
+    if (--wrap == 0) {  // on to the warp's block of the next row group
+      wrap = units;
+      from += size_t(kWarps - 1) * units * kBytes;
+      block += kWarps;
+      if (block >= blocks) left = 0;
+    }
+  }
+};
+
+}  // namespace aqlm

@@ -1,0 +1,186 @@
+"""Operators of a decode step against float64, on the CPU and (marked gpu) in Triton."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aqlm_infer.generation import ops
+from aqlm_infer.generation.step import argmax
+from aqlm_infer.ops import OperandError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def rand(*shape, device, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+def close(y, exact, dtype):
+    error = (y.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
+    assert error <= LIMITS[dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(("M", "N"), [(1, 96), (3, 4096), (5, 8192)])
+def test_norms(device, dtype, M, N):
+    x = rand(M, 2 * N, device=device, dtype=dtype)[:, :N]  # rows apart
+    delta, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((M, N), (N,)))
+
+    def exact(total):
+        wide = total.double()
+        return weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    close(ops.rms_norm(x, weight, 1e-5), exact(x), dtype)
+    total, y = ops.add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, x + delta)
+    close(y, exact(total), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_swiglu_takes_halves_of_one_product(device, dtype):
+    both = rand(3, 1500, device=device, dtype=dtype)
+    gate, up = both[:, :750], both[:, 750:]
+    close(ops.swiglu(gate, up), F.silu(gate.double()) * up.double(), dtype)
+
+
+def attention_case(device, dtype, B, H, heads, L, D, filled):
+    q, key, value = (rand(B, n, D, device=device, dtype=dtype, seed=s)
+                     for s, n in enumerate((H, heads, heads)))  # fmt: skip
+    keys, values = (rand(B, heads, L, D, device=device, dtype=dtype, seed=s) for s in (3, 4))
+    keys[:, :, filled:], values[:, :, filled:] = float("nan"), float("nan")  # never read
+    mask = torch.rand(B, L, generator=torch.Generator().manual_seed(5)) < 0.8
+    mask[:, filled] = True
+    angle = torch.arange(L)[:, None] * 0.3 ** torch.arange(D // 2)[None]
+    cos, sin = (torch.cat((f, f), 1).to(dtype).to(device) for f in (angle.cos(), angle.sin()))
+    ids = torch.arange(B)[:, None] + filled - B
+    return q, key, value, keys, values, mask.to(device), cos, sin, ids.clamp(min=0).to(device)
+
+
+def rotated64(x, cos, sin):
+    x, cos, sin = x.double(), cos.double(), sin.double()
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+CASES = [
+    (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
+    (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
+    (64, 4, 4, 256, 64, 131),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rope_attention(device, dtype, case):
+    B, H, heads, L, D, filled = case
+    q, key, value, keys, values, mask, cos, sin, ids = attention_case(device, dtype, *case)
+    if device == "cpu":  # torch's attention multiplies by a weight of zero what is not seen
+        keys[:, :, filled:], values[:, :, filled:] = 1.0, 1.0
+    counts = torch.zeros(B * heads, dtype=torch.int32, device=device)
+    old_keys, at = keys.clone(), torch.tensor([filled], device=device)
+    arguments = (q, key, value, cos, sin, ids, at, keys, values, mask, counts, 0.3)
+    y = ops.rope_attention(*arguments)
+    new_key = rotated64(key, cos[ids], sin[ids])
+    close(keys[:, :, filled], new_key, dtype)
+    assert torch.equal(values[:, :, filled], value)
+    assert torch.equal(keys[:, :, :filled], old_keys[:, :, :filled])
+    assert not counts.any()
+    seen = mask & (torch.arange(L, device=device) <= filled)
+    rows = rotated64(q, cos[ids], sin[ids]).unflatten(1, (heads, -1))
+    stored_k, stored_v = (t[:, :, : filled + 1].double() for t in (keys, values))
+    exact = F.scaled_dot_product_attention(
+        rows, stored_k, stored_v, seen[:, None, None, : filled + 1], scale=0.3
+    )
+    close(y, exact.flatten(1, 2), dtype)
+    assert torch.equal(ops.rope_attention(*arguments), y)
+    keys[:, :, filled:], values[:, :, filled:] = 0.0, 0.0
+    keys[:, :, filled] = new_key.to(dtype)
+    values[:, :, filled] = value
+    turned = rotated64(q, cos[ids], sin[ids]).to(dtype)
+    close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128, 512])
+def test_every_chunk_size(chunk):
+    from aqlm_infer.triton_kernels import decode
+
+    q, _, _, keys, values, mask, *_ = attention_case("cuda", torch.float16, 2, 8, 2, 500, 128, 499)
+    keys[:, :, 499], values[:, :, 499] = 1.0, 1.0
+    y = decode.attention(q, keys, values, mask, 0.1, chunk=chunk)
+    close(y, ops._attend(q.double(), keys.double(), values.double(), mask, 0.1), torch.float16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [97, 512, 128256, 32000])
+def test_argmax_takes_the_first_of_equals(device, size):
+    scores = rand(5, size, device=device, dtype=torch.float16)
+    scores[1] = 0.0
+    scores[2, size // 2 :] = 60.0
+    scores[3, -1] = 60.0
+    exact = torch.stack([(row == row.max()).nonzero()[0, 0] for row in scores])
+    assert torch.equal(argmax(scores), exact)
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from aqlm_infer.triton_kernels import decode
+
+A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "PRECISION": "tf32"}
+CASES = [
+    (decode._attend, {**A, "CHUNKS": 8, "SLOTS": 8, "UNROLL": 8, "NEW": True, "EARLY": True}),
+    (decode._attend, {**A, "CHUNKS": 33, "SLOTS": 64, "UNROLL": 8, "NEW": False, "EARLY": False}),
+    (decode._attend, {**A, "CHUNKS": 1, "SLOTS": 1, "UNROLL": 1, "NEW": True, "EARLY": False}),
+    (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True}),
+    (decode._swiglu, {"BLOCK": 512}),
+]
+TYPES = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "count_ptr": "*i32", "ids_ptr": "*i64",
+         "at_ptr": "*i64", "mask_ptr": "*i1", "scale": "fp32", "eps": "fp32"}
+for body, constants in CASES:
+    for arch, pdl in ((80, False), (90, True)):
+        values = {**constants, "PDL": pdl}
+        default = {n: "*fp16" if n.endswith("_ptr") else "i32" for n in body.arg_names}
+        types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
+        at = {(body.arg_names.index(name),): value for name, value in values.items()}
+        source = ASTSource(fn=body, signature=types, constexprs=at)
+        assert triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]
+print("compiled", len(CASES))
+"""
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.stdout.strip() == "compiled 5", run.stderr[-2000:]
+
+
+def test_operands_are_checked():
+    q, key, value, keys, values, mask, cos, sin, ids = attention_case(
+        "cpu", torch.float32, 2, 4, 2, 16, 8, 3
+    )
+    with pytest.raises(OperandError, match=r"with H a multiple of Hkv"):
+        ops.decode_attention(q[:, :3, None], keys, values, mask, 1.0)
+    with pytest.raises(OperandError, match=r"expected bool \[B, L\]"):
+        ops.decode_attention(q[:, :, None], keys, values, mask.float(), 1.0)
+    with pytest.raises(OperandError, match=r"counts is \[1\], expected contiguous \[4\]"):
+        ops.rope_attention(
+            q, key, value, cos, sin, ids, torch.tensor([3]), keys, values, mask,
+            torch.zeros(1, dtype=torch.int32), 1.0,
+        )  # fmt: skip
+    with pytest.raises(OperandError, match=r"\[2, 8\] beside torch.float32 \[2, 16\]"):
+        ops.swiglu(torch.randn(2, 16), torch.randn(2, 8))

@@ -1,0 +1,131 @@
+"""Triton kernels compile without a GPU, and the table of measured configurations is well formed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aqlm_infer.triton_kernels import tuning
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar
+
+A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
+S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
+CASES = {
+    "additive": [
+        (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
+        (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
+        (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
+        (additive._lookup, {**A, "BLOCK_N": 512}),
+        (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
+        (partial._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "SCALES": True, "BIAS": True,
+                           "BLOCK": 256}),
+        (partial._sums, {"BLOCK": 1024}),
+    ],
+    "rotated": [
+        (e8p._prepare, {"BLOCK": 1024}),
+        (e8p._gemv, {"BITS": 3, "BLOCK_N": 256, "BLOCK_G": 4, "SHARED": True}),
+        (e8p._dot, {"BITS": 4, "EXACT": False, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16,
+                    "SHARED": False, "FIRST": True}),
+        (e8p._dequantize, {"BITS": 3, "BLOCK_N": 64, "BLOCK_G": 8}),
+        (e8p._quantize, {"BLOCK": 128, "CHUNK": 4096}),
+        (e8p._integers, {"BITS": 2, "SHARED": True, "ASM": True, "BLOCK_N": 512, "BLOCK_G": 2}),
+        (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
+                          "PRECISION": "tf32x3", "BLOCK_R": 16}),
+        (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
+                         "PRECISION": "tf32x3", "BLOCK_Q": 16, "BLOCK_J": 32, "BLOCK_B": 32}),
+    ],
+    "scalar": [
+        (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),
+        (scalar._gemv, {**S, "TOGETHER": 2, "BLOCK_N": 32}),
+        (scalar._dot, {**S, "EVEN": False, "EXACT": False, "FIRST": False, "BLOCK_N": 64,
+                       "BLOCK_M": 32}),
+        (scalar._dequantize, {"BITS": 3, "ZEROS": True, "ALIGNED": True, "BLOCK_N": 16}),
+        (scalar._quantize, {"BITS": 4, "GROUPED": False, "CHUNK": 4096}),
+        (scalar._integers, {"BITS": 4, "NB": 1, "GROUPED": True, "ZEROS": True, "ASM": True,
+                            "BLOCK_N": 64}),
+    ],
+}[sys.argv[1]]
+TYPES = {
+    "codes_ptr": "*i16", "rest_ptr": "*u8", "tables_ptr": "*i32", "words_ptr": "*i32",
+    "partial_ptr": "*fp32", "unit_ptr": "*fp32", "widest_ptr": "*fp32", "sums_ptr": "*fp32",
+    "out_ptr": "*fp32", "t_ptr": "*fp32", "h_ptr": "*i8", "residual": "fp32", "factor": "fp32",
+    "scale": "fp32",
+}
+for body, constants in CASES:
+    values = {name: constants[name] for name in body.arg_names if name in constants}
+    default = {n: "*fp16" if n.endswith("_ptr") else "i32" for n in body.arg_names}
+    types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
+    if body is additive._lookup:
+        types["tables_ptr"] = "*fp16"
+    if body.__name__ in ("_integers", "_quantize"):
+        types["x_ptr" if body.__name__ == "_integers" else "out_ptr"] = "*i32"
+    at = {(body.arg_names.index(name),): value for name, value in values.items()}
+    source = ASTSource(fn=body, signature=types, constexprs=at)
+    assert triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32)).asm["cubin"]
+print("compiled", len(CASES))
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "arch", "count"),
+    [("additive", 90, 7), ("rotated", 80, 8), ("scalar", 90, 6)],
+)
+def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, family, str(arch)],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.stdout.strip() == f"compiled {count}", run.stderr[-2000:]
+
+
+ROWS = [
+    {"scheme": "2bit", "N": 4096, "K": 4096, "M": 1, "config": {"body": "gemv", "BLOCK_N": 7}},
+    {"scheme": "2bit", "N": 28672, "K": 8192, "M": 1, "config": {"body": "gemv", "BLOCK_N": 9}},
+    {"scheme": "2bit", "N": 4096, "K": 4096, "M": 16, "config": {"body": "dot", "BLOCK_N": 3}},
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "M", "found"),
+    [((4096, 4096), 1, 7), ((14336, 4096), 1, 7), ((14336, 8192), 1, 9), ((57344, 16384), 1, 9),
+     ((28672, 8192), 2, 3), ((28672, 8192), 16, 3)],
+)  # fmt: skip
+def test_the_nearest_shape_with_as_many_tokens_is_taken(shape, M, found):
+    assert tuning.nearest(ROWS, "2bit", *shape, M)["BLOCK_N"] == found
+
+
+def test_without_a_row_the_default_of_the_asked_body_is_taken(monkeypatch):
+    assert tuning.nearest(ROWS, "2bit", 4096, 4096, 17) is None
+    assert tuning.nearest(ROWS, "3bit", 4096, 4096, 1) is None
+    monkeypatch.setattr(tuning, "device_name", lambda: "unknown-device")
+    found = tuning.config("e8p", "2bit", 4096, 4096, 16, "dot")
+    assert found == {**tuning.DEFAULTS["e8p.dot"], "body": "dot"}
+
+
+def test_a_forced_config_fills_its_bodys_defaults():
+    with tuning.forced({"body": "gemv", "BLOCK_N": 32}):
+        found = tuning.config("scalar", "int2", 64, 64, 1, "dot")
+    assert found == {**tuning.DEFAULTS["scalar.gemv"], "body": "gemv", "BLOCK_N": 32}
+
+
+def test_shipped_tables_name_known_bodies_and_options():
+    files = list(resources.files("aqlm_infer.triton_kernels").joinpath("configs").iterdir())
+    assert files, "no table ships"
+    for file in files:
+        for family, rows in json.loads(file.read_text()).items():
+            for row in rows:
+                assert row["us"] > 0 and (row["M"] == 1 or row["config"]["body"] == "dot"), row
+                options = set(row["config"]) - {"body"}
+                assert options <= set(tuning.DEFAULTS[f"{family}.{row['config']['body']}"]), row

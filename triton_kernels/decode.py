@@ -1,0 +1,253 @@
+"""What a decode step runs between its matmuls, in Triton: attention over a cache, norms, SwiGLU.
+
+All kernels are launched dependently on GPUs that can (sm_90): they start while the kernel before
+them ends, load what it does not write, and wait before they read its results. Captured in a graph,
+that hides most of the latency of a small kernel.
+
+Attention is flash-decoding with a fixed split: the cache's positions are cut into chunks, a program
+computes one chunk for all query heads of one key/value head, and the program that ends last adds
+the chunks of its heads in order, so runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_PROGRAMS = 132
+_TILE = 64
+_MAX_CHUNKS = 64
+
+
+@triton.jit
+def _rotated(x_ptr, at, d, ok, cos, sin, D: tl.constexpr):
+    """x cos + rotate_half(x) sin, in x's dtype, of the vectors that start at ``at``."""
+    half: tl.constexpr = D // 2
+    x = tl.load(x_ptr + at + d, mask=ok, other=0.0)
+    other = tl.load(x_ptr + at + tl.where(d < half, d + half, d - half), mask=ok, other=0.0)
+    return x * cos + tl.where(d < half, -other, other) * sin
+
+
+@triton.jit
+def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_ptr, v_ptr, mask_ptr,
+            partial_ptr, stats_ptr, count_ptr, out_ptr, scale, L, CHUNK,
+            q_b, q_h, nk_b, nk_h, nv_b, nv_h, ids_b, k_b, k_h, k_l, v_b, v_h, v_l, mask_b,
+            GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr,
+            NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """One chunk of positions for the query heads of one key/value head.
+
+    NEW: q and the new key still need their rotation, and key and value their place in the cache.
+    EARLY: a chunk is one tile, which is loaded before the wait.
+    """
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows, d, cols = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TILE)
+    d_ok, row_ok = d < D, rows < GROUP
+    q_ok = row_ok[:, None] & d_ok[None, :]
+    begin = chunk * CHUNK
+    k_base, v_base = k_ptr + batch * k_b + head * k_h, v_ptr + batch * v_b + head * v_h
+    if PDL:
+        gdc_launch_dependents()
+    # The mask and what earlier steps cached were complete before this graph was launched.
+    filled = tl.load(at_ptr).to(tl.int32) if NEW else L
+    active = filled // CHUNK + 1 if NEW else CHUNKS  # chunks with any position: the others end here
+    if chunk < active:
+        end = tl.minimum(tl.minimum(begin + CHUNK, L), filled)
+        if EARLY:
+            at0 = begin + cols
+            seen0 = tl.load(mask_ptr + batch * mask_b + at0, mask=at0 < end, other=0) != 0
+            ok0 = (at0 < end)[:, None] & d_ok[None, :]
+            k0 = tl.load(k_base + at0[:, None] * k_l + d[None, :], mask=ok0, other=0.0)
+            v0 = tl.load(v_base + at0[:, None] * v_l + d[None, :], mask=ok0, other=0.0)
+        if NEW:
+            place = tl.load(ids_ptr + batch * ids_b)
+            cos = tl.load(cos_ptr + place * D + d, mask=d_ok, other=0.0)
+            sin = tl.load(sin_ptr + place * D + d, mask=d_ok, other=0.0)
+        if PDL:
+            gdc_wait()
+        q_at = batch * q_b + (head * GROUP + rows)[:, None] * q_h
+        if NEW:
+            q = _rotated(q_ptr, q_at, d[None, :], q_ok, cos[None, :], sin[None, :], D)
+        else:
+            q = tl.load(q_ptr + q_at + d[None, :], mask=q_ok, other=0.0)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DP), tl.float32)
+        if NEW:  # noqa: SIM102 (known at compile time)
+            if chunk == active - 1:
+                k = _rotated(new_k_ptr, batch * nk_b + head * nk_h, d, d_ok, cos, sin, D)
+                v = tl.load(new_v_ptr + batch * nv_b + head * nv_h + d, mask=d_ok, other=0.0)
+                tl.store(k_base + filled * k_l + d, k, d_ok)
+                tl.store(v_base + filled * v_l + d, v, d_ok)
+                top = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+                total = tl.full((ROWS,), 1.0, tl.float32)
+                acc += v.to(tl.float32)[None, :]
+        for first in range(begin, end, TILE):
+            # Loads depend on the position alone, not on the mask, so that they can be pipelined.
+            if EARLY:
+                seen, k, v = seen0, k0, v0
+            else:
+                at = first + cols
+                seen = tl.load(mask_ptr + batch * mask_b + at, mask=at < end, other=0) != 0
+                ok = (at < end)[:, None] & d_ok[None, :]
+                k = tl.load(k_base + at[:, None] * k_l + d[None, :], mask=ok, other=0.0)
+                v = tl.load(v_base + at[:, None] * v_l + d[None, :], mask=ok, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            base = tl.where(new_top > float("-inf"), new_top, 0.0)
+            shrink = tl.exp(top - base)
+            weights = tl.exp(scores - base[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None]
+            acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            top = new_top
+        heads = tl.num_programs(1) * GROUP
+        row = batch * heads + head * GROUP + rows
+        out_at = row[:, None] * D + d[None, :]
+        if active == 1:
+            y = acc / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), q_ok)
+        else:
+            slot = row * CHUNKS + chunk
+            tl.store(partial_ptr + slot[:, None] * D + d[None, :], acc, q_ok)
+            tl.store(stats_ptr + slot * 2, top, row_ok)
+            tl.store(stats_ptr + slot * 2 + 1, total, row_ok)
+            tl.debug_barrier()
+            count_at = count_ptr + batch * tl.num_programs(1) + head
+            if tl.atomic_add(count_at, 1, sem="acq_rel") == active - 1:
+                tl.store(count_at, 0)
+                # Past L1, which other programs' results have never been in.
+                slots = tl.arange(0, SLOTS)
+                every = tl.load(stats_ptr + (row[:, None] * CHUNKS + slots[None, :]) * 2,
+                                mask=row_ok[:, None] & (slots < active)[None, :],
+                                other=float("-inf"), cache_modifier=".cg")  # fmt: skip
+                highest = tl.max(every, 1)
+                highest = tl.where(highest > float("-inf"), highest, 0.0)
+                under = tl.zeros((ROWS,), tl.float32)
+                whole = tl.zeros((ROWS, DP), tl.float32)
+                for s in tl.range(0, active, loop_unroll_factor=UNROLL):
+                    one = row * CHUNKS + s
+                    tops = tl.load(stats_ptr + one * 2, mask=row_ok, other=float("-inf"),
+                                   cache_modifier=".cg")  # fmt: skip
+                    sums = tl.load(stats_ptr + one * 2 + 1, mask=row_ok, other=0.0,
+                                   cache_modifier=".cg")  # fmt: skip
+                    part = tl.load(partial_ptr + one[:, None] * D + d[None, :], mask=q_ok,
+                                   other=0.0, cache_modifier=".cg")  # fmt: skip
+                    weight = tl.exp(tops - highest)
+                    under += weight * sums
+                    whole += weight[:, None] * part
+                whole = whole / tl.where(under > 0, under, 1.0)[:, None]
+                tl.store(out_ptr + out_at, whole.to(out_ptr.dtype.element_ty), q_ok)
+
+
+@triton.jit
+def _add_rms_norm(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
+                  BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """sum = x + delta, y = weight * (sum / rms(sum)), rounded as transformers does; one token."""
+    m, n = tl.program_id(0), tl.arange(0, BLOCK)
+    ok = n < N
+    if PDL:
+        gdc_launch_dependents()
+    weight = tl.load(weight_ptr + n, mask=ok, other=0.0)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + m * x_m + n, mask=ok, other=0.0)
+    if ADD:
+        x = x + tl.load(delta_ptr + m * delta_m + n, mask=ok, other=0.0)
+        tl.store(sum_ptr + m * N + n, x, ok)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / N + eps)
+    tl.store(y_ptr + m * N + n, weight * (wide * scale).to(x.dtype), ok)
+
+
+@triton.jit
+def _swiglu(gate_ptr, up_ptr, y_ptr, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y = silu(gate) * up, each rounded to the dtype."""
+    m, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = n < N
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = tl.load(gate_ptr + m * gate_m + n, mask=ok, other=0.0)
+    up = tl.load(up_ptr + m * up_m + n, mask=ok, other=0.0)
+    wide = gate.to(tl.float32)
+    tl.store(y_ptr + m * N + n, (wide / (1 + tl.exp(-wide))).to(gate.dtype) * up, ok)
+
+
+@functools.cache
+def _launch(device: torch.device) -> dict[str, object]:
+    """Launch options: dependent launch where the GPU has it."""
+    pdl = torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+
+
+def chunking(programs: int, length: int) -> tuple[int, int]:
+    """(positions a chunk, chunks) for a cache of ``length`` and ``programs`` (batch * kv heads)."""
+    wanted = max(1, min(_PROGRAMS // programs, _MAX_CHUNKS))
+    size = triton.cdiv(triton.cdiv(length, wanted), _TILE) * _TILE
+    return size, triton.cdiv(length, size)
+
+
+def attention(
+    q, k, v, mask, scale: float, new=None, counts=None, chunk: int | None = None
+) -> torch.Tensor:
+    """q [B, H, D], k and v [B, Hkv, L, D], mask bool [B, L] -> [B, H, D] in q's dtype.
+
+    ``new``: (key, value [B, Hkv, D], cos, sin [L, D], ids [B, 1], filled [1]): q and key are
+    rotated to position ids, key and value are stored at position ``filled``, and only positions up
+    to it are seen. ``counts``: int32 zeros [B * Hkv], left as zeros. ``chunk`` forces a size.
+    """
+    B, H, D = q.shape
+    kv_heads, L = k.shape[1], k.shape[2]
+    size, chunks = chunking(B * kv_heads, L) if chunk is None else (chunk, triton.cdiv(L, chunk))
+    group, tile = H // kv_heads, min(size, _TILE)
+    floats = torch.empty(B * H * chunks * (D + 2), dtype=torch.float32, device=q.device)
+    partial, stats = floats[: B * H * chunks * D], floats[B * H * chunks * D :]
+    if counts is None:
+        counts = torch.zeros(B * kv_heads, dtype=torch.int32, device=q.device)
+    out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
+    key, value, cos, sin, ids, filled = new or (k, v, q, q, mask, mask)
+    _attend[(chunks, kv_heads, B)](
+        q, key, value, cos, sin, ids, filled, k, v, mask, partial, stats, counts, out, scale, L,
+        size, q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), ids.stride(0), k.stride(0), k.stride(1), k.stride(2), v.stride(0),
+        v.stride(1), v.stride(2), mask.stride(0), GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)), D=D, DP=triton.next_power_of_2(D), TILE=tile,
+        CHUNKS=chunks, SLOTS=triton.next_power_of_2(chunks), UNROLL=min(chunks, 4),
+        NEW=new is not None, EARLY=size == tile and new is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
+        **_launch(q.device),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta [M, N] (or None for x alone), weight [N] -> (x + delta, its norm), both [M, N]."""
+    M, N = x.shape
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    total = x if delta is None else torch.empty_like(y)
+    other = x if delta is None else delta
+    block = triton.next_power_of_2(N)
+    _add_rms_norm[(M,)](
+        x, other, weight, total, y, eps, N, x.stride(0), other.stride(0), BLOCK=block,
+        ADD=delta is not None, num_warps=max(1, min(16, block // 256)), **_launch(x.device),
+    )  # fmt: skip
+    return total, y
+
+
+def swiglu(gate, up) -> torch.Tensor:
+    """gate, up [M, N] with any row stride -> silu(gate) * up [M, N]."""
+    M, N = gate.shape
+    y = torch.empty((M, N), dtype=gate.dtype, device=gate.device)
+    block = min(512, triton.next_power_of_2(N))
+    _swiglu[(triton.cdiv(N, block), M)](
+        gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=2,
+        **_launch(gate.device),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,298 @@
+"""E8P (QuIP#, arXiv 2402.04396) in Triton: the kernel bodies.
+
+Runtime layout, ``e8p_pack``'s: tables of 256 words, then the codes transposed to [K/8, N], then the
+residual codes alike. A 16-bit code becomes a word of eight nibbles u, one a weight, as
+MAGNITUDES[code >> 8] ^ SIGNS[code & 255]: nibble j of the lower half for element 2j, of the upper
+half for 2j + 1; the weight is (u - 7.5)/2. A residual code makes a second word alike, or is
+RESIDUALS[code] with nibbles n for the values (n - 8)/2. From there on ``fields`` makes numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from .fields import (
+    _code_pairs,
+    _dot4,
+    _in_place,
+    _pairs,
+    _sixteen_bits,
+    _total,
+    _unit,
+    _unplaced,
+)
+
+ZERO = tl.constexpr(7.5)
+ZERO_OF_8_BIT_CODES = tl.constexpr(8.0)
+
+
+@triton.jit
+def _codes(codes_ptr, group, rows, end, N):
+    """The codes of groups below ``end`` and rows below N, int32; group and rows are broadcast."""
+    ok = (rows < N) & (group < end)
+    at = codes_ptr + group * N + rows
+    return tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
+
+
+@triton.jit
+def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl.constexpr):
+    """Eight nibbles of each code of this shape: 16-bit codes (KIND 2), 8-bit residuals (KIND 1).
+
+    SHARED: the tables are copied to shared memory (``tl.gather``), where an address takes half the
+    instructions of one in global memory; every call copies them and waits for all warps.
+    """
+    if SHARED:
+        i = tl.arange(0, 256)
+        flat = tl.reshape(code, (code.numel,))
+        if KIND == 1:
+            word = tl.gather(tl.load(tables_ptr + 512 + i), flat & 255, 0)
+        else:
+            word = tl.gather(tl.load(tables_ptr + i), (flat >> 8) & 255, 0)
+            word = word ^ tl.gather(tl.load(tables_ptr + 256 + i), flat & 255, 0)
+        return tl.reshape(word, SHAPE)
+    elif KIND == 1:
+        return tl.load(tables_ptr + 512 + (code & 255), eviction_policy="evict_last")
+    else:
+        word = tl.load(tables_ptr + ((code >> 8) & 255), eviction_policy="evict_last")
+        return word ^ tl.load(tables_ptr + 256 + (code & 255), eviction_policy="evict_last")
+
+
+@triton.jit
+def _prepare(x_ptr, out_ptr, sums_ptr, K, BLOCK: tl.constexpr):
+    """One token's inputs as ``_gemv`` wants them, float32 [8, K/8]: by element of their group.
+
+    They are multiplied by what their nibble's place divides by (two share a shift). sums[p] are
+    the sums of x and of what was written.
+    """
+    p = tl.program_id(0)
+    k = p * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    scaled = x * _unplaced(k % 8 // 2, 4, 2)
+    tl.store(out_ptr + k % 8 * (K // 8) + k // 8, scaled, mask=k < K)
+    tl.store(sums_ptr + 2 * p, tl.sum(x, 0))
+    tl.store(sums_ptr + 2 * p + 1, tl.sum(scaled, 0))
+
+
+@triton.jit
+def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups, per_split,
+          residual, one, sums, BITS: tl.constexpr, SHARED: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's groups of 8, in the rotated basis.
+
+    x and the ``sums`` pairs at sums_ptr are ``_prepare``'s.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups)
+    total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+    for first in range(begin, end, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        group_ok = group < end
+        code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+        word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
+        second = word
+        if BITS > 2:
+            code = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
+            second = _words(tables_ptr, code, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
+        for j in tl.static_range(8):
+            # Nibble j of the lower half holds element 2j, of the upper half 2j + 1.
+            x = tl.load(x_ptr + (2 * (j % 4) + j // 4) * groups + group, mask=group_ok, other=0.0)
+            value = _in_place(word, one, 16 * (j // 4), j % 4, 4, 2)
+            if BITS > 2:
+                value += residual * _in_place(second, one, 16 * (j // 4), j % 4, 4, 2)
+            total += value * x[None, :]
+    y = 8 * tl.sum(total, 1)
+    if tl.program_id(1) == 0:
+        total_x, total_scaled = _total(sums_ptr, sums, 128)
+        if BITS > 2:
+            center = ZERO + residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
+            y -= 8 * (1 + residual) * total_scaled + center / 2 * total_x
+        else:
+            y -= 8 * total_scaled + ZERO / 2 * total_x
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=rows < N)
+
+
+@triton.jit
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """One token's inputs as ``_integers`` wants them: 16 bits in units of unit, as signed bytes.
+
+    out is int32 [2, 2, K/8]: the nibbles at even places of a word (or odd), high bytes (or low), of
+    each group, in the order of its nibbles. sums[p] is the sum of all of a program's 16-bit inputs.
+    """
+    unit = _unit(x_ptr, K, CHUNK)
+    p = tl.program_id(0)
+    groups = K // 8
+    group = p * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.minimum(group, groups - 1)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for odd in tl.static_range(2):
+        high4 = tl.zeros((BLOCK,), tl.int32)
+        low4 = tl.zeros((BLOCK,), tl.int32)
+        for b in tl.static_range(4):
+            # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
+            element = 2 * (2 * (b % 2) + odd) + b // 2
+            x = tl.load(x_ptr + inside * 8 + element).to(tl.float32)
+            high, low = _sixteen_bits(x, unit)
+            total += 256 * high + low
+            high4 |= (high & 255) << (8 * b)
+            low4 |= (low & 255) << (8 * b)
+        tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=group < groups)
+        tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=group < groups)
+    total = tl.where(group < groups, total, 0).to(tl.float32)
+    tl.store(sums_ptr + 2 * p, tl.sum(total, 0))
+    tl.store(sums_ptr + 2 * p + 1, 0.0)
+    if p == 0:
+        tl.store(unit_ptr, unit)
+
+
+@triton.jit
+def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups,
+              per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
+              ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
+
+    Sums of those are exact; four products take one instruction and four nibbles one mask.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups)
+    high = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    low = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    high2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    # Codes are loaded one step ahead.
+    group = begin + tl.arange(0, BLOCK_G)
+    code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+    code2 = code
+    if BITS > 2:
+        code2 = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
+    for first in range(begin, end, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        group_ok = group < end
+        next_code = _codes(codes_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
+        next_code2 = next_code
+        if BITS > 2:
+            next_code2 = _codes(rest_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
+        word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
+        second = word
+        if BITS > 2:
+            second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
+        code = next_code
+        code2 = next_code2
+        for odd in tl.static_range(2):
+            x_at = x_ptr + 2 * odd * groups + group
+            x_high = tl.load(x_at, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
+            x_low = tl.load(x_at + groups, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
+            nibbles = (word >> (4 * odd)) & 0x0F0F0F0F
+            high = _dot4(nibbles, x_high, high, ASM)
+            low = _dot4(nibbles, x_low, low, ASM)
+            if BITS > 2:
+                nibbles = (second >> (4 * odd)) & 0x0F0F0F0F
+                high2 = _dot4(nibbles, x_high, high2, ASM)
+                low2 = _dot4(nibbles, x_low, low2, ASM)
+    y = tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)
+    center = ZERO * 1.0
+    if BITS > 2:
+        y += residual * (tl.sum(high2, 1).to(tl.float32) * 256 + tl.sum(low2, 1).to(tl.float32))
+        center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
+    if tl.program_id(1) == 0:
+        total_x, _ = _total(sums_ptr, sums, 128)
+        y -= center * total_x
+    y *= 0.5 * tl.load(unit_ptr)
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=rows < N)
+
+
+@triton.jit
+def _tile(word, one, EXACT: tl.constexpr, TYPE: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    """The nibbles of [R, P, 1] words as u (EXACT) or 1 + u/16, [R, 8 P]."""
+    j = tl.arange(0, 4)[None, None, :]
+    tile = _code_pairs(word, j, 4).to(TYPE) if EXACT else _pairs(word, one, j, 4, TYPE)
+    return tl.reshape(tile, (R, P * 8))
+
+
+@triton.jit
+def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, groups, x_stride,
+         per_split, residual, one, BITS: tl.constexpr, EXACT: tl.constexpr, SHARED: tl.constexpr,
+         FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+         BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's groups, in the rotated basis, up to BLOCK_M tokens.
+
+    sums[m] is the sum of x over K. EXACT: nibbles are converted, for float32. FIRST: the weight is
+    the first operand of the product.
+    """
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = rows[:, None, None]
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups)
+    tokens = tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    if FIRST:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total2 = tl.zeros_like(total)
+    # Codes are loaded one step ahead.
+    group = begin + tl.arange(0, BLOCK_G)[None, :, None]
+    code = _codes(codes_ptr, group, row, end, N)
+    code2 = code
+    if BITS > 2:
+        code2 = _codes(rest_ptr, group, row, end, N)
+    for first in range(begin, end, BLOCK_G):
+        k = first * 8 + tl.arange(0, BLOCK_G * 8)
+        x_ok = token_ok[:, None] & (k < end * 8)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
+        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
+        next_code = _codes(codes_ptr, group, row, end, N)
+        word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G, 1))
+        tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
+        if FIRST:
+            total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+        else:
+            total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+        code = next_code
+        if BITS > 2:
+            next_code = _codes(rest_ptr, group, row, end, N)
+            word = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G, 1))
+            tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
+            if FIRST:
+                total2 = tl.dot(tile, tl.trans(x), total2, input_precision="ieee")
+            else:
+                total2 = tl.dot(x, tl.trans(tile), total2, input_precision="ieee")
+            code2 = next_code
+    if EXACT:
+        center = ZERO * 1.0
+        center2 = ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES
+    else:
+        center = 1 + ZERO / 16
+        center2 = 1 + (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES) / 16
+    if BITS > 2:
+        total += residual * total2
+        center += residual * center2
+    if FIRST:
+        total = tl.trans(total)
+    sums = tl.load(sums_ptr + tokens, mask=token_ok, other=0.0)
+    sums = tl.where(tl.program_id(1) == 0, sums, 0.0)  # they come off once
+    total = (total - center * sums[:, None]) * (0.5 if EXACT else 8.0)
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])
+
+
+@triton.jit
+def _dequantize(tables_ptr, codes_ptr, rest_ptr, w_ptr, first_row, rows_end, N, K, residual, factor,
+                BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """w[n - first_row, :] = factor * Wq[n], rows first_row .. rows_end - 1."""
+    row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
+    code = _codes(codes_ptr, group, row, K // 8, N)
+    word = _words(tables_ptr, code, 2, False, (BLOCK_N, BLOCK_G, 1))
+    w = (_tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G) - ZERO) * 0.5
+    if BITS > 2:
+        code = _codes(rest_ptr, group, row, K // 8, N)
+        word = _words(tables_ptr, code, BITS - 2, False, (BLOCK_N, BLOCK_G, 1))
+        rest = _tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G)
+        w += residual * (rest - (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)) * 0.5
+    rows = first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * (BLOCK_G * 8) + tl.arange(0, BLOCK_G * 8)
+    at = (rows - first_row)[:, None] * K + k[None, :]
+    ok = (rows < rows_end)[:, None] & (k < K)[None, :]
+    tl.store(w_ptr + at, (w * factor).to(w_ptr.dtype.element_ty), mask=ok)

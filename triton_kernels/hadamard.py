@@ -1,0 +1,80 @@
+"""Hadamard rotations in Triton: the kernel bodies.
+
+U = (H_F (x) S_p)/sqrt(K) is two products with matrices of +1 and -1, which tensor cores do: S_B
+along the fastest digit of the index (``_rows``), and Q = H_F (x) S_{p/B} along the rest (``_mix``).
+Sylvester entries are parities of i & j; float32 operands keep their precision (PRECISION).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sign(i, j):
+    """S[i, j] as float32: -1 where i & j has an odd number of ones, for indices below 65536."""
+    v = i & j
+    v = v ^ (v >> 8)
+    v = v ^ (v >> 4)
+    v = v ^ (v >> 2)
+    v = v ^ (v >> 1)
+    return 1.0 - 2.0 * (v & 1).to(tl.float32)
+
+
+@triton.jit
+def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, scale, B: tl.constexpr,
+          BP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr,
+          PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """y = post * scale * S_B (pre * x) + bias along pieces of B, R pieces in all; y is [M, K].
+
+    BP is B padded to what ``tl.dot`` takes.
+    """
+    piece = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    pieces = K // B  # of a token
+    j = tl.arange(0, BP)
+    ok = (piece < R)[:, None] & (j < B)[None, :]
+    k = (piece % pieces)[:, None] * B + j[None, :]
+    x = tl.load(x_ptr + (piece // pieces)[:, None] * x_stride + k, mask=ok, other=0.0)
+    x = x.to(tl.float32)
+    if PRE:
+        x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    s = _sign(j[:, None], j[None, :])
+    y = tl.dot(x, s, input_precision=PRECISION) * scale
+    if POST:
+        y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    at = piece[:, None] * B + j[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.constexpr,
+         TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+         BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """y[m, i, c] = post * scale * (sum over j of Q[i, j] t[m, j, c]) + bias, Q = H_F (x) S_a.
+
+    t float32 and y are [M, q, b] with q = F*a; TRANSPOSE takes H_F^T.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    c = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros((BLOCK_Q, BLOCK_B), tl.float32)
+    for first in range(0, q, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        ok = (j < q)[:, None] & (c < b)[None, :]
+        t = tl.load(t_ptr + m * K + j[:, None] * b + c[None, :], mask=ok, other=0.0)
+        sign = _sign((i % a)[:, None], (j % a)[None, :])
+        if F > 1:
+            row, column = (i // a)[:, None], (j // a)[None, :]
+            at = column * F + row if TRANSPOSE else row * F + column
+            h_ok = (i < q)[:, None] & (j < q)[None, :]
+            sign *= tl.load(h_ptr + at, mask=h_ok, other=0).to(tl.float32)
+        total = tl.dot(sign, t, total, input_precision=PRECISION)
+    total *= scale
+    ok = (i < q)[:, None] & (c < b)[None, :]
+    k = i[:, None] * b + c[None, :]
+    if POST:
+        total *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * K + k, total.to(y_ptr.dtype.element_ty), mask=ok)

@@ -1,0 +1,106 @@
+"""Hadamard rotations in Triton: the operator, with the signature of ``aqlm_infer.ops.hadamard``.
+
+One launch for pieces of up to 128 (block rotations among them), two for everything longer.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.library import triton_op, wrap_triton
+
+from ..ops.library import bias_gradient
+from ..ops.rotated import check_hadamard
+from . import hadamard as bodies
+from .partial import unit_rows
+
+PIECE = 128  # the fastest digit of the index
+
+
+def _precision(x: torch.Tensor) -> str:
+    # Three tf32 products keep float32's precision; other vendors' backends have ieee alone.
+    return "tf32x3" if x.is_cuda and torch.version.hip is None else "ieee"
+
+
+def rotated(
+    x: torch.Tensor,
+    pre: torch.Tensor | None,
+    post: torch.Tensor | None,
+    h: torch.Tensor,
+    factor: int,
+    block: int,
+    transpose: bool,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """post * U (pre * x) + bias (U^T with ``transpose``) of x [M, K], in ``dtype`` or x's own."""
+    M, K = x.shape
+    x = unit_rows(x)
+    pre, post, bias = (None if v is None else v.contiguous() for v in (pre, post, bias))
+    power = block or K // factor
+    b = min(power, PIECE)
+    q = 1 if block else K // b
+    y = torch.empty((M, K), dtype=dtype or x.dtype, device=x.device)
+    t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
+    pieces, scale = M * (K // b), (block or K) ** -0.5
+    last, precision = q == 1, _precision(x)
+    wrap_triton(bodies._rows)[(triton.cdiv(pieces, 16),)](
+        x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
+        pieces, K, x.stride(0), scale if last else 1.0, B=b, BP=max(16, b), PRE=pre is not None,
+        POST=last and post is not None, BIAS=last and bias is not None, PRECISION=precision,
+        BLOCK_R=16, num_warps=4,
+    )  # fmt: skip
+    if not last:
+        rows = 16 if M < 16 else 64
+        grid = (M, triton.cdiv(q, rows), triton.cdiv(b, 32))
+        wrap_triton(bodies._mix)[grid](
+            t, h if factor > 1 else t, t if post is None else post, t if bias is None else bias, y,
+            K, q, q // factor, b, scale, F=factor, TRANSPOSE=transpose, POST=post is not None,
+            BIAS=bias is not None, PRECISION=precision, BLOCK_Q=rows, BLOCK_J=32, BLOCK_B=32,
+            num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+@triton_op("aqlm_infer_triton::hadamard", mutates_args={})
+def hadamard(
+    x: torch.Tensor,
+    pre: torch.Tensor | None,
+    post: torch.Tensor | None,
+    h: torch.Tensor,
+    factor: int,
+    block: int,
+    transpose: bool,
+) -> torch.Tensor:
+    """post * U (pre * x) along the last dimension, as ``aqlm_infer.ops.hadamard``."""
+    check_hadamard(x, pre, post, h, factor, block)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return rotated(rows, pre, post, h, factor, block, transpose).view(x.shape)
+
+
+def _context(ctx, inputs, output):
+    x, pre, post, h, factor, block, transpose = inputs
+    # x and the transform of it are needed for the gradients of pre and post alone.
+    kept = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(kept, pre, post, h)
+    ctx.rotation = factor, block, transpose
+
+
+def _backward(ctx, dy):
+    x, pre, post, h = ctx.saved_tensors
+    factor, block, transpose = ctx.rotation
+    dx = dpre = dpost = None
+    if ctx.needs_input_grad[0]:
+        dx = hadamard(dy, post, pre, h, factor, block, not transpose)
+    if ctx.needs_input_grad[1]:
+        back = hadamard(dy.float(), post, None, h, factor, block, not transpose)
+        dpre = bias_gradient(back * x, pre.dtype)
+    if ctx.needs_input_grad[2]:
+        forth = hadamard(x.float(), pre, None, h, factor, block, transpose)
+        dpost = bias_gradient(dy * forth, post.dtype)
+    return dx, dpre, dpost, None, None, None, None
+
+
+hadamard.register_autograd(_backward, setup_context=_context)

@@ -1,0 +1,366 @@
+"""Scalar grids (2, 3, 4 and 8-bit codes) in Triton: the kernel bodies.
+
+Runtime layout, ``scalar_pack``'s: 32-bit words [N, blocks, W, 16] of two 16-bit halves. A block is
+P planes of 32 neighbouring inputs; field j of the halves of word i holds the codes of plane j,
+inputs 2i and 2i + 1. 2, 4 and 8 bits: W = 1 word, P = 16/b planes. 3 bits: W = 3 words, P = 16:
+four planes in the low 12 bits of each half, and four more in the top 4 bits of the three together.
+Kernels take NB blocks at once: 2 where groups allow it, because 16 words are half a cache line.
+
+With scale s and zero z a group's sum is s (sum of q x - z sum of x); ``fields`` gives 1 + q 2^-s.
+"""
+
+import triton
+import triton.language as tl
+
+from .fields import (
+    _code_pairs,
+    _dot4,
+    _in_place,
+    _moved,
+    _pairs,
+    _sixteen_bits,
+    _total,
+    _unit,
+    _unplaced,
+)
+
+PW = tl.constexpr(16)  # words of a plane
+
+
+@triton.jit
+def _words(words_ptr, rows, row_ok, block, blocks, i, BITS: tl.constexpr):
+    """The four words (equal but at 3 bits) that hold the fields of blocks from ``block`` on.
+
+    rows, row_ok [R, 1] and i [1, NB * PW], or with a dimension of 1 between: words have that shape.
+    (For tiles of three dimensions they are loaded with three, or Triton changes their layout.)
+    """
+    if BITS == 3:
+        at = words_ptr + (rows * blocks + block) * (3 * PW) + (i // PW * (3 * PW) + i % PW)
+    else:
+        at = words_ptr + (rows * blocks + block) * PW + i
+    word0 = tl.load(at, mask=row_ok, other=0)
+    if BITS == 3:
+        word1 = tl.load(at + PW, mask=row_ok, other=0)
+        word2 = tl.load(at + 2 * PW, mask=row_ok, other=0)
+        rest = (word0 >> 12) & 0x000F000F
+        rest |= (word1 >> 8) & 0x00F000F0
+        rest |= (word2 >> 4) & 0x0F000F00
+    else:
+        word1 = word0
+        word2 = word0
+        rest = word0
+    return word0, word1, word2, rest
+
+
+@triton.jit
+def _word_of(word0, word1, word2, rest, j: tl.constexpr, BITS: tl.constexpr):
+    """The words that hold plane j."""
+    if BITS != 3 or j < 4:
+        return word0
+    elif j < 8:
+        return word1
+    elif j < 12:
+        return word2
+    else:
+        return rest
+
+
+@triton.jit
+def _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS: tl.constexpr,
+                    ZEROS: tl.constexpr):  # fmt: skip
+    """Scale and zero of one group of each row, float32."""
+    scale = tl.load(scales_ptr + rows * groups + group, mask=row_ok, other=0.0).to(tl.float32)
+    if ZEROS:
+        zero = tl.load(zeros_ptr + rows * groups + group, mask=row_ok, other=0.0).to(tl.float32)
+    else:
+        zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+    return scale, zero
+
+
+@triton.jit
+def _prepare(x_ptr, out_ptr, sums_ptr, K, BITS: tl.constexpr, C: tl.constexpr,
+             TOGETHER: tl.constexpr):  # fmt: skip
+    """One token's inputs as ``_gemv`` wants them, float32 [block, plane, half, PW], for C planes.
+
+    They are multiplied by what their field's place divides by. sums[block, chunk] are the sums of x
+    and of what was written.
+    """
+    P: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    FIELDS: tl.constexpr = 4 if BITS == 3 else P  # of a half
+    chunk = tl.program_id(0)
+    t = tl.arange(0, 2 * C * PW)
+    k = chunk * (2 * C * PW) + t
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    plane = chunk * C + t // (2 * PW)
+    scaled = x * _unplaced(plane % P % FIELDS, BITS, TOGETHER)
+    tl.store(out_ptr + (2 * plane + t % 2) * PW + t % (2 * PW) // 2, scaled)
+    tl.store(sums_ptr + 2 * chunk, tl.sum(x, 0))
+    tl.store(sums_ptr + 2 * chunk + 1, tl.sum(scaled, 0))
+
+
+@triton.jit
+def _gemv(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K, blocks, per_split,
+          G, one, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr,
+          GROUPED: tl.constexpr, ZEROS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's blocks, scales applied.
+
+    x and sums are ``_prepare``'s for the same C: when GROUPED, C planes share a scale and NB is 1.
+    """
+    P: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    FIELDS: tl.constexpr = 4 if BITS == 3 else P
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < N
+    i = tl.arange(0, NB * PW)
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    total = tl.zeros((BLOCK_N, NB * PW), tl.float32)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    for block in range(begin, end, NB):
+        word0, word1, word2, rest = _words(
+            words_ptr, rows[:, None], row_ok[:, None], block, blocks, i[None, :], BITS
+        )
+        # x is [block, plane, half, PW].
+        x_at = x_ptr + (block + i // PW) * (2 * P * PW) + i % PW
+        for first in tl.static_range(0, P, C):
+            part = tl.zeros((BLOCK_N, NB * PW), tl.float32)
+            for j in tl.static_range(first, first + C):
+                word = _word_of(word0, word1, word2, rest, j, BITS)
+                for half in tl.static_range(2):
+                    x = tl.load(x_at + (2 * j + half) * PW)
+                    value = _in_place(word, one, 16 * half, j % FIELDS, BITS, TOGETHER)
+                    part += value * x[None, :]
+            if GROUPED:
+                group = tl.minimum((block * P + first) * (2 * PW) // G, groups - 1)
+                scale, zero = _scale_and_zero(
+                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+                )
+                at = sums_ptr + 2 * (block * (P // C) + first // C)
+                offset += scale * (tl.load(at + 1) + zero / (1 << BITS) * tl.load(at))
+                total += scale[:, None] * part
+            else:
+                total += part
+    y = tl.sum(total, 1)
+    if not GROUPED:
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+        at = sums_ptr + 2 * begin * (P // C)
+        total_x, total_scaled = _total(at, (end - begin) * (P // C), 128)
+        y = scale * y
+        offset = scale * (total_scaled + zero / (1 << BITS) * total_x)
+    y = (y - offset) * (1 << BITS)
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=row_ok)
+
+
+@triton.jit
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BITS: tl.constexpr, GROUPED: tl.constexpr,
+              CHUNK: tl.constexpr):  # fmt: skip
+    """One token's inputs as ``_integers`` wants them: 16 bits in units of unit, as signed bytes.
+
+    The unit is one for all inputs, or when GROUPED one a block: an outlier then costs the other
+    blocks no precision.
+
+    out is int32 [blocks, 8 / BITS, 2, PW]: for each field of a byte, high bytes (or low) of the
+    inputs of a word's four bytes. sums[block] is the sum of the 16-bit inputs.
+    """
+    P: tl.constexpr = 16 // BITS
+    SETS: tl.constexpr = 8 // BITS
+    block = tl.program_id(0)
+    if GROUPED:
+        first = block * (P * 2 * PW)
+        unit = _unit(x_ptr + first, tl.minimum(K - first, P * 2 * PW), P * 2 * PW)
+        tl.store(unit_ptr + block, unit)
+    else:
+        unit = _unit(x_ptr, K, CHUNK)
+        if block == 0:
+            tl.store(unit_ptr, unit)
+    i = tl.arange(0, PW)
+    total = tl.zeros((PW,), tl.int32)
+    for s in tl.static_range(SETS):
+        high4 = tl.zeros((PW,), tl.int32)
+        low4 = tl.zeros((PW,), tl.int32)
+        for b in tl.static_range(4):
+            k = (block * P + s + SETS * (b % 2)) * (2 * PW) + 2 * i + b // 2
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            high, low = _sixteen_bits(x, unit)
+            total += 256 * high + low
+            high4 |= (high & 255) << (8 * b)
+            low4 |= (low & 255) << (8 * b)
+        at = out_ptr + ((block * SETS + s) * 2) * PW + i
+        tl.store(at, high4)
+        tl.store(at + PW, low4)
+    tl.store(sums_ptr + 2 * block, tl.sum(total.to(tl.float32), 0))
+    tl.store(sums_ptr + 2 * block + 1, 0.0)
+
+
+@triton.jit
+def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K,
+              blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, GROUPED: tl.constexpr,
+              ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
+
+    Sums of those are exact; four products take one instruction and four fields one mask. 2, 4 and 8
+    bits. When GROUPED, groups are whole blocks and NB is 1.
+    """
+    SETS: tl.constexpr = 8 // BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < N
+    i = tl.arange(0, NB * PW)
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    high = tl.zeros((BLOCK_N, NB * PW), tl.int32)
+    low = tl.zeros((BLOCK_N, NB * PW), tl.int32)
+    total = tl.zeros((BLOCK_N, NB * PW), tl.float32)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    for block in range(begin, end, NB):
+        word, _, _, _ = _words(
+            words_ptr, rows[:, None], row_ok[:, None], block, blocks, i[None, :], BITS
+        )
+        x_at = x_ptr + (block + i // PW) * (2 * SETS * PW) + i % PW
+        for s in tl.static_range(SETS):
+            fields = _moved(word, -BITS * s)
+            if BITS < 8:
+                fields = fields & MASK
+            x_high = tl.load(x_at + 2 * s * PW)[None, :] + tl.zeros_like(word)
+            x_low = tl.load(x_at + (2 * s + 1) * PW)[None, :] + tl.zeros_like(word)
+            high = _dot4(fields, x_high, high, ASM)
+            low = _dot4(fields, x_low, low, ASM)
+        if GROUPED:
+            group = tl.minimum(block * (16 // BITS * 2 * PW) // G, groups - 1)
+            scale, zero = _scale_and_zero(
+                scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+            )
+            scale *= tl.load(unit_ptr + block)
+            total += scale[:, None] * (high * 256 + low).to(tl.float32)
+            offset += scale * zero * tl.load(sums_ptr + 2 * block)
+            high = tl.zeros_like(high)
+            low = tl.zeros_like(low)
+    if GROUPED:
+        y = tl.sum(total, 1) - offset
+    else:
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+        total_x, _ = _total(sums_ptr + 2 * begin, end - begin, 128)
+        y = tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)
+        y = scale * (y - zero * total_x) * tl.load(unit_ptr)
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=row_ok)
+
+
+@triton.jit
+def _dot(x_ptr, words_ptr, scales_ptr, zeros_ptr, sums_ptr, partial_ptr, M, N, K, x_stride, blocks,
+         per_split, G, one, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
+         GROUPED: tl.constexpr, ZEROS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+         FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's blocks, scales applied, for up to BLOCK_M tokens.
+
+    C planes of NB blocks are multiplied at once; when GROUPED they share a scale and NB is 1.
+    sums[m, g] is the sum of x over group g (over K when not GROUPED). EXACT: codes are converted,
+    for types whose mantissa does not hold a field (float32, bfloat16 at 8 bits). EVEN: no block
+    reaches past K. FIRST: the weight is the first operand of the product.
+    """
+    P: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    factor: tl.constexpr = 1 if EXACT else 1 << BITS
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < N
+    i = tl.arange(0, NB * PW)
+    tokens = tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    t = tl.arange(0, C * NB * 2 * PW)
+    # In the order of a tile: plane, block, input of the plane.
+    inside = t // (NB * 2 * PW) * (2 * PW) + t // (2 * PW) % NB * (P * 2 * PW) + t % (2 * PW)
+    if FIRST:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Words are loaded one step ahead.
+    row, row_in, i3 = rows[:, None, None], row_ok[:, None, None], i[None, None, :]
+    next0, next1, next2, next3 = _words(words_ptr, row, row_in, begin, blocks, i3, BITS)
+    for block in range(begin, end, NB):
+        word0 = next0
+        word1 = next1 if BITS == 3 else next0
+        word2 = next2 if BITS == 3 else next0
+        rest = next3 if BITS == 3 else next0
+        ahead = row < tl.where(block + NB < end, N, 0)
+        next0, next1, next2, next3 = _words(words_ptr, row, ahead, block + NB, blocks, i3, BITS)
+        for first in tl.static_range(0, P, C):
+            k0 = (block * P + first) * (2 * PW)
+            k = k0 + inside
+            ok = token_ok[:, None] if EVEN else token_ok[:, None] & (k < K)[None, :]
+            x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
+            word = _word_of(word0, word1, word2, rest, first, BITS)
+            j = (first % (4 if BITS == 3 else P) + tl.arange(0, C))[None, :, None]
+            if EXACT:
+                tile = _code_pairs(word, j, BITS).to(TYPE)
+            else:
+                tile = _pairs(word, one, j, BITS, TYPE)
+            tile = tl.reshape(tile, (BLOCK_N, C * NB * 2 * PW))
+            if GROUPED:
+                group = tl.minimum(k0 // G, groups - 1)
+                scale, zero = _scale_and_zero(
+                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+                )
+                center = zero if EXACT else 1 + zero / factor
+                sums = tl.load(sums_ptr + tokens * groups + group, mask=token_ok, other=0.0)
+                # A group that spans several dots takes its sum of x off once, with its first.
+                center = tl.where((k0 % G == 0) & (k0 < K), center, 0.0)
+                if FIRST:
+                    part = tl.dot(tile, tl.trans(x), input_precision="ieee")
+                    total += scale[:, None] * (part - center[:, None] * sums[None, :])
+                else:
+                    part = tl.dot(x, tl.trans(tile), input_precision="ieee")
+                    total += scale[None, :] * (part - center[None, :] * sums[:, None])
+            elif FIRST:
+                total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+            else:
+                total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+    if FIRST:
+        total = tl.trans(total)
+    if not GROUPED:
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+        center = zero if EXACT else 1 + zero / factor
+        center = tl.where(tl.program_id(1) == 0, center, 0.0)
+        sums = tl.load(sums_ptr + tokens, mask=token_ok, other=0.0)
+        total = scale[None, :] * (total - center[None, :] * sums[:, None])
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, total * factor, mask=row_ok[None, :] & token_ok[:, None])
+
+
+@triton.jit
+def _dequantize(words_ptr, scales_ptr, zeros_ptr, w_ptr, first_row, rows_end, K, blocks, G, factor,
+                BITS: tl.constexpr, ZEROS: tl.constexpr, ALIGNED: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """w[n - first_row, :] = factor * scale * (q - zero), rows first_row .. rows_end - 1.
+
+    ALIGNED: planes are inside groups (a division for each weight cost most of the time).
+    """
+    P: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    rows = first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < rows_end
+    i = tl.arange(0, PW)
+    block = tl.program_id(1)
+    groups = K // G
+    word0, word1, word2, rest = _words(
+        words_ptr, rows[:, None], row_ok[:, None], block, blocks, i[None, :], BITS
+    )
+    for j in tl.static_range(P):
+        word = _word_of(word0, word1, word2, rest, j, BITS)
+        code = _code_pairs(word, j % (4 if BITS == 3 else P), BITS).to(tl.float32)
+        code = tl.reshape(code, (BLOCK_N, 2 * PW))
+        k = (block * P + j) * (2 * PW) + tl.arange(0, 2 * PW)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        if ALIGNED:
+            group = tl.minimum((block * P + j) * (2 * PW) // G, groups - 1)
+            scale, zero = _scale_and_zero(
+                scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+            )
+            scale, zero = scale[:, None], zero[:, None]
+        else:
+            at = rows[:, None] * groups + (k // G)[None, :]
+            scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, at, ok, 0, 1, BITS, ZEROS)
+        w = scale * (code - zero) * factor
+        at = (rows - first_row)[:, None] * K + k[None, :]
+        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=ok)
