@@ -76,6 +76,20 @@ def cuda_extension() -> Extension:
     )
 
 
+class Build(cpp_extension.BuildExtension):
+    """Compiles anew what is older than a header. torch's rules for nvcc follow headers only where
+    torch itself has CUDA; objects of before and after a change once made a wheel together."""
+
+    def build_extensions(self) -> None:
+        for extension in self.extensions:
+            changed = max(Path(header).stat().st_mtime for header in extension.depends)
+            for source in extension.sources:
+                made = Path(self.build_temp, source).with_suffix(".o")
+                if made.exists() and made.stat().st_mtime < changed:
+                    made.unlink()
+        super().build_extensions()
+
+
 def local_tag() -> str:
     """+cpu or +cu130 on built wheels; a development install has none."""
     if BUILD != "cuda":
@@ -96,6 +110,6 @@ setup(
         *([cpu_extension()] if BUILD != "cuda" else []),
         *([cuda_extension()] if WITH_CUDA else []),
     ],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD == "cuda" else {},
 )

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Config] = {
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.dot": {
-        "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.gemv": {

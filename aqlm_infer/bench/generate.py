@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,11 @@ class Rate:
     step_us: float | None
     capture_s: float | None
     peak_bytes: int | None
+
+
+def _unfused(scheme: str) -> str:
+    """A scheme without the sizes of parts that share a matrix."""
+    return re.sub(r"-f\d[\d+]*$", "", scheme)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -226,7 +232,7 @@ def bench_generate(
     fixed = {
         "backend": "+".join(sorted({layer.kernel_id.split(".")[0] for layer in layers})),
         "model": name,
-        "scheme": "+".join(sorted({layer.format.id for layer in layers})),
+        "scheme": "+".join(sorted({_unfused(layer.format.id) for layer in layers})),
         "bits_per_weight": cost.bits_per_weight,
         "dtype": str(quantized.dtype).removeprefix("torch."),
         "precision": "+".join(sorted({layer.precision for layer in layers})),

@@ -16,24 +16,9 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
-// 4 bytes, kept in its place among other volatile accesses (the compiler sinks a constant load
-// below grid_dependency_wait).
-__device__ __forceinline__ uint32_t load_early(const void* p) {
-  uint32_t v;
-  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
 // Address of a shared-memory object as the 32-bit value that cp.async takes.
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-// The float at a 32-bit shared address plus a constant.
-template <int offset>
-__device__ __forceinline__ float load_shared(uint32_t at) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(v) : "r"(at), "n"(offset));
-  return v;
 }
 // Starts copying 16 bytes to shared memory past L1. Waits on it are counted, whereas a register
 // load shares one of six scoreboards with later loads and then waits for those too.
@@ -63,33 +48,6 @@ __device__ __forceinline__ uint4 load_cached(const void* p) {
 __device__ __forceinline__ uint2 load_cached8(const void* p) {
   uint2 v;
   asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
-
-// 4 bytes through L1, ordered after grid_dependency_wait.
-__device__ __forceinline__ uint32_t load_word(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
-// n words of 4 bytes, ordered after grid_dependency_wait.
-template <int n>
-struct Words {
-  uint32_t w[n];
-};
-template <int n>
-__device__ __forceinline__ Words<n> load_words(const void* p) {
-  Words<n> v;
-  if constexpr (n == 1) {
-    v.w[0] = load_word(p);
-  } else if constexpr (n == 2) {
-    const uint2 u = load_cached8(p);
-    v.w[0] = u.x, v.w[1] = u.y;
-  } else {
-    const uint4 u = load_cached(p);
-    v.w[0] = u.x, v.w[1] = u.y, v.w[2] = u.z, v.w[3] = u.w;
-  }
   return v;
 }
 

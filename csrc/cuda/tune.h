@@ -21,17 +21,17 @@ AQLM_HD constexpr int mma_smem(int codebooks, int tiles) {
   return codebooks * (32 << 10) + mma_warps(codebooks) * mma_depth(codebooks, tiles) * kUnitBytes;
 }
 
-// Rows of a CTA of the table body: 16 warps of 64 (variant 1) or 32 (variant 2).
-constexpr int lut_group_rows(int variant) { return variant == 1 ? 1024 : 512; }
-// Codebooks of a step (lut.cuh); 0: any number.
-constexpr int lut_books(int codebooks) {
-  return codebooks == 1 ? 1 : codebooks % 4 == 0 ? 4 : codebooks % 2 == 0 ? 2 : 0;
-}
-constexpr int kLutStages = 3;  // steps of codes in flight, where shared memory has room
+// Variants of the table body: 1, 2, 4 = 8 warps x so many row blocks; 8 = 16 warps x 4 and
+// 16 = 32 warps x 2 row blocks, both with two stages of tables.
+constexpr int lut_group_rows(int variant) { return std::min(variant, 8) * 8 * kBlockRows; }
+
+// Long vectors (G > 8) make the construction longer: 32 warps share it. 44 us against 63 at
+// 28672 x 8192, 8x8 g32.
+constexpr int kLutLongVectors = 16;
 
 // The table body costs the same again for every token; up to these it beats the other bodies.
 constexpr int kLutTokens = 1;       // against cuda.additive.mma
-constexpr int kLutTokensOther = 8;  // against dequantize + GEMM (8x8 g32: 301 us against 472)
+constexpr int kLutTokensOther = 32;  // against dequantize + GEMM
 
 // Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
 constexpr int kMmaTokens = 128;
@@ -42,12 +42,8 @@ constexpr int kMmaTokens = 128;
 constexpr int kWgmmaFirst = 9;
 inline int wgmma_tokens(int codebooks, long long cells) {
   if (cells < 10000) return 32;  // 4096 x 4096, M = 64: 27 us of mostly partial sums against 21
-  const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
-  return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
+  return codebooks == 1 ? 1024 : codebooks == 2 ? 512 : 256;
 }
-// Waves of items from which on whole waves are not cut along K: then direct stores pay for the
-// uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
-constexpr int kWholeWaves = 6;
 
 // Rows that a CTA of the warpgroup body covers: 128 tokens leave registers for half of them.
 AQLM_HD constexpr int wgmma_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
@@ -62,14 +58,18 @@ inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
 
+constexpr int kLutMaxX = 24 << 10;  // staged activations of one K range, bytes
+
 struct LutRow {
   long long min_cells;  // 512-byte code units of the matrix
   int variant;
+  int ctas_per_sm;
   const char* why;
 };
 constexpr LutRow kLut[] = {
-    {30000, 1, "large: 1024 rows share a table"},
-    {0, 2, "small: more rows per table would leave too few steps of K per CTA"},
+    {50000, 8, 1, "large: 4096 rows share a table, two stages hide its construction"},
+    {20000, 4, 2, "medium: 2048 rows share a table, a second CTA hides its construction"},
+    {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
 
 struct MmaRow {

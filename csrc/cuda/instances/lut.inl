@@ -8,33 +8,32 @@ namespace aqlm {
 
 namespace {  // the two dtypes must not share these names
 
-template <int kWarps, int kRuns, int kG, int kBooks>
+template <int kWarps, int kBlocks, int kStages>
 cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
-  constexpr int kRows = kWarps * kRuns * 8;
-  auto kernel = lut_kernel<AQLM_T, kWarps, kRuns, kG, kBooks>;
-  const int smem = lut_smem(kRows, p.s.stages);
-  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, kWarps * 32, smem, stream, p);
-}
-
-template <int kWarps, int kRuns, int kG>
-cudaError_t lut_books(const MatmulParams& p, cudaStream_t stream) {
-  switch (tune::lut_books(p.a.codebooks)) {
-    case 1: return lut<kWarps, kRuns, kG, 1>(p, stream);
-    case 2: return lut<kWarps, kRuns, kG, 2>(p, stream);
-    case 4: return lut<kWarps, kRuns, kG, 4>(p, stream);
+  const int steps = (2 * p.s.max_units - 1) / p.a.codebooks + 2;
+  const int xs = steps * kStepVectors * p.a.in_group * sizeof(AQLM_T);
+  if (xs > tune::kLutMaxX) return cudaErrorInvalidConfiguration;
+  const int tables = 2 * kStages * kLutStepBytes + lut_ring_bytes(kWarps, kBlocks);
+  constexpr int limit =
+      2 * kStages * kLutStepBytes + lut_ring_bytes(kWarps, kBlocks) + tune::kLutMaxX;
+  if (p.a.in_group == 8) {
+    auto kernel = lut_kernel<AQLM_T, kWarps, kBlocks, kStages, 8>;
+    return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
   }
-  return lut<kWarps, kRuns, kG, 0>(p, stream);
+  auto kernel = lut_kernel<AQLM_T, kWarps, kBlocks, kStages, 0>;
+  return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
 }  // namespace
 
 template <>
 cudaError_t launch_lut<AQLM_T>(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
-  if (p.a.in_group == 16) return lut_books<16, 4, 16>(p, stream);
-  if (p.a.in_group == 32) return lut_books<16, 4, 32>(p, stream);
   switch (c.variant) {
-    case 1: return lut_books<16, 8, 8>(p, stream);
-    case 2: return lut_books<16, 4, 8>(p, stream);
+    case 1: return lut<8, 1, 1>(p, stream);
+    case 2: return lut<8, 2, 1>(p, stream);
+    case 4: return lut<8, 4, 1>(p, stream);
+    case 8: return lut<16, 4, 2>(p, stream);
+    case 16: return lut<32, 2, 2>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
