@@ -8,6 +8,8 @@ namespace aqlm {
 template <typename T>
 cudaError_t launch_lut(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_columns(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_mma_exact(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);

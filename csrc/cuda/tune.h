@@ -31,7 +31,7 @@ constexpr int kLutLongVectors = 16;
 
 // The table body costs the same again for every token; up to these it beats the other bodies.
 constexpr int kLutTokens = 1;       // against cuda.additive.mma
-constexpr int kLutTokensOther = 32;  // against dequantize + GEMM
+constexpr int kLutTokensOther = 8;  // against dequantize + GEMM (8x8 g32: 344 us against 472)
 
 // Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
 constexpr int kMmaTokens = 128;
@@ -42,8 +42,12 @@ constexpr int kMmaTokens = 128;
 constexpr int kWgmmaFirst = 9;
 inline int wgmma_tokens(int codebooks, long long cells) {
   if (cells < 10000) return 32;  // 4096 x 4096, M = 64: 27 us of mostly partial sums against 21
-  return codebooks == 1 ? 1024 : codebooks == 2 ? 512 : 256;
+  const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
+  return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
 }
+// Waves of items from which on whole waves are not cut along K: then direct stores pay for the
+// uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
+constexpr int kWholeWaves = 6;
 
 // Rows that a CTA of the warpgroup body covers: 128 tokens leave registers for half of them.
 AQLM_HD constexpr int wgmma_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
@@ -71,6 +75,14 @@ constexpr LutRow kLut[] = {
     {20000, 4, 2, "medium: 2048 rows share a table, a second CTA hides its construction"},
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
+
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table, 8 warps (512 rows) or 16.
+constexpr int kColumnsMinArch = 90;
+inline int columns_warps(int codebooks, long long cells) {
+  // 28672 x 8192: 2x8 29.0 us against 31.2, 4x8 42.8 against 56; 14336 x 4096, 2x8: 13.0 against
+  // 10.4. Of one codebook a lane's x fragments need the registers of the 16-warp body.
+  return codebooks > 1 && cells >= 100000 ? 16 : 8;
+}
 
 struct MmaRow {
   long long min_cells;
