@@ -16,6 +16,8 @@ cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaSt
 template <typename T>
 cudaError_t launch_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_split(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_split_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);

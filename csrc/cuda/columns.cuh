@@ -37,20 +37,32 @@ AQLM_HD constexpr int columns_smem(int rows) {
   return kColumnTableBytes + kColumnStages * columns_stage_bytes(rows) + (kColumnStages + 4) * 8;
 }
 
-// kBooks: B; a warp's codebook entries stay in registers.
-template <typename T, int kWarps, int kBooks>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+// Shared memory starts here in a block's window (the runtime keeps what lies below), so that the
+// address of a lookup is this constant plus 16 bits that one PRMT puts together.
+constexpr uint32_t kColumnTableAt = 1024;
+
+// Entry of the table at 16 bits of offset (and the bits above 16 of the window).
+__device__ __forceinline__ float column_entry(uint32_t at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1 + 1024];" : "=f"(v) : "r"(at));
+  return v;
+}
+
+// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM; with two, the next
+// kernel's prologue (its copies of codes) runs beside this one.
+template <typename T, int kWarps, int kBooks, int kCtas>
+__global__ void __launch_bounds__(kWarps * 32, kCtas)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kTiles = 16 / kWarps;  // of 16 entries that a warp computes
   constexpr int kGroupRows = kWarps * kBlockRows;
   constexpr int kStage = columns_stage_bytes(kGroupRows), kUnitStride = kGroupRows * 8;
   constexpr int kX = 4 / kBooks;  // distinct x fragments of a step
-  constexpr bool kAhead = kBooks < 4;  // x is loaded two steps ahead, else one: registers
+  constexpr int kXStep = 32 / kBooks * 8;  // elements of x in a step
   extern __shared__ __align__(1024) unsigned char smem[];
   const Additive& a = p.a;
   const Schedule& s = p.s;
-  const int entries = a.entries(), last_unit = a.units() - 1;
+  const int entries = a.entries(), K = a.in_features();
   unsigned char* const ring = smem + kColumnTableBytes;
   uint64_t* const ready = reinterpret_cast<uint64_t*>(ring + kColumnStages * kStage);  // tables
   uint64_t* const read = ready + 2;  // by all warps
@@ -59,8 +71,9 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   // Column of this lane: unit q of the step, vector v and half h of the unit (see `dot`).
   const int q = lane >> 4 | (lane >> 2 & 2), v = (lane >> 1 & 2) | (lane & 1), h = lane >> 1 & 1;
   const int code_offset = q * kUnitStride + q / 2 * 64 + v * 16 + h * 8;
-  int begin = blockIdx.x * s.cells / s.ctas;
+  const int first = blockIdx.x * s.cells / s.ctas;
   const int end = (blockIdx.x + 1) * s.cells / s.ctas;
+  if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
 
   if (threadIdx.x < 4 + kColumnStages)
     mbar::init(ready + threadIdx.x, threadIdx.x < 4 ? kWarps : 1);
@@ -68,35 +81,33 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   __syncthreads();
   grid_dependents_start();
 
-  // By thread 0: codes of the next cell that is not in the ring; its step is u.
-  int fetch_cell = begin, fetch_stage = 0, u = 0, bytes = 0;
-  const uint8_t* codes_of_group = nullptr;
-  auto fetch = [&] {
-    if (fetch_cell == end) return;
-    if (codes_of_group == nullptr || ++u == s.units) {
-      const int item = fetch_cell / s.units;
-      Piece group;
-      locate_group(a, s, item, &group);
-      u = fetch_cell - item * s.units;
-      bytes = min(group.tiles * kUnitBytes, kUnitStride);
-      codes_of_group = p.packed + size_t(group.tile) * kUnitBytes;
+  // By one warp: codes of the CTA's n-th cell. Units past the matrix have no x: nothing is copied.
+  auto fetch = [&](int n) {
+    const int cell = first + n;
+    if (cell >= end) return;
+    const int item = cell / s.units, u = (cell - item * s.units) * kColumnStepUnits;
+    int group = item, tile = 0, rows = a.rows_of(0);
+    for (int part = 0; group << s.group_shift >= rows;) {
+      group -= (rows + kGroupRows - 1) / kGroupRows;
+      tile += (rows + kBlockRows - 1) / kBlockRows;
+      rows = a.rows_of(++part);
     }
-    unsigned char* to = ring + fetch_stage * kStage;
-    mbar::expect(full + fetch_stage, kColumnStepUnits * bytes);
+    if (lane != 0) return;
+    const int stage = n % kColumnStages, units = min(kColumnStepUnits, a.units() - u);
+    const int blocks = (rows - group * kGroupRows + kBlockRows - 1) / kBlockRows;
+    const uint32_t bytes = min(blocks, kWarps) * kUnitBytes;
+    const uint8_t* from = p.packed + (size_t(u) * s.tiles + tile + group * kWarps) * kUnitBytes;
+    mbar::expect(full + stage, units * bytes);
 #pragma unroll
-    for (int i = 0; i < kColumnStepUnits; ++i) {
-      const size_t unit = min(u * kColumnStepUnits + i, last_unit);
-      mbar::bulk_copy(to + i * kUnitStride + i / 2 * 64,
-                      codes_of_group + unit * s.tiles * kUnitBytes, bytes, full + fetch_stage);
-    }
-    ++fetch_cell;
-    if (++fetch_stage == kColumnStages) fetch_stage = 0;
+    for (int i = 0; i < kColumnStepUnits; ++i, from += size_t(s.tiles) * kUnitBytes)
+      if (i < units)
+        mbar::bulk_copy(ring + stage * kStage + i * kUnitStride + i / 2 * 64, from, bytes,
+                        full + stage);
   };
-  if (threadIdx.x == 0)
-#pragma unroll 1
-    for (int i = 0; i < kColumnStages; ++i) fetch();
+  if (warp < kColumnStages) fetch(warp);
 
-  int k = 0, stage = 0, stage_parity = 0, loaded_part = -1;
+  int begin = first, k = 0, stage = 0, stage_parity = 0, loaded_part = -1;
+  uint32_t column = (smem_address(smem) & 0xffff0000) | lane * 4;  // of the table that is read
   uint32_t entry[kTiles * kBooks][2];
   while (begin < end) {
     Piece piece;
@@ -105,24 +116,23 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     begin += count;
     const T* books = static_cast<const T*>(p.codebooks) + size_t(piece.part) * kBooks * entries * 8;
     float acc[kBlockRows] = {};  // [row / 8][row % 8]
-    uint32_t xf[kX] = {}, xn[kX] = {};
+    uint32_t x[2][kX];  // of steps i and i + 1: copying one to the other would wait for its load
 
-    // x of step i as B fragments: MMA n has columns c = 0..7 = half step n + 4 (c / 4),
-    // vector c % 4.
-    auto load_x = [&](int i, uint32_t (&to)[kX]) {
+    // x of a step as B fragments: MMA n has columns c = 0..7 = half step n + 4 (c / 4), vector
+    // c % 4. `at`: the lane's element of the next step; it may lie past the piece.
+    int at = piece.u0 * kXStep + (g / 4 * (16 / kBooks) + g % 4) * 8 + 2 * t;
+    auto load_x = [&](uint32_t (&to)[kX]) {
 #pragma unroll
-      for (int m = 0; m < kX; ++m) {
-        const int step = (piece.u0 + i) * 8 + m * kBooks + g / 4 * 4;
-        const int vector = step / kBooks * 4 + g % 4;
-        to[m] = 0;
-        if (i < count && vector < a.in_groups)
-          to[m] = load_word(static_cast<const T*>(p.x) + vector * 8 + 2 * t);
-      }
+      for (int m = 0; m < kX; ++m)
+        to[m] = at + m * 32 < K ? load_word(static_cast<const T*>(p.x) + at + m * 32) : 0;
+      at += kXStep;
     };
-    // Table of step i. Column (n, c) of its four MMAs is bank
+    // Table of the next step. Column (n, c) of its four MMAs is bank
     // (n / 2) * 16 + (c / 2) * 4 + n % 2 * 2 + c % 2, the lane that looks it up. Rows alternate
     // between the halves of the columns, so that a quarter warp fills all banks.
-    auto build = [&](int i, int table) {
+    auto build = [&](int table, uint32_t (&xf)[kX]) {
+      const bool odd = g % 2;
+      unsigned char* const to = smem + (warp * 16 + g) * kColumnPitch + table * 128 + t * 16;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         float c[4][4] = {};
@@ -131,25 +141,16 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
           const uint32_t(&e)[2] = entry[tile * kBooks + n % kBooks];
           mma_1688(c[n], e[0], e[1], xf[n / kBooks], T());
         }
-        unsigned char* to =
-            smem + ((warp + tile * kWarps) * 16 + g) * kColumnPitch + table * 128 + t * 16;
-        const bool odd = g % 2;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float4 lo = make_float4(c[0][2 * h], c[0][2 * h + 1], c[1][2 * h], c[1][2 * h + 1]);
           const float4 hi = make_float4(c[2][2 * h], c[2][2 * h + 1], c[3][2 * h], c[3][2 * h + 1]);
-          unsigned char* row = to + h * 8 * kColumnPitch;
+          unsigned char* const row = to + (tile * kWarps * 16 + h * 8) * kColumnPitch;
           *reinterpret_cast<float4*>(row + (odd ? 64 : 0)) = odd ? hi : lo;
           *reinterpret_cast<float4*>(row + (odd ? 0 : 64)) = odd ? lo : hi;
         }
       }
-      if constexpr (kAhead) {
-#pragma unroll
-        for (int m = 0; m < kX; ++m) xf[m] = xn[m];
-        load_x(i + 2, xn);
-      } else {
-        load_x(i + 1, xf);
-      }
+      load_x(xf);  // of the step after the next
       __syncwarp();
       if (lane == 0) mbar::arrive(ready + table);
     };
@@ -167,38 +168,44 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
         }
     }
     if (k == 0) grid_dependency_wait();
-    load_x(0, xf);
-    if constexpr (kAhead) load_x(1, xn);
-    build(0, k & 1);
-    for (int i = 0; i < count; ++i, ++k) {
+    load_x(x[0]);
+    load_x(x[1]);
+    build(k & 1, x[0]);
+    // Warps past the part's last row block repeat it; nobody reads their sums.
+    const unsigned char* const my_codes =
+        ring + code_offset + min(warp, piece.tiles - 1) * kUnitBytes;
+    auto step = [&](bool more, uint32_t (&next_x)[kX]) {
       const int table = k & 1;
       mbar::wait(ready + table, k >> 1 & 1);
       mbar::wait(full + stage, stage_parity);
-      // Warps past the part's last row block repeat it; nobody reads their sums.
-      const unsigned char* codes =
-          ring + stage * kStage + code_offset + min(warp, piece.tiles - 1) * kUnitBytes;
-      const uint32_t column = lane * 4 + table * 128;
+      const unsigned char* const codes = my_codes + stage * kStage;
       auto lookup = [&](int r) {
         const uint2 c = *reinterpret_cast<const uint2*>(codes + r * 64);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const uint32_t at = __byte_perm(j < 4 ? c.x : c.y, column, 0x5504 | j % 4 << 4);
-          acc[j * 8 + r] += *reinterpret_cast<const float*>(smem + at);
-        }
+        for (int j = 0; j < 8; ++j)
+          acc[j * 8 + r] +=
+              column_entry(__byte_perm(j < 4 ? c.x : c.y, column, 0x7604 | j % 4 << 4));
       };
 #pragma unroll
       for (int r = 0; r < 4; ++r) lookup(r);
       if (k > 0) mbar::wait(read + (table ^ 1), (k - 1) >> 1 & 1);
-      if (i + 1 < count) build(i + 1, table ^ 1);
-      if (k > 0 && threadIdx.x == 0) fetch();  // into the stage of step k - 1
+      if (more) build(table ^ 1, next_x);
+      if (k > 0 && k % kWarps == warp) fetch(k - 1 + kColumnStages);  // into the last step's stage
 #pragma unroll
       for (int r = 4; r < 8; ++r) lookup(r);
       __syncwarp();
       if (lane == 0) mbar::arrive(read + table);
+      column ^= 128;
+      ++k;
       if (++stage == kColumnStages) {
         stage = 0;
         stage_parity ^= 1;
       }
+    };
+#pragma unroll 1
+    for (int i = 0; i < count; i += 2) {
+      step(i + 1 < count, x[1]);
+      if (i + 1 < count) step(i + 2 < count, x[0]);
     }
     // Each exchange halves the rows that a lane holds; lane l ends with rows 2l and 2l + 1.
 #pragma unroll

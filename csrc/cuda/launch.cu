@@ -113,9 +113,11 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
     bool mma_sync = mma && device.max_smem >= smem &&
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
+    bool wgmma_int8 = mma && int8 && device.arch == 90 && tokens <= tune::kWgmmaInt8Tokens;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
       lut = g_body == 0;
+      wgmma_int8 = g_body == 7;
       wgmma = g_body == 3;
       mma_sync = g_body == 1 && tokens <= tune::kMmaTokens;
     }
@@ -132,6 +134,9 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
         c.body = Body::kColumns;
         c.variant = tune::columns_warps(a.codebooks, cells);
       }
+    } else if (wgmma_int8) {
+      c.body = Body::kWgmmaInt8;
+      c.token_tile = round_up_tile(tokens, 16, 4);
     } else if (wgmma) {
       c.body = Body::kWgmma;
       c.precision = Precision::kExact;
@@ -171,6 +176,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
+  } else if (c.body == Body::kWgmmaInt8) {
+    s.group_rows = tune::wgmma_group_rows(2 * c.token_tile);
   } else if (c.body == Body::kWgmma) {
     s.group_rows = tune::wgmma_group_rows(c.token_tile);
     s.x_steps = a.codebooks == 1 ? 2 * s.units : a.codebooks == 2 ? s.units : s.units / 2;
@@ -201,13 +208,14 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (g_occupancy > 0) per_sm = g_occupancy;
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
-  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma;
+  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaInt8;
   const int min_units = mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
   // A wave and a bit would leave most SMs waiting for the few with one CTA more.
-  if (s.ctas * s.classes > device.sms && s.classes == 1) s.ctas -= s.ctas % device.sms;
+  if (s.ctas * s.classes > device.sms && s.classes == 1 && c.body != Body::kColumns)
+    s.ctas -= s.ctas % device.sms;
   if (c.body == Body::kLut) {  // the staged activations of one K range must fit
     const int step_bytes = kStepVectors * a.in_group * 2;
     const int fit = std::max(1, (tune::kLutMaxX / step_bytes - 2) * a.codebooks / 2);
@@ -230,7 +238,7 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   const int tiles = c.token_tile / (int8 ? 4 : 8);
   if (c.body == Body::kSplit || c.body == Body::kSplitWgmma)
     w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
-  if (c.body == Body::kMma && int8)
+  if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
   if (c.body == Body::kWgmma) w.x_fragments = size_t(s.passes) * s.x_steps * c.token_tile * 64;
   if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
@@ -252,6 +260,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
   else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
   else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
   return e == cudaSuccess && p.s.cells > 0 ? launch_reduce<T>(p, stream) : e;
 }
@@ -272,7 +281,7 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, -1: as tuned) and dependent launch of every later call.
+// 3 wgmma, 7 wgmma_int8, -1: as tuned) and dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

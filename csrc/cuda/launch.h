@@ -15,7 +15,8 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
-  kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6
+  kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
+  kWgmmaInt8 = 7
 };
 
 // Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item

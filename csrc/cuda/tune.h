@@ -45,6 +45,9 @@ inline int wgmma_tokens(int codebooks, long long cells) {
   const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
   return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
 }
+// In int8 up to these; more tokens are faster exactly.
+constexpr int kWgmmaInt8Tokens = 32;
+
 // Waves of items from which on whole waves are not cut along K: then direct stores pay for the
 // uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
 constexpr int kWholeWaves = 6;

@@ -25,10 +25,10 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
-template <int kWarps, int kBooks>
+template <int kWarps, int kBooks, int kCtas>
 cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = columns_smem(kWarps * kBlockRows);
-  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks>;
+  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas>;
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
@@ -38,11 +38,14 @@ template <>
 cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                    cudaStream_t stream) {
   switch (p.a.codebooks * 16 + c.variant) {
-    case 16 + 8: return columns<8, 1>(p, stream);
-    case 32 + 8: return columns<8, 2>(p, stream);
-    case 64 + 8: return columns<8, 4>(p, stream);
-    case 32 + 16: return columns<16, 2>(p, stream);
-    case 64 + 16: return columns<16, 4>(p, stream);
+    case 16 + 8: return columns<8, 1, 2>(p, stream);
+    case 32 + 8: return columns<8, 2, 2>(p, stream);
+    case 64 + 8: return columns<8, 4, 2>(p, stream);
+    case 32 + 9: return columns<8, 2, 1>(p, stream);
+    case 16 + 9: return columns<8, 1, 1>(p, stream);
+    case 16 + 16: return columns<16, 1, 1>(p, stream);
+    case 32 + 16: return columns<16, 2, 1>(p, stream);
+    case 64 + 16: return columns<16, 4, 1>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

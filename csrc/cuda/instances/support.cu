@@ -43,7 +43,7 @@ cudaError_t launch_fragments(const LaunchConfig& c, const MatmulParams& p, cudaS
   const bool int8 = c.precision == Precision::kInt8;
   const dim3 grid(c.token_tile, kChunks);
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  const bool halves = c.body == Body::kSplitWgmma;
+  const bool halves = c.body == Body::kSplitWgmma || c.body == Body::kWgmmaInt8;
   auto run = [&](auto kernel) {
     return enqueue(kernel, grid, kFragmentThreads, 0, stream, p, tiles);
   };

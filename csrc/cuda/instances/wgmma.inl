@@ -1,8 +1,9 @@
-// Instantiates cuda.additive.wgmma and cuda.additive.split_wgmma for AQLM_T.
+// Instantiates cuda.additive.{wgmma, wgmma_int8, split_wgmma} for AQLM_T.
 #include "../bodies.h"
 #include "../enqueue.cuh"
 #include "../split_wgmma.cuh"
 #include "../wgmma.cuh"
+#include "../wgmma_int8.cuh"
 
 namespace aqlm {
 
@@ -28,6 +29,19 @@ cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream
   return cudaErrorInvalidValue;
 }
 
+template <int B>
+cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  auto run = [&](auto kernel, int smem) {
+    return AQLM_ENQUEUE_SMEM(kernel, smem, p.s.grid, (kWg8Warps + 4) * 32, smem, stream, p);
+  };
+  switch (c.token_tile) {
+    case 16: return run(wgmma_int8_kernel<AQLM_T, B, 32>, wg8_smem(B, 32));
+    case 32: return run(wgmma_int8_kernel<AQLM_T, B, 64>, wg8_smem(B, 64));
+    case 64: return run(wgmma_int8_kernel<AQLM_T, B, 128>, wg8_smem(B, 128));
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <int kTokens, bool kInt8>
 cudaError_t split_pass(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kColumns = kInt8 ? 2 * kTokens : kTokens;
@@ -45,6 +59,17 @@ cudaError_t launch_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
     case 1: return wgmma_books<1>(c, p, stream);
     case 2: return wgmma_books<2>(c, p, stream);
     case 4: return wgmma_books<4>(c, p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_wgmma_int8<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  switch (p.a.codebooks) {
+    case 1: return wgmma_int8<1>(c, p, stream);
+    case 2: return wgmma_int8<2>(c, p, stream);
+    case 4: return wgmma_int8<4>(c, p, stream);
   }
   return cudaErrorInvalidValue;
 }
