@@ -108,6 +108,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
   } else {
     const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
     const int smem = tune::mma_smem(a.codebooks, 1);
+    bool wide = a.in_group == 32 && a.codebooks == 8 && device.arch == 90 &&
+                tokens >= tune::kWideFirst && tokens <= tune::kWideTokens;
     bool lut = tokens <= (mma ? tune::kLutTokens : tune::kLutTokensOther);
     bool wgmma = mma && device.arch == 90 && tokens >= tune::kWgmmaFirst &&
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
@@ -118,12 +120,17 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     if (g_body >= 0) {
       lut = g_body == 0;
       wgmma_int8 = g_body == 7;
+      wide = g_body == 8;
       wgmma = g_body == 3;
       mma_sync = g_body == 1 && tokens <= tune::kMmaTokens;
     }
     if (g_body == 2) return c;
 #endif
-    if (lut) {
+    if (wide) {
+      c.body = Body::kWgmmaWide;
+      c.precision = Precision::kExact;
+      c.token_tile = round_up_tile(tokens, 32, 2);
+    } else if (lut) {
       c.body = Body::kLut;
       c.precision = Precision::kExact;
       c.token_tile = 1;
@@ -176,6 +183,11 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
+  } else if (c.body == Body::kWgmmaWide) {
+    s.group_rows = tune::kWideGroupRows;
+    s.classes = 2;  // four codebooks each
+    s.units /= 4;   // of four vectors
+    s.x_steps = s.units;
   } else if (c.body == Body::kWgmmaInt8) {
     s.group_rows = tune::wgmma_group_rows(2 * c.token_tile);
   } else if (c.body == Body::kWgmma) {
@@ -208,8 +220,9 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (g_occupancy > 0) per_sm = g_occupancy;
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
+  const bool wide = c.body == Body::kWgmmaWide;  // its units are four times as long
   const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaInt8;
-  const int min_units = mma ? tune::mma_min_units(p->tokens) : 1;
+  const int min_units = wide ? 2 : mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
@@ -241,6 +254,7 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
   if (c.body == Body::kWgmma) w.x_fragments = size_t(s.passes) * s.x_steps * c.token_tile * 64;
+  if (c.body == Body::kWgmmaWide) w.x_fragments = size_t(s.x_steps) * c.token_tile * 256;
   if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
   return w;
 }
@@ -260,6 +274,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
   else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
   else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaWide) e = launch_wgmma_wide<T>(c, p, stream);
   else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
   return e == cudaSuccess && p.s.cells > 0 ? launch_reduce<T>(p, stream) : e;
@@ -281,7 +296,7 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, -1: as tuned) and dependent launch of every later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, -1: as tuned) and dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

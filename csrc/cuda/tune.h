@@ -48,6 +48,11 @@ inline int wgmma_tokens(int codebooks, long long cells) {
 // In int8 up to these; more tokens are faster exactly.
 constexpr int kWgmmaInt8Tokens = 32;
 
+// 8x8 g32 on Hopper: passes of up to 64 tokens.
+constexpr int kWideFirst = 5;
+constexpr int kWideTokens = 128;
+constexpr int kWideGroupRows = 512;
+
 // Waves of items from which on whole waves are not cut along K: then direct stores pay for the
 // uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
 constexpr int kWholeWaves = 6;

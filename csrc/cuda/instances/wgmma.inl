@@ -1,9 +1,10 @@
-// Instantiates cuda.additive.{wgmma, wgmma_int8, split_wgmma} for AQLM_T.
+// Instantiates cuda.additive.{wgmma, wgmma_int8, wgmma_wide, split_wgmma} for AQLM_T.
 #include "../bodies.h"
 #include "../enqueue.cuh"
 #include "../split_wgmma.cuh"
 #include "../wgmma.cuh"
 #include "../wgmma_int8.cuh"
+#include "../wgmma_wide.cuh"
 
 namespace aqlm {
 
@@ -42,6 +43,17 @@ cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_
   return cudaErrorInvalidValue;
 }
 
+template <int kTokens>
+cudaError_t wgmma_wide(const MatmulParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.s.x_steps, 8), kTokens / 32);
+  const cudaError_t e = enqueue(x_wide_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
+  if (e != cudaSuccess) return e;
+  constexpr int kSmem = wide_smem(kTokens);
+  auto kernel = wgmma_wide_kernel<AQLM_T, kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas * p.s.classes, (kWideWgWarps + 4) * 32, kSmem,
+                           stream, p);
+}
+
 template <int kTokens, bool kInt8>
 cudaError_t split_pass(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kColumns = kInt8 ? 2 * kTokens : kTokens;
@@ -72,6 +84,12 @@ cudaError_t launch_wgmma_int8<AQLM_T>(const LaunchConfig& c, const MatmulParams&
     case 4: return wgmma_int8<4>(c, p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_wgmma_wide<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  return c.token_tile == 32 ? wgmma_wide<32>(p, stream) : wgmma_wide<64>(p, stream);
 }
 
 template <>
