@@ -20,6 +20,8 @@ cudaError_t launch_wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cuda
 template <typename T>
 cudaError_t launch_wgmma_wide(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_wgmma_long(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_split(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_split_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);

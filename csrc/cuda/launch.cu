@@ -115,9 +115,11 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
     bool mma_sync = mma && device.max_smem >= smem &&
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
-    bool wgmma_int8 = mma && int8 && device.arch == 90 && tokens <= tune::kWgmmaInt8Tokens;
+    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 && tokens <= tune::kWgmmaInt8Tokens;
+    bool wgmma_long = false;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
+      wgmma_long = g_body == 9;
       lut = g_body == 0;
       wgmma_int8 = g_body == 7;
       wide = g_body == 8;
@@ -126,7 +128,12 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     }
     if (g_body == 2) return c;
 #endif
-    if (wide) {
+    if (wgmma_long) {
+      c.body = Body::kWgmmaLong;
+      c.precision = Precision::kExact;
+      c.token_tile = 256;
+      c.passes = ceil_div(tokens, 256);
+    } else if (wide) {
       c.body = Body::kWgmmaWide;
       c.precision = Precision::kExact;
       c.token_tile = round_up_tile(tokens, 32, 2);
@@ -143,7 +150,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       }
     } else if (wgmma_int8) {
       c.body = Body::kWgmmaInt8;
-      c.token_tile = round_up_tile(tokens, 16, 4);
+      c.token_tile = round_up_tile(tokens, 16, 2);
     } else if (wgmma) {
       c.body = Body::kWgmma;
       c.precision = Precision::kExact;
@@ -189,7 +196,10 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.units /= 4;   // of four vectors
     s.x_steps = s.units;
   } else if (c.body == Body::kWgmmaInt8) {
-    s.group_rows = tune::wgmma_group_rows(2 * c.token_tile);
+    s.group_rows = 512;
+  } else if (c.body == Body::kWgmmaLong) {
+    s.group_rows = tune::kLongGroupRows;
+    s.x_steps = a.codebooks == 1 ? 2 * s.units : s.units;
   } else if (c.body == Body::kWgmma) {
     s.group_rows = tune::wgmma_group_rows(c.token_tile);
     s.x_steps = a.codebooks == 1 ? 2 * s.units : a.codebooks == 2 ? s.units : s.units / 2;
@@ -206,7 +216,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.passes = c.passes;
   s.slot_tokens = s.passes > 1 ? c.token_tile : p->tokens;
   const int items = s.groups * s.passes;
-  const bool direct = c.body == Body::kWgmma && a.codebooks < 4;
+  const bool direct = c.body == Body::kWgmmaLong || (c.body == Body::kWgmma && a.codebooks < 4);
   if (direct && items >= tune::kWholeWaves * device.sms)
     s.whole = items / device.sms * device.sms;
 #ifdef AQLM_TUNE
@@ -221,7 +231,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
   const bool wide = c.body == Body::kWgmmaWide;  // its units are four times as long
-  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaInt8;
+  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8;
   const int min_units = wide ? 2 : mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
@@ -253,7 +263,8 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
     w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
   if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
-  if (c.body == Body::kWgmma) w.x_fragments = size_t(s.passes) * s.x_steps * c.token_tile * 64;
+  if (c.body == Body::kWgmma || c.body == Body::kWgmmaLong)
+    w.x_fragments = size_t(s.passes) * s.x_steps * c.token_tile * 64;
   if (c.body == Body::kWgmmaWide) w.x_fragments = size_t(s.x_steps) * c.token_tile * 256;
   if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
   return w;
@@ -274,6 +285,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
   else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
   else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaLong) e = launch_wgmma_long<T>(c, p, stream);
   else if (c.body == Body::kWgmmaWide) e = launch_wgmma_wide<T>(c, p, stream);
   else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
@@ -296,7 +308,7 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, -1: as tuned) and dependent launch of every later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, -1: as tuned) and dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

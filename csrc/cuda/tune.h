@@ -48,6 +48,8 @@ inline int wgmma_tokens(int codebooks, long long cells) {
 // In int8 up to these; more tokens are faster exactly.
 constexpr int kWgmmaInt8Tokens = 32;
 
+constexpr int kLongGroupRows = 128;
+
 // 8x8 g32 on Hopper: passes of up to 64 tokens.
 constexpr int kWideFirst = 5;
 constexpr int kWideTokens = 128;

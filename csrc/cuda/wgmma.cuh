@@ -71,6 +71,60 @@ x_image_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
 #error "Hopper needs its own instructions: build for 9.0a, not 9.0"
 #endif
 
+// Sums of an MMA row tile into a slot; `out` is the lane's first row.
+template <int kTokens>
+__device__ __forceinline__ void put_partials(float* out, int group_rows, int tokens,
+                                             const float (&acc)[kTokens / 2]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = n * 8 + 2 * t + i % 2;
+      if (token < tokens) out[token * group_rows + i / 2 * 8] = acc[n * 4 + i];
+    }
+}
+
+// The same as results. Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring
+// rows of a token and a warp stores whole sectors.
+template <typename T, int kTokens>
+__device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& piece, int row0,
+                                           const float (&acc)[kTokens / 2]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int token0 = piece.pass * kTokens, tokens = min(kTokens, p.tokens - token0);
+  const bool odd = g % 2;
+  T* const y = static_cast<T*>(p.y) + piece.row;
+  float scale[2], bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = piece.row + min(row0 + g + h * 8, piece.rows - 1);
+    scale[h] = to_float(__ldg(static_cast<const T*>(p.scales) + n));
+    bias[h] = p.bias == nullptr ? 0.f : to_float(__ldg(static_cast<const T*>(p.bias) + n));
+  }
+  const int row = row0 + g + (odd ? 7 : 0);
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float lo = acc[n * 4 + i] * scale[0] + bias[0];
+      const float hi = acc[n * 4 + 2 + i] * scale[1] + bias[1];
+      const float other = __shfl_xor_sync(~0u, odd ? lo : hi, 4);
+      const T first = from_float<T>(odd ? other : lo);
+      const T second = from_float<T>(odd ? hi : other);
+      const int token = n * 8 + 2 * t + i;
+      if (token >= tokens) continue;
+      T* to = y + size_t(token0 + token) * p.a.out_groups() + row;
+      if (row + 1 < piece.rows && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+        *reinterpret_cast<uint32_t*>(to) = uint32_t(*reinterpret_cast<const uint16_t*>(&first)) |
+                                           uint32_t(*reinterpret_cast<const uint16_t*>(&second))
+                                               << 16;
+      } else {
+        if (row < piece.rows) to[0] = first;
+        if (row + 1 < piece.rows) to[1] = second;
+      }
+    }
+}
+
 // kTokens: columns of the MMA (32, 64 or 128).
 template <typename T, int B, int kTokens>
 __global__ void __launch_bounds__((kWgWarps + 4) * 32, 1)
@@ -228,57 +282,17 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       if (lane == 0) barrier_arrive(empty + released);
 
       if (block >= piece.tiles) return;
-      const int row0 = block * kBlockRows + half * 32 + g, token0 = piece.pass * kTokens;
-      const int tokens = min(kTokens, p.tokens - token0);
+      const int row = block * kBlockRows + half * 32;
       if (B == 4 || piece.item >= 0) {  // of four codebooks all items are cut: registers
-        float* out = slot_of(p, piece, 0) + row0;
+        float* const out = slot_of(p, piece, 0) + row + g;
+        const int tokens = min(kTokens, p.tokens - piece.pass * kTokens);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-          for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int token = n * 8 + 2 * t + i % 2;
-              if (token < tokens)
-                out[token * p.s.group_rows + m * 16 + i / 2 * 8] = acc[m][n * 4 + i];
-            }
+          put_partials<kTokens>(out + m * 16, p.s.group_rows, tokens, acc[m]);
       } else {
-        // Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring rows of a token
-        // and a warp stores whole sectors.
-        const bool odd = g % 2;
-        T* y = static_cast<T*>(p.y) + piece.row;
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          float scale[2], bias[2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int n = piece.row + min(row0 + m * 16 + h * 8, piece.rows - 1);
-            scale[h] = to_float(__ldg(static_cast<const T*>(p.scales) + n));
-            bias[h] = p.bias == nullptr ? 0.f : to_float(__ldg(static_cast<const T*>(p.bias) + n));
-          }
-          const int row = row0 + m * 16 + (odd ? 7 : 0);
-#pragma unroll
-          for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float lo = acc[m][n * 4 + i] * scale[0] + bias[0];
-              const float hi = acc[m][n * 4 + 2 + i] * scale[1] + bias[1];
-              const float other = __shfl_xor_sync(~0u, odd ? lo : hi, 4);
-              const T first = from_float<T>(odd ? other : lo);
-              const T second = from_float<T>(odd ? hi : other);
-              const int token = n * 8 + 2 * t + i;
-              if (token >= tokens) continue;
-              T* to = y + size_t(token0 + token) * p.a.out_groups() + row;
-              if (row + 1 < piece.rows && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-                *reinterpret_cast<uint32_t*>(to) =
-                    uint32_t(*reinterpret_cast<const uint16_t*>(&first)) |
-                    uint32_t(*reinterpret_cast<const uint16_t*>(&second)) << 16;
-              } else {
-                if (row < piece.rows) to[0] = first;
-                if (row + 1 < piece.rows) to[1] = second;
-              }
-            }
-        }
+        for (int m = 0; m < kTiles; ++m)
+          store_rows<T, kTokens>(p, piece, row + m * 16, acc[m]);
       }
     });
   }

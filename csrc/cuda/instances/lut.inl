@@ -41,8 +41,6 @@ cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
     case 16 + 8: return columns<8, 1, 2>(p, stream);
     case 32 + 8: return columns<8, 2, 2>(p, stream);
     case 64 + 8: return columns<8, 4, 2>(p, stream);
-    case 32 + 9: return columns<8, 2, 1>(p, stream);
-    case 16 + 9: return columns<8, 1, 1>(p, stream);
     case 16 + 16: return columns<16, 1, 1>(p, stream);
     case 32 + 16: return columns<16, 2, 1>(p, stream);
     case 64 + 16: return columns<16, 4, 1>(p, stream);

@@ -1,9 +1,10 @@
-// Instantiates cuda.additive.{wgmma, wgmma_int8, wgmma_wide, split_wgmma} for AQLM_T.
+// Instantiates cuda.additive.{wgmma, wgmma_int8, wgmma_long, wgmma_wide, split_wgmma} for AQLM_T.
 #include "../bodies.h"
 #include "../enqueue.cuh"
 #include "../split_wgmma.cuh"
 #include "../wgmma.cuh"
 #include "../wgmma_int8.cuh"
+#include "../wgmma_long.cuh"
 #include "../wgmma_wide.cuh"
 
 namespace aqlm {
@@ -30,17 +31,30 @@ cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream
   return cudaErrorInvalidValue;
 }
 
+template <int B, int kTokens>
+cudaError_t wgmma_int8_pass(const MatmulParams& p, cudaStream_t stream) {
+  constexpr int kSmem = wg8_smem(B, 2 * kTokens);
+  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWg8Warps + 4) * 32, kSmem, stream, p);
+}
+
 template <int B>
 cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
-  auto run = [&](auto kernel, int smem) {
-    return AQLM_ENQUEUE_SMEM(kernel, smem, p.s.grid, (kWg8Warps + 4) * 32, smem, stream, p);
-  };
   switch (c.token_tile) {
-    case 16: return run(wgmma_int8_kernel<AQLM_T, B, 32>, wg8_smem(B, 32));
-    case 32: return run(wgmma_int8_kernel<AQLM_T, B, 64>, wg8_smem(B, 64));
-    case 64: return run(wgmma_int8_kernel<AQLM_T, B, 128>, wg8_smem(B, 128));
+    case 16: return wgmma_int8_pass<B, 16>(p, stream);
+    case 32: return wgmma_int8_pass<B, 32>(p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <int B>
+cudaError_t wgmma_long(const MatmulParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.s.x_steps, 8), kLongTokens / 32, p.s.passes);
+  const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kLongTokens);
+  if (e != cudaSuccess) return e;
+  constexpr int kSmem = long_smem(B);
+  auto kernel = wgmma_long_kernel<AQLM_T, B>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kLongWarps + 4) * 32, kSmem, stream, p);
 }
 
 template <int kTokens>
@@ -81,9 +95,14 @@ cudaError_t launch_wgmma_int8<AQLM_T>(const LaunchConfig& c, const MatmulParams&
   switch (p.a.codebooks) {
     case 1: return wgmma_int8<1>(c, p, stream);
     case 2: return wgmma_int8<2>(c, p, stream);
-    case 4: return wgmma_int8<4>(c, p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_wgmma_long<AQLM_T>(const LaunchConfig&, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  return p.a.codebooks == 1 ? wgmma_long<1>(p, stream) : wgmma_long<2>(p, stream);
 }
 
 template <>
