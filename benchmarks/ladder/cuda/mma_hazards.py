@@ -68,7 +68,7 @@ def hazards(code: list[tuple[int, str]], loop: range) -> set[tuple[str, str]]:
             if "gsb0" in instruction:
                 unfinished.append(group)
                 group = []
-        elif "DEPBAR" in instruction:
+        elif "WARPGROUP.DEPBAR" in instruction:
             left = int(re.search(r"gsb0, 0x(\w+)", instruction)[1], 16)
             unfinished = unfinished[max(0, len(unfinished) - left) :]
         else:
