@@ -29,12 +29,14 @@ namespace aqlm {
 constexpr int kColumnPitch = 2 * 32 * 4;  // bytes of an entry
 constexpr int kColumnTableBytes = 256 * kColumnPitch;
 constexpr int kColumnStepUnits = 4;  // packed units of one step
-constexpr int kColumnStages = 3;     // steps of codes in flight
+// Steps of codes in flight: with 8 warps two CTAs share the shared memory of an SM.
+AQLM_HD constexpr int columns_stages(int rows) { return rows > 512 ? 5 : 3; }
 
 // Two of the four units of a step lie 64 bytes further, in other banks.
 AQLM_HD constexpr int columns_stage_bytes(int rows) { return kColumnStepUnits * rows * 8 + 64; }
 AQLM_HD constexpr int columns_smem(int rows) {
-  return kColumnTableBytes + kColumnStages * columns_stage_bytes(rows) + (kColumnStages + 4) * 8;
+  return kColumnTableBytes + columns_stages(rows) * columns_stage_bytes(rows) +
+         (columns_stages(rows) + 4) * 8;
 }
 
 // Shared memory starts here in a block's window (the runtime keeps what lies below), so that the
@@ -48,14 +50,14 @@ __device__ __forceinline__ float column_entry(uint32_t at) {
   return v;
 }
 
-// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM; with two, the next
-// kernel's prologue (its copies of codes) runs beside this one.
-template <typename T, int kWarps, int kBooks, int kCtas>
+// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM. kPrefetch: steps that L2
+// fetches ahead of the ring.
+template <typename T, int kWarps, int kBooks, int kCtas, int kPrefetch>
 __global__ void __launch_bounds__(kWarps * 32, kCtas)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kTiles = 16 / kWarps;  // of 16 entries that a warp computes
-  constexpr int kGroupRows = kWarps * kBlockRows;
+  constexpr int kGroupRows = kWarps * kBlockRows, kStages = columns_stages(kGroupRows);
   constexpr int kStage = columns_stage_bytes(kGroupRows), kUnitStride = kGroupRows * 8;
   constexpr int kX = 4 / kBooks;  // distinct x fragments of a step
   constexpr int kXStep = 32 / kBooks * 8;  // elements of x in a step
@@ -64,7 +66,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   const Schedule& s = p.s;
   const int entries = a.entries(), K = a.in_features();
   unsigned char* const ring = smem + kColumnTableBytes;
-  uint64_t* const ready = reinterpret_cast<uint64_t*>(ring + kColumnStages * kStage);  // tables
+  uint64_t* const ready = reinterpret_cast<uint64_t*>(ring + kStages * kStage);  // tables
   uint64_t* const read = ready + 2;  // by all warps
   uint64_t* const full = ready + 4;  // codes of a stage
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -75,7 +77,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   const int end = (blockIdx.x + 1) * s.cells / s.ctas;
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
 
-  if (threadIdx.x < 4 + kColumnStages)
+  if (threadIdx.x < 4 + kStages)
     mbar::init(ready + threadIdx.x, threadIdx.x < 4 ? kWarps : 1);
   mbar::init_fence();
   __syncthreads();
@@ -93,18 +95,22 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
       rows = a.rows_of(++part);
     }
     if (lane != 0) return;
-    const int stage = n % kColumnStages, units = min(kColumnStepUnits, a.units() - u);
+    const int stage = n % kStages, units = min(kColumnStepUnits, a.units() - u);
     const int blocks = (rows - group * kGroupRows + kBlockRows - 1) / kBlockRows;
     const uint32_t bytes = min(blocks, kWarps) * kUnitBytes;
     const uint8_t* from = p.packed + (size_t(u) * s.tiles + tile + group * kWarps) * kUnitBytes;
     mbar::expect(full + stage, units * bytes);
+    const int ahead = kPrefetch * kColumnStepUnits;
+    const bool more = kPrefetch > 0 && cell + kPrefetch < end && u + ahead + units <= a.units();
 #pragma unroll
     for (int i = 0; i < kColumnStepUnits; ++i, from += size_t(s.tiles) * kUnitBytes)
-      if (i < units)
+      if (i < units) {
         mbar::bulk_copy(ring + stage * kStage + i * kUnitStride + i / 2 * 64, from, bytes,
                         full + stage);
+        if (more) mbar::bulk_prefetch(from + size_t(ahead) * s.tiles * kUnitBytes, bytes);
+      }
   };
-  if (warp < kColumnStages) fetch(warp);
+  if (warp < kStages) fetch(warp);
 
   int begin = first, k = 0, stage = 0, stage_parity = 0, loaded_part = -1;
   uint32_t column = (smem_address(smem) & 0xffff0000) | lane * 4;  // of the table that is read
@@ -190,14 +196,14 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
       for (int r = 0; r < 4; ++r) lookup(r);
       if (k > 0) mbar::wait(read + (table ^ 1), (k - 1) >> 1 & 1);
       if (more) build(table ^ 1, next_x);
-      if (k > 0 && k % kWarps == warp) fetch(k - 1 + kColumnStages);  // into the last step's stage
+      if (k > 0 && k % kWarps == warp) fetch(k - 1 + kStages);  // into the last step's stage
 #pragma unroll
       for (int r = 4; r < 8; ++r) lookup(r);
       __syncwarp();
       if (lane == 0) mbar::arrive(read + table);
       column ^= 128;
       ++k;
-      if (++stage == kColumnStages) {
+      if (++stage == kStages) {
         stage = 0;
         stage_parity ^= 1;
       }

@@ -47,6 +47,7 @@ int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
       if (r.variant == c.variant) return r.ctas_per_sm;
     return c.variant >= 8 ? 1 : 2;
   }
+  if (c.body == Body::kColumns) return tune::columns_ctas_per_sm(c.variant);
   if (c.body != Body::kMma) return 1;
   const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
   return tune::mma_ctas_per_sm(a.codebooks, tiles);
@@ -109,14 +110,16 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
     const int smem = tune::mma_smem(a.codebooks, 1);
     bool wide = a.in_group == 32 && a.codebooks == 8 && device.arch == 90 &&
-                tokens >= tune::kWideFirst && tokens <= tune::kWideTokens;
+                tokens >= tune::wide_first(cells) && tokens <= tune::wide_tokens(cells);
     bool lut = tokens <= (mma ? tune::kLutTokens : tune::kLutTokensOther);
     bool wgmma = mma && device.arch == 90 && tokens >= tune::kWgmmaFirst &&
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
     bool mma_sync = mma && device.max_smem >= smem &&
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
-    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 && tokens <= tune::kWgmmaInt8Tokens;
-    bool wgmma_long = false;
+    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 && tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
+    const int long_tokens = tune::long_tokens(a.codebooks, cells);
+    bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
+                      tokens >= tune::kLongFirst && tokens <= long_tokens;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
       wgmma_long = g_body == 9;
@@ -132,7 +135,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       c.body = Body::kWgmmaLong;
       c.precision = Precision::kExact;
       c.token_tile = 256;
-      c.passes = ceil_div(tokens, 256);
+      c.passes = (tokens + 256 - tune::kLongFirst) / 256;  // the rest is faster in other bodies
     } else if (wide) {
       c.body = Body::kWgmmaWide;
       c.precision = Precision::kExact;
@@ -144,9 +147,9 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       c.variant = device.max_smem < (227 << 10) ? 2
                   : a.in_group > 8              ? tune::kLutLongVectors
                                                 : pick(tune::kLut, cells).variant;
-      if (mma && tokens == 1 && device.arch == tune::kColumnsMinArch) {
+      if (mma && tokens == 1 && device.arch == tune::kColumnsArch) {
         c.body = Body::kColumns;
-        c.variant = tune::columns_warps(a.codebooks, cells);
+        c.variant = tune::columns_variant(cells);
       }
     } else if (wgmma_int8) {
       c.body = Body::kWgmmaInt8;
@@ -186,7 +189,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
   } else if (c.body == Body::kColumns) {
-    s.group_rows = c.variant * kBlockRows;
+    s.group_rows = tune::columns_rows(c.variant);
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
@@ -216,8 +219,11 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.passes = c.passes;
   s.slot_tokens = s.passes > 1 ? c.token_tile : p->tokens;
   const int items = s.groups * s.passes;
-  const bool direct = c.body == Body::kWgmmaLong || (c.body == Body::kWgmma && a.codebooks < 4);
-  if (direct && items >= tune::kWholeWaves * device.sms)
+  const bool longer = c.body == Body::kWgmmaLong;
+  const bool direct = longer || (c.body == Body::kWgmma && a.codebooks < 4);
+  const bool whole = longer ? a.codebooks == 1 || items < tune::kLongWaves * device.sms
+                            : items >= tune::kWholeWaves * device.sms;
+  if (direct && whole)
     s.whole = items / device.sms * device.sms;
 #ifdef AQLM_TUNE
   if (g_occupancy == -2) s.whole = 0;

@@ -45,14 +45,28 @@ inline int wgmma_tokens(int codebooks, long long cells) {
   const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
   return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
 }
-// In int8 up to these; more tokens are faster exactly.
+// In int8 from and up to these (2x8, 28672 x 8192, M = 4 / 8 / 16 / 32: 41.6 / 41.9 / 43.1 / 57.0
+// us, mma.sync 37.0 / 45.2 / - / -, exact - / - / 63.9 / 67.0).
+constexpr int kWgmmaInt8First = 5;
 constexpr int kWgmmaInt8Tokens = 32;
 
+// 256 tokens a pass, B <= 2. 28672 x 8192, us, in brackets without: 2x8 M = 256 191 (268), 512 389
+// (503), 2048 1538 (1616); 1x8 196 (219), 381 (426), 1516 (1475); 14336 x 4096, 2x8: 66 (80), 112
+// (124); 4096 x 4096 is slower. Below kLongFirst passes of 128 and 32 are faster.
 constexpr int kLongGroupRows = 128;
+constexpr int kLongFirst = 176;
+inline int long_tokens(int codebooks, long long cells) {
+  return cells < 20000 ? 0 : cells < 50000 ? 512 : codebooks == 1 ? 768 : 2048;
+}
+// Whole waves of items are not cut along K (M = 512: 389 us against 441) unless they are many (2x8
+// M = 2048: 1570 us against 1538).
+constexpr int kLongWaves = 8;
 
-// 8x8 g32 on Hopper: passes of up to 64 tokens.
-constexpr int kWideFirst = 5;
-constexpr int kWideTokens = 128;
+// 8x8 g32 on Hopper: passes of up to 64 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
+// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128. 4096 x 4096: 21 us against 20 a
+// token.
+inline int wide_first(long long cells) { return cells < 50000 ? 3 : 5; }
+inline int wide_tokens(long long cells) { return cells < 50000 ? 64 : 128; }
 constexpr int kWideGroupRows = 512;
 
 // Waves of items from which on whole waves are not cut along K: then direct stores pay for the
@@ -86,12 +100,15 @@ constexpr LutRow kLut[] = {
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
 
-// Hopper, G = 8, B in {1, 2, 4}: one copy of each table, 8 warps (512 rows) or 16.
-constexpr int kColumnsMinArch = 90;
-inline int columns_warps(int codebooks, long long cells) {
-  // 28672 x 8192: 2x8 29.0 us against 31.2, 4x8 42.8 against 56; 14336 x 4096, 2x8: 13.0 against
-  // 10.4. Of one codebook a lane's x fragments need the registers of the 16-warp body.
-  return codebooks > 1 && cells >= 100000 ? 16 : 8;
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM; 2 = 8
+// warps, two CTAs; 3 = 16 warps, one CTA; 4 .. 6: the same with prefetches to L2 (ladder only).
+constexpr int kColumnsArch = 90;
+inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
+inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
+inline int columns_variant(long long cells) {
+  // 4096 x 4096 is two steps a CTA: 5.1 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
+  // with two, 25.2 with 16 warps.
+  return cells < 10000 ? 1 : 2;
 }
 
 struct MmaRow {

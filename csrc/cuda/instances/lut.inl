@@ -25,10 +25,10 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
-template <int kWarps, int kBooks, int kCtas>
+template <int kWarps, int kBooks, int kCtas, int kPrefetch = 0>
 cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = columns_smem(kWarps * kBlockRows);
-  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas>;
+  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas, kPrefetch>;
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
@@ -38,12 +38,23 @@ template <>
 cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                    cudaStream_t stream) {
   switch (p.a.codebooks * 16 + c.variant) {
-    case 16 + 8: return columns<8, 1, 2>(p, stream);
-    case 32 + 8: return columns<8, 2, 2>(p, stream);
-    case 64 + 8: return columns<8, 4, 2>(p, stream);
-    case 16 + 16: return columns<16, 1, 1>(p, stream);
-    case 32 + 16: return columns<16, 2, 1>(p, stream);
-    case 64 + 16: return columns<16, 4, 1>(p, stream);
+    case 16 + 1: return columns<8, 1, 1>(p, stream);
+    case 16 + 2: return columns<8, 1, 2>(p, stream);
+    case 32 + 1: return columns<8, 2, 1>(p, stream);
+    case 32 + 2: return columns<8, 2, 2>(p, stream);
+    case 64 + 1: return columns<8, 4, 1>(p, stream);
+    case 64 + 2: return columns<8, 4, 2>(p, stream);
+#ifdef AQLM_TUNE
+    case 16 + 4: return columns<8, 1, 1, 4>(p, stream);
+    case 16 + 5: return columns<8, 1, 2, 4>(p, stream);
+    case 16 + 3: return columns<16, 1, 1>(p, stream);
+    case 16 + 6: return columns<16, 1, 1, 4>(p, stream);
+    case 32 + 4: return columns<8, 2, 1, 4>(p, stream);
+    case 32 + 5: return columns<8, 2, 2, 4>(p, stream);
+    case 32 + 3: return columns<16, 2, 1>(p, stream);
+    case 32 + 6: return columns<16, 2, 1, 4>(p, stream);
+    case 64 + 3: return columns<16, 4, 1>(p, stream);
+#endif
   }
   return cudaErrorInvalidValue;
 }
