@@ -180,7 +180,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
                    "add_bias");
       return y;
     }
-    p.tokens = std::min(p.tokens, config.token_tile);
+    p.tokens = std::min(p.tokens, config.token_tile * config.passes);
     aqlm::make_schedule(config, device, &p);
     const aqlm::Workspace w = aqlm::workspace_of(config, p);
     auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };

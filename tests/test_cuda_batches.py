@@ -51,6 +51,18 @@ def test_batches(scheme, N, K, dtype, precision):
             assert error <= 2e-2, f"M={M}: {error:.2e}"
 
 
+def test_whole_waves():
+    """Passes enough for whole waves of CTAs: their items are stored without partial sums."""
+    N, K, M = 34001, 6080, 900
+    layer = random_layer("aqlm-1x8-g8", N, K, torch.float16)
+    quant = make(layer, "exact")
+    x = random_input(M, K, torch.float16).contiguous().cuda()
+    y, weight = quant(x), quant.weight.double()
+    expected = x.double() @ weight.T + layer.bias.double().cuda()
+    assert_close(y, expected, x, weight, torch.float16)
+    assert torch.equal(y, quant(x)), "two runs differ"
+
+
 @pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
 @pytest.mark.parametrize("M", [9, 64, 130])
 def test_fused_parts(scheme, M):

@@ -3,12 +3,14 @@
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("**/*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHS = ("90a", "80")
@@ -56,6 +58,17 @@ def test_no_warpgroup_mma_is_serialized(objects):
     """ptxas says so with C75xx when registers in use keep MMAs from overlapping."""
     for target, output in objects.items():
         assert "wgmma.mma_async instructions are serialized" not in output, target.name
+
+
+def test_no_warpgroup_mma_loses_its_registers(objects):
+    """ptxas moves register copies to before the wait for the MMA that still reads the register."""
+    pytest.importorskip("triton", reason="its cuobjdump disassembles")
+    if not any("sm_90a" in output for output in objects.values()):
+        pytest.skip("no warpgroup MMA on this architecture")
+    tool = ROOT / "benchmarks/ladder/cuda/mma_hazards.py"
+    done = subprocess.run([sys.executable, tool, *objects], capture_output=True, text=True)
+    assert "instructions, 0 hazards" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stdout
 
 
 def test_objects_hold_no_torch_symbol(objects):

@@ -16,6 +16,12 @@ CASES = [case for case in LAYERS if random_layer(*case).format.in_group_size % 4
     ("aqlm-2x8-g8", 321, 1096),
     ("aqlm-1x16-g8", 321, 1096),
     ("aqlm-4x8-g8", 130, 520),
+    # The table body: several phases of codebooks, an odd number of them, long vectors, many steps.
+    ("aqlm-8x8-g8", 130, 520),
+    ("aqlm-6x8-g8", 1030, 264),
+    ("aqlm-3x8-g8", 130, 520),
+    ("aqlm-4x8-g16", 600, 528),
+    ("aqlm-8x8-g32", 1030, 2080),
 ]
 # int8 rounds codebooks and activations: measured errors are at most 1.5e-2 (docs/notes/cuda.md).
 INT8 = 2e-2

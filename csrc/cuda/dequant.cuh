@@ -145,16 +145,18 @@ dequant_bytes_kernel(const __grid_constant__ DequantParams p, int tile0) {
 }
 
 // Persistent CTAs with the tables of one part after the other; tiles [tile0, tile0 + tiles).
-// kRound: two codebooks are added in 16 bits (see above).
+// kRound: codebooks are added in 16 bits (see above).
+AQLM_HD constexpr int dequant_tables_warps(int codebooks) { return codebooks == 4 ? 16 : 8; }
 template <typename T, int B, bool kRound>
-__global__ void __launch_bounds__(kDequantWarps * 32)
+__global__ void __launch_bounds__(dequant_tables_warps(B) * 32)
 dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int tiles) {
+  constexpr int kWarps = dequant_tables_warps(B);
   extern __shared__ __align__(1024) unsigned char smem[];
   const Additive& a = p.a;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t lane_offset = lane % 8 * 16;
   const int kstep0 = p.col0 / 32, ksteps = ceil_div(p.col1, 32) - kstep0;
-  const int warps = gridDim.x * kDequantWarps, all_tiles = a.tile0(a.parts);
+  const int warps = gridDim.x * kWarps, all_tiles = a.tile0(a.parts);
   grid_dependents_start();
   grid_dependency_wait();
   for (int part = 0; part < a.parts; ++part) {
@@ -175,7 +177,7 @@ dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int ti
             lane * 16 + step % 2 * 8));
       }
     };
-    int i = blockIdx.x * kDequantWarps + threadIdx.x / 32;
+    int i = blockIdx.x * kWarps + threadIdx.x / 32;
     fetch(i);
     for (; i < items; i += warps) {
       const int tile = first + i / ksteps, kstep = kstep0 + i % ksteps;
@@ -205,13 +207,19 @@ dequant_tables_kernel(const __grid_constant__ DequantParams p, int tile0, int ti
         if constexpr (B == 1) {
           store_scaled(to, v[0], scale[r]);
         } else if constexpr (kRound) {
-          store_scaled(to, MmaTraits<T, false>::add(v[0], v[1]), scale[r]);
+          uint4 sum = MmaTraits<T, false>::add(v[0], v[1]);
+          if constexpr (B == 4)
+            sum = MmaTraits<T, false>::add(sum, MmaTraits<T, false>::add(v[2], v[3]));
+          store_scaled(to, sum, scale[r]);
         } else {
           float sum[8], other[8];
           unpack8<T>(v[0], sum);
-          unpack8<T>(v[1], other);
 #pragma unroll
-          for (int c = 0; c < 8; ++c) sum[c] += other[c];
+          for (int b = 1; b < B; ++b) {
+            unpack8<T>(v[b], other);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) sum[c] += other[c];
+          }
           store8(to, sum, scale[r]);
         }
       }

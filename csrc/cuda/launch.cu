@@ -42,12 +42,13 @@ bool int8_fits(const Additive& a) {
 }
 
 int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
-  if (c.body == Body::kSplit || c.body == Body::kSplitWgmma || c.body == Body::kWgmma) return 1;
   if (c.body == Body::kLut) {
     for (const tune::LutRow& r : tune::kLut)
       if (r.variant == c.variant) return r.ctas_per_sm;
     return c.variant >= 8 ? 1 : 2;
   }
+  if (c.body == Body::kColumns) return tune::columns_ctas_per_sm(c.variant);
+  if (c.body != Body::kMma) return 1;
   const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
   return tune::mma_ctas_per_sm(a.codebooks, tiles);
 }
@@ -82,7 +83,7 @@ cudaError_t device_info(int device, DeviceInfo* info) {
 
 LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precision,
                     const DeviceInfo& device) {
-  LaunchConfig c = {Body::kGather, dtype, precision, 0, 0};
+  LaunchConfig c = {Body::kGather, dtype, precision, 0, 0, 1};
   const long long cells = code_units(a);
   const Storage storage = a.storage();
   if (dtype == DType::kFloat32 && storage != Storage::kRows) return c;
@@ -108,30 +109,61 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
   } else {
     const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
     const int smem = tune::mma_smem(a.codebooks, 1);
+    bool wide = a.in_group == 32 && a.codebooks == 8 && device.arch == 90 &&
+                tokens >= tune::wide_first(cells) && tokens <= tune::wide_tokens(cells);
     bool lut = tokens <= (mma ? tune::kLutTokens : tune::kLutTokensOther);
     bool wgmma = mma && device.arch == 90 && tokens >= tune::kWgmmaFirst &&
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
     bool mma_sync = mma && device.max_smem >= smem &&
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
+    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 && tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
+    const int long_tokens = tune::long_tokens(a.codebooks, cells);
+    bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
+                      tokens >= tune::kLongFirst && tokens <= long_tokens;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
+      wgmma_long = g_body == 9;
       lut = g_body == 0;
+      wgmma_int8 = g_body == 7;
+      wide = g_body == 8;
       wgmma = g_body == 3;
       mma_sync = g_body == 1 && tokens <= tune::kMmaTokens;
     }
     if (g_body == 2) return c;
 #endif
-    if (lut) {
+    if (wgmma_long) {
+      c.body = Body::kWgmmaLong;
+      c.precision = Precision::kExact;
+      c.token_tile = 256;
+      c.passes = (tokens + 256 - tune::kLongFirst) / 256;  // the rest is faster in other bodies
+    } else if (wide) {
+      c.body = Body::kWgmmaWide;
+      c.precision = Precision::kExact;
+      c.token_tile = round_up_tile(tokens, 32, 2);
+    } else if (lut) {
       c.body = Body::kLut;
       c.precision = Precision::kExact;
       c.token_tile = 1;
       c.variant = device.max_smem < (227 << 10) ? 2
                   : a.in_group > 8              ? tune::kLutLongVectors
                                                 : pick(tune::kLut, cells).variant;
+      if (mma && tokens == 1 && device.arch == tune::kColumnsArch) {
+        c.body = Body::kColumns;
+        c.variant = tune::columns_variant(cells);
+      }
+    } else if (wgmma_int8) {
+      c.body = Body::kWgmmaInt8;
+      c.token_tile = round_up_tile(tokens, 16, 2);
     } else if (wgmma) {
       c.body = Body::kWgmma;
       c.precision = Precision::kExact;
       c.token_tile = round_up_tile(tokens, 32, 4);
+      // A rest of up to 64 tokens is cheaper in a call of its own.
+      const int most = std::max(1, tune::wgmma_tokens(a.codebooks, cells) / c.token_tile);
+      if (tokens > c.token_tile) c.passes = std::min((tokens + 63) / c.token_tile, most);
+#ifdef AQLM_TUNE
+      if (g_occupancy == -1) c.passes = 1;
+#endif
     } else if (mma_sync) {
       c.body = Body::kMma;
       c.token_tile = round_up_tile(tokens, int8 ? 4 : 8, a.codebooks == 4 ? 2 : 8);
@@ -156,11 +188,25 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.lanes = 1;
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
+  } else if (c.body == Body::kColumns) {
+    s.group_rows = tune::columns_rows(c.variant);
+    s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
+  } else if (c.body == Body::kWgmmaWide) {
+    s.group_rows = tune::kWideGroupRows;
+    s.classes = 2;  // four codebooks each
+    s.units /= 4;   // of four vectors
+    s.x_steps = s.units;
+  } else if (c.body == Body::kWgmmaInt8) {
+    s.group_rows = 512;
+  } else if (c.body == Body::kWgmmaLong) {
+    s.group_rows = tune::kLongGroupRows;
+    s.x_steps = a.codebooks == 1 ? 2 * s.units : s.units;
   } else if (c.body == Body::kWgmma) {
     s.group_rows = tune::wgmma_group_rows(c.token_tile);
     s.x_steps = a.codebooks == 1 ? 2 * s.units : a.codebooks == 2 ? s.units : s.units / 2;
+    if (a.codebooks == 4) s.units /= 2;  // two at a time
   } else {
     s.group_rows = c.variant * a.tile_rows();
     s.lanes = warps / c.variant;
@@ -170,23 +216,35 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.classes = c.precision == Precision::kInt8 ? a.in_group / 2 : a.in_group;
   while ((1 << s.group_shift) < s.group_rows) ++s.group_shift;
   for (int i = 0; i < a.parts; ++i) s.groups += ceil_div(a.rows_of(i), s.group_rows);
-  const long long cells = static_cast<long long>(s.groups) * s.units;
+  s.passes = c.passes;
+  s.slot_tokens = s.passes > 1 ? c.token_tile : p->tokens;
+  const int items = s.groups * s.passes;
+  const bool longer = c.body == Body::kWgmmaLong;
+  const bool direct = longer || (c.body == Body::kWgmma && a.codebooks < 4);
+  const bool whole = longer ? a.codebooks == 1 || items < tune::kLongWaves * device.sms
+                            : items >= tune::kWholeWaves * device.sms;
+  if (direct && whole)
+    s.whole = items / device.sms * device.sms;
+#ifdef AQLM_TUNE
+  if (g_occupancy == -2) s.whole = 0;
+  if (g_occupancy == -3 && direct) s.whole = items / device.sms * device.sms;
+#endif
+  s.cells = (items - s.whole) * s.units;
+  const long long cells = std::max(1, s.cells);
   int per_sm = ctas_per_sm(c, a);
 #ifdef AQLM_TUNE
   if (g_occupancy > 0) per_sm = g_occupancy;
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
-  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma;
-  const int min_units = mma ? tune::mma_min_units(p->tokens) : 1;
+  const bool wide = c.body == Body::kWgmmaWide;  // its units are four times as long
+  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8;
+  const int min_units = wide ? 2 : mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
   // A wave and a bit would leave most SMs waiting for the few with one CTA more.
-  if (s.ctas * s.classes > device.sms && s.classes == 1) s.ctas -= s.ctas % device.sms;
-#ifdef AQLM_TUNE
-  if (g_occupancy < 0)
-    s.ctas = static_cast<int>(std::min<long long>(cells / s.lanes, -g_occupancy));
-#endif
+  if (s.ctas * s.classes > device.sms && s.classes == 1 && c.body != Body::kColumns)
+    s.ctas -= s.ctas % device.sms;
   if (c.body == Body::kLut) {  // the staged activations of one K range must fit
     const int step_bytes = kStepVectors * a.in_group * 2;
     const int fit = std::max(1, (tune::kLutMaxX / step_bytes - 2) * a.codebooks / 2);
@@ -194,6 +252,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   }
   const long long limit = INT_MAX / cells - 1;  // the kernels' 32-bit cell arithmetic
   s.ctas = static_cast<int>(std::max<long long>(1, std::min<long long>(s.ctas, limit)));
+  s.grid = s.whole > 0 ? device.sms : s.ctas;
   s.max_units = static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
   s.max_slots = (ceil_div(s.units, static_cast<int>(cells / s.ctas)) + 1) * s.classes * s.lanes;
 }
@@ -202,15 +261,17 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   Workspace w = {};
   const Schedule& s = p.s;
   if (c.body == Body::kGather) return w;
-  const size_t slots = size_t(s.groups) * s.max_slots;
-  w.partials = slots * std::min(p.tokens, c.token_tile) * s.group_rows * sizeof(float);
+  const size_t slots = size_t(s.cells / s.units) * s.max_slots;
+  w.partials = slots * s.slot_tokens * s.group_rows * sizeof(float);
   const bool int8 = c.precision == Precision::kInt8;
   const int tiles = c.token_tile / (int8 ? 4 : 8);
   if (c.body == Body::kSplit || c.body == Body::kSplitWgmma)
     w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
-  if (c.body == Body::kMma && int8)
+  if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
-  if (c.body == Body::kWgmma) w.x_fragments = size_t(s.x_steps) * c.token_tile * 64;
+  if (c.body == Body::kWgmma || c.body == Body::kWgmmaLong)
+    w.x_fragments = size_t(s.passes) * s.x_steps * c.token_tile * 64;
+  if (c.body == Body::kWgmmaWide) w.x_fragments = size_t(s.x_steps) * c.token_tile * 256;
   if (int8) w.x_scales = size_t(c.token_tile) * sizeof(float);
   return w;
 }
@@ -226,11 +287,15 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   if (split || int8) e = launch_fragments<T>(c, p, stream);
   if (e != cudaSuccess) return e;
   if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
+  else if (c.body == Body::kColumns) e = launch_columns<T>(c, p, stream);
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
   else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
   else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaLong) e = launch_wgmma_long<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaWide) e = launch_wgmma_wide<T>(c, p, stream);
+  else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
-  return e == cudaSuccess ? launch_reduce<T>(p, stream) : e;
+  return e == cudaSuccess && p.s.cells > 0 ? launch_reduce<T>(p, stream) : e;
 }
 
 }  // namespace
@@ -247,8 +312,9 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 }  // namespace aqlm
 
 #ifdef AQLM_TUNE
-// For benchmarks/ladder/cuda: forces variant and CTAs per SM (0: as tuned), body (0 table, 1 mma,
-// 2 dequantize, 3 wgmma, -1: as tuned) and dependent launch of every later call.
+// For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
+// pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, -1: as tuned) and dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

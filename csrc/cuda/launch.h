@@ -15,19 +15,25 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
-  kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5
+  kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
+  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9
 };
 
-// Stream-K schedule: `ctas` blocks per class share groups * units cells in linear order, so a row
-// group is computed by a run of blocks; each writes float partials into slots of its own, which a
-// second kernel adds in order.
+// Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item
+// is computed by a run of blocks; each writes float partials into slots of its own, which a second
+// kernel adds in order. Items that fill whole waves are not cut and need no partials.
 struct Schedule {
   int groups;         // row groups of all parts
   int group_rows;     // rows per group, a power of two
   int group_shift;    // log2(group_rows)
   int units;          // K units per row group
   int tiles;          // row tiles of all parts: one unit of K is tiles * 512 bytes
-  int ctas;           // blocks per class
+  int passes;         // of slot_tokens tokens each; an item is a row group in one pass
+  int whole;          // items that one block computes alone, `grid` blocks in turn (kWgmma)
+  int cells;          // (items - whole) * units, cut evenly over `ctas`
+  int ctas;           // blocks per class that share the cells
+  int grid;           // blocks (kWgmma)
+  int slot_tokens;    // tokens of a pass: a slot is [slot_tokens][group_rows]
   int classes;        // blocks that share one cell (split codebook dimensions)
   int lanes;          // partial slots that one block writes per piece (warps along K)
   int max_slots;      // slots reserved per group
@@ -47,7 +53,7 @@ struct MatmulParams {
   void* y;                   // [M, N] contiguous
   long long x_stride;
   int tokens;                // M
-  float* partials;           // [groups][max_slots][tokens][group_rows]
+  float* partials;           // [items - whole][max_slots][slot_tokens][group_rows]
   uint8_t* x_fragments;      // activations in MMA order (all but kLut, kGather and exact kMma)
   float* x_scales;           // [M] of the int8 activations
 };
@@ -56,8 +62,9 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; kMma, kSplit: warps along rows
+  int variant;    // kLut: row blocks per warp; kColumns: see tune.h; kMma, kSplit: warps along rows
   int token_tile; // tokens one pass of the body covers
+  int passes;     // of one launch (more than one: kWgmma)
 };
 
 // Limits of the device that schedules depend on; read once per device.

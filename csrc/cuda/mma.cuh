@@ -113,7 +113,11 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
     const int u0 = piece.u0 + k_warp, u_end = active ? piece.u1 : 0;
     // The lane's codes of the next unit to fetch, and the way to the one after it, in 16 bytes.
     const uint32_t code_stride = k_warps * p.s.tiles * (kUnitBytes / 16);
-    uint32_t codes = (u0 * p.s.tiles + piece.tile + row_warp) * (kUnitBytes / 16) + lane;
+    auto code_at = [&](int u) {
+      return (u * p.s.tiles + piece.tile + row_warp) * uint32_t(kUnitBytes / 16) + lane;
+    };
+    uint32_t codes = code_at(u0);
+    const uint32_t codes_end = code_at(u_end);
     typename Traits::Acc acc[4][kTiles][4] = {};
 
     // This lane's 16 bytes of the i-th unit of this warp.
@@ -121,7 +125,7 @@ mma_kernel(const __grid_constant__ MatmulParams p) {
       return reinterpret_cast<uint4*>(ring + (warp * kDepth + i % kDepth) * kUnitBytes) + lane;
     };
     auto fetch = [&](int i) {
-      if (u0 + i * k_warps < u_end) copy_async(slot(i), p.packed + size_t(codes) * 16);
+      if (codes < codes_end) copy_async(slot(i), p.packed + size_t(codes) * 16);
       codes += code_stride;
       copy_commit();
     };

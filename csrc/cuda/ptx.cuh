@@ -16,6 +16,14 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// 4 bytes, kept in its place among other volatile accesses (the compiler sinks a constant load
+// below grid_dependency_wait).
+__device__ __forceinline__ uint32_t load_early(const void* p) {
+  uint32_t v;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
 // Address of a shared-memory object as the 32-bit value that cp.async takes.
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -48,6 +56,13 @@ __device__ __forceinline__ uint4 load_cached(const void* p) {
 __device__ __forceinline__ uint2 load_cached8(const void* p) {
   uint2 v;
   asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+
+// 4 bytes through L1, ordered after grid_dependency_wait.
+__device__ __forceinline__ uint32_t load_word(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 

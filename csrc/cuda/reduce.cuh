@@ -1,10 +1,10 @@
 // Second kernel of every matmul: y = scale * (sum of the partial slots, in order) + bias.
 //
-// Grid: (element chunks, row groups). A block covers a chunk of the group's
-// [tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all
-// loads of a thread are in flight together. Launched as a dependent of the matmul: its blocks are already
-// resident when the last partial is written. (The alternative, one CTA per row group that arrives
-// last and reduces alone, cost 8 to 40 us: one SM's worth of loads. H200, 2026-11-22.)
+// Grid: (element chunks, items that were cut). A block covers a chunk of the item's
+// [slot_tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all
+// loads of a thread are in flight together. Launched as a dependent of the matmul: its blocks are
+// already resident when the last partial is written. (The alternative, one CTA per row group that
+// arrives last and reduces alone, cost 8 to 40 us: one SM's worth of loads. H200, 2026-11-22.)
 #pragma once
 
 #include <type_traits>
@@ -28,14 +28,15 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
   const int i = (blockIdx.x * kThreads + element) * kEach;
   const int r = i & (s.group_rows - 1), m = i >> s.group_shift;
   Piece g;
-  locate_group(p.a, s, blockIdx.y, &g);
-  const bool valid = r < g.rows && m < p.tokens;
+  const int item = blockIdx.y, all = s.whole + item, token = all / s.groups * s.slot_tokens + m;
+  locate_group(p.a, s, all % s.groups, &g);
+  const bool valid = r < g.rows && m < s.slot_tokens && token < p.tokens;
   const int n = g.row + r;
-  const int cell = g.group * s.units;
+  const int cell = item * s.units;
   const int ctas = cta_of(s, cell + s.units - 1) - cta_of(s, cell) + 1;
   const int slots = ctas * s.classes * s.lanes;
-  const size_t stride = size_t(p.tokens) * s.group_rows;
-  const float* from = p.partials + size_t(g.group) * s.max_slots * stride + i;
+  const size_t stride = size_t(s.slot_tokens) * s.group_rows;
+  const float* from = p.partials + size_t(item) * s.max_slots * stride + i;
   float scale[kEach] = {};
 #pragma unroll
   for (int e = 0; e < kEach; ++e)
@@ -70,9 +71,9 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
     if (r + e >= g.rows) return;
     float v = sum[e] * scale[e];
     if (p.x_scales != nullptr)
-      v *= reinterpret_cast<const float*>(p.aux)[g.part] * p.x_scales[m];
+      v *= reinterpret_cast<const float*>(p.aux)[g.part] * p.x_scales[token];
     if (p.bias != nullptr) v += to_float(static_cast<const T*>(p.bias)[n + e]);
-    static_cast<T*>(p.y)[size_t(m) * p.a.out_groups() + n + e] = from_float<T>(v);
+    static_cast<T*>(p.y)[size_t(token) * p.a.out_groups() + n + e] = from_float<T>(v);
   }
 }
 

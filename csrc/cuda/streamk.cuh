@@ -1,9 +1,10 @@
 // Work division shared by the matmul bodies.
 //
-//   cells: row group 0 | u0 u1 ... | row group 1 | u0 u1 ... | ...      (groups * units, in order)
+//   cells: item 0 | u0 u1 ... | item 1 | u0 u1 ... | ...
+//   item: a row group in one pass of tokens
 //   CTA c takes the cells [c * cells / ctas, (c + 1) * cells / ctas): one or more *pieces*, each
-//   inside one row group. Every piece writes float partials to slots of its own; reduce.cuh adds
-//   the slots of a row group in order. Slots and their order are arithmetic: deterministic.
+//   inside one item. Every piece writes float partials to slots of its own; reduce.cuh adds the
+//   slots of an item in order. Slots and their order are arithmetic: deterministic.
 #pragma once
 
 #include "launch.h"
@@ -13,14 +14,15 @@
 namespace aqlm {
 
 struct Piece {
-  int group;      // row group among all parts
+  int item;       // among those that are cut; -1: the piece is all of its item
+  int pass;       // of tokens
   int u0, u1;     // K units
   int part;       // which codebooks
   int tile;       // first row tile of the group in the packed tensor
   int tiles;      // row tiles of the part from `tile` on
   int row;        // first row of the group
   int rows;       // valid rows of the group
-  int first_cta;  // first CTA that works on this group
+  int first_cta;  // first CTA that works on this item
 };
 
 // Part, packed tile and rows of a row group.
@@ -34,7 +36,6 @@ __device__ __forceinline__ void locate_group(const Additive& a, const Schedule& 
     tile += ceil_div(a.rows_of(part), a.tile_rows());
   }
   const int row_in_part = g * s.group_rows;
-  p->group = group;
   p->part = part;
   p->row = a.row0[part] + row_in_part;
   p->rows = min(s.group_rows, a.rows_of(part) - row_in_part);
@@ -44,17 +45,19 @@ __device__ __forceinline__ void locate_group(const Additive& a, const Schedule& 
 
 // The CTA that owns a cell. make_schedule keeps cells * ctas below 2^31.
 __device__ __forceinline__ int cta_of(const Schedule& s, int cell) {
-  return ((cell + 1) * s.ctas - 1) / (s.groups * s.units);
+  return ((cell + 1) * s.ctas - 1) / s.cells;
 }
 
 // The piece that starts at `cell`.
 __device__ __forceinline__ void locate(const Additive& a, const Schedule& s, int cell, int end,
                                        Piece* p) {
-  const int group = cell / s.units;
-  locate_group(a, s, group, p);
-  p->u0 = cell - group * s.units;
+  const int item = cell / s.units, all = s.whole + item;
+  locate_group(a, s, all % s.groups, p);
+  p->item = item;
+  p->pass = all / s.groups;
+  p->u0 = cell - item * s.units;
   p->u1 = min(s.units, p->u0 + end - cell);
-  p->first_cta = cta_of(s, group * s.units);
+  p->first_cta = cta_of(s, item * s.units);
 }
 
 // Calls body(piece) for each piece of this block; all threads take part. The piece lives in
@@ -63,8 +66,8 @@ template <typename Fn>
 __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, Fn&& body) {
   __shared__ Piece piece;
   const int cta = blockIdx.x / s.classes;
-  const int cells = s.groups * s.units, end = (cta + 1) * cells / s.ctas;
-  int cell = cta * cells / s.ctas;
+  const int end = (cta + 1) * s.cells / s.ctas;
+  int cell = cta * s.cells / s.ctas;
   while (cell < end) {
     __syncthreads();
     if (threadIdx.x == 0) locate(a, s, cell, end, &piece);
@@ -74,26 +77,37 @@ __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule
   }
 }
 
-// The same with a piece of each thread's own and no barriers, for warps with different roles.
+// The same with a piece of each thread's own and no barriers, for warps with different roles; items
+// that are not cut come first.
 template <typename Fn>
 __device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule& s, Fn&& body) {
   const int cta = blockIdx.x / s.classes;
-  const int cells = s.groups * s.units, end = (cta + 1) * cells / s.ctas;
-  for (int cell = cta * cells / s.ctas; cell < end;) {
+  int item = cta, cell = cta * s.cells / s.ctas;
+  const int end = cta < s.ctas ? (cta + 1) * s.cells / s.ctas : cell;
+  while (item < s.whole || cell < end) {
     Piece piece;
-    locate(a, s, cell, end, &piece);
-    cell += piece.u1 - piece.u0;
+    if (item < s.whole) {
+      locate_group(a, s, item % s.groups, &piece);
+      piece.item = -1;
+      piece.pass = item / s.groups;
+      piece.u0 = 0;
+      piece.u1 = s.units;
+      item += s.grid;
+    } else {
+      locate(a, s, cell, end, &piece);
+      cell += piece.u1 - piece.u0;
+    }
     body(const_cast<const Piece&>(piece));
   }
 }
 
-// Partials of warp `lane` (0 .. lanes - 1) of this CTA: [tokens][group_rows] floats.
+// Partials of warp `lane` (0 .. lanes - 1) of this CTA: [slot_tokens][group_rows] floats.
 __device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
   const Schedule& s = p.s;
   const int arrival =
       (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
-  const size_t slot = size_t(piece.group) * s.max_slots + arrival * s.lanes + lane;
-  return p.partials + slot * p.tokens * s.group_rows;
+  const size_t slot = size_t(piece.item) * s.max_slots + arrival * s.lanes + lane;
+  return p.partials + slot * s.slot_tokens * s.group_rows;
 }
 
 }  // namespace aqlm

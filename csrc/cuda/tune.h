@@ -31,7 +31,7 @@ constexpr int kLutLongVectors = 16;
 
 // The table body costs the same again for every token; up to these it beats the other bodies.
 constexpr int kLutTokens = 1;       // against cuda.additive.mma
-constexpr int kLutTokensOther = 32;  // against dequantize + GEMM
+constexpr int kLutTokensOther = 8;  // against dequantize + GEMM (8x8 g32: 344 us against 472)
 
 // Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
 constexpr int kMmaTokens = 128;
@@ -42,8 +42,36 @@ constexpr int kMmaTokens = 128;
 constexpr int kWgmmaFirst = 9;
 inline int wgmma_tokens(int codebooks, long long cells) {
   if (cells < 10000) return 32;  // 4096 x 4096, M = 64: 27 us of mostly partial sums against 21
-  return codebooks == 1 ? 1024 : codebooks == 2 ? 512 : 256;
+  const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
+  return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
 }
+// In int8 from and up to these (2x8, 28672 x 8192, M = 4 / 8 / 16 / 32: 41.6 / 41.9 / 43.1 / 57.0
+// us, mma.sync 37.0 / 45.2 / - / -, exact - / - / 63.9 / 67.0).
+constexpr int kWgmmaInt8First = 5;
+constexpr int kWgmmaInt8Tokens = 32;
+
+// 256 tokens a pass, B <= 2. 28672 x 8192, us, in brackets without: 2x8 M = 256 191 (268), 512 389
+// (503), 2048 1538 (1616); 1x8 196 (219), 381 (426), 1516 (1475); 14336 x 4096, 2x8: 66 (80), 112
+// (124); 4096 x 4096 is slower. Below kLongFirst passes of 128 and 32 are faster.
+constexpr int kLongGroupRows = 128;
+constexpr int kLongFirst = 176;
+inline int long_tokens(int codebooks, long long cells) {
+  return cells < 20000 ? 0 : cells < 50000 ? 512 : codebooks == 1 ? 768 : 2048;
+}
+// Whole waves of items are not cut along K (M = 512: 389 us against 441) unless they are many (2x8
+// M = 2048: 1570 us against 1538).
+constexpr int kLongWaves = 8;
+
+// 8x8 g32 on Hopper: passes of up to 64 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
+// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128. 4096 x 4096: 21 us against 20 a
+// token.
+inline int wide_first(long long cells) { return cells < 50000 ? 3 : 5; }
+inline int wide_tokens(long long cells) { return cells < 50000 ? 64 : 128; }
+constexpr int kWideGroupRows = 512;
+
+// Waves of items from which on whole waves are not cut along K: then direct stores pay for the
+// uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
+constexpr int kWholeWaves = 6;
 
 // Rows that a CTA of the warpgroup body covers: 128 tokens leave registers for half of them.
 AQLM_HD constexpr int wgmma_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
@@ -71,6 +99,17 @@ constexpr LutRow kLut[] = {
     {20000, 4, 2, "medium: 2048 rows share a table, a second CTA hides its construction"},
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
+
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM; 2 = 8
+// warps, two CTAs; 3 = 16 warps, one CTA; 4 .. 6: the same with prefetches to L2 (ladder only).
+constexpr int kColumnsArch = 90;
+inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
+inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
+inline int columns_variant(long long cells) {
+  // 4096 x 4096 is two steps a CTA: 5.1 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
+  // with two, 25.2 with 16 warps.
+  return cells < 10000 ? 1 : 2;
+}
 
 struct MmaRow {
   long long min_cells;

@@ -12,7 +12,8 @@
 //   warp 8 (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
 //     of neighbouring row blocks) and x into a ring of stages
 //
-// Codebooks are added in pairs in 16 bits (the rounding of a dequantized weight; B = 1: exact).
+// Codebooks are added in 16 bits (the rounding of a dequantized weight; B = 1: exact): of four, one
+// MMA instead of two, and x is read once.
 // H200, 2026-11-22, 2x8 28672 x 8192: M = 16 60 us, 32 62, 64 85, 128 118 (docs/notes/cuda.md).
 // Architecture sm_90a only.
 #pragma once
@@ -24,37 +25,42 @@
 namespace aqlm {
 
 constexpr int kWgWarps = 8;   // that multiply
-constexpr int kWgStages = 8;  // units in flight
+constexpr int kWgStages = 8;  // cells in flight: one unit, of four codebooks two (one K step)
 
 AQLM_HD constexpr int wg_row_tiles(int tokens) {
   return tune::wgmma_group_rows(tokens) / (kWgWarps * 16);
 }
-AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a unit
+AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a cell
+AQLM_HD constexpr int wg_units(int codebooks) { return codebooks == 4 ? 2 : 1; }
 AQLM_HD constexpr int wg_x_bytes(int codebooks, int tokens) {
   return wg_ksteps(codebooks) * tokens * 64;
 }
 AQLM_HD constexpr int wg_stage_bytes(int codebooks, int tokens) {
-  return wg_x_bytes(codebooks, tokens) + tune::wgmma_group_rows(tokens) / kBlockRows * kUnitBytes;
+  return wg_x_bytes(codebooks, tokens) +
+         wg_units(codebooks) * tune::wgmma_group_rows(tokens) / kBlockRows * kUnitBytes;
 }
 AQLM_HD constexpr int wg_smem(int codebooks, int tokens) {
   return codebooks * kMmaBookBytes + kWgStages * (wg_stage_bytes(codebooks, tokens) + 16);
 }
 
-// Grid: (K steps / 8, ceil(tokens / 32)); one thread transposes 4 vectors of one token.
+// Grid: (K steps / 8, ceil(padded tokens / 32), passes); one thread transposes 4 vectors of a
+// token.
 template <typename T>
 __global__ void __launch_bounds__(256)
 x_image_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
+  const int token0 = blockIdx.z * padded_tokens;
   const int m = blockIdx.y * 32 + threadIdx.x % 32, step = blockIdx.x * 8 + threadIdx.x / 32;
   const int K = p.a.in_features();
   grid_dependents_start();
   grid_dependency_wait();
   if (m >= padded_tokens || step >= p.s.x_steps) return;
   uint4 v[4] = {};
-  const T* x = static_cast<const T*>(p.x) + m * p.x_stride + step * 32;
+  const T* x = static_cast<const T*>(p.x) + (token0 + m) * p.x_stride + step * 32;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
-    if (m < p.tokens && step * 32 + t * 8 < K) v[t] = load_cached(x + t * 8);
-  uint4* out = reinterpret_cast<uint4*>(p.x_fragments) + size_t(step) * 4 * padded_tokens + m;
+    if (token0 + m < p.tokens && step * 32 + t * 8 < K) v[t] = load_cached(x + t * 8);
+  uint4* out = reinterpret_cast<uint4*>(p.x_fragments) +
+               (size_t(blockIdx.z) * p.s.x_steps + step) * 4 * padded_tokens + m;
   out[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
   out[padded_tokens] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
   out[2 * padded_tokens] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
@@ -65,6 +71,60 @@ x_image_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
 #error "Hopper needs its own instructions: build for 9.0a, not 9.0"
 #endif
 
+// Sums of an MMA row tile into a slot; `out` is the lane's first row.
+template <int kTokens>
+__device__ __forceinline__ void put_partials(float* out, int group_rows, int tokens,
+                                             const float (&acc)[kTokens / 2]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = n * 8 + 2 * t + i % 2;
+      if (token < tokens) out[token * group_rows + i / 2 * 8] = acc[n * 4 + i];
+    }
+}
+
+// The same as results. Lanes of rows g and g ^ 1 exchange, so that each stores two neighbouring
+// rows of a token and a warp stores whole sectors.
+template <typename T, int kTokens>
+__device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& piece, int row0,
+                                           const float (&acc)[kTokens / 2]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int token0 = piece.pass * kTokens, tokens = min(kTokens, p.tokens - token0);
+  const bool odd = g % 2;
+  T* const y = static_cast<T*>(p.y) + piece.row;
+  float scale[2], bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = piece.row + min(row0 + g + h * 8, piece.rows - 1);
+    scale[h] = to_float(__ldg(static_cast<const T*>(p.scales) + n));
+    bias[h] = p.bias == nullptr ? 0.f : to_float(__ldg(static_cast<const T*>(p.bias) + n));
+  }
+  const int row = row0 + g + (odd ? 7 : 0);
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float lo = acc[n * 4 + i] * scale[0] + bias[0];
+      const float hi = acc[n * 4 + 2 + i] * scale[1] + bias[1];
+      const float other = __shfl_xor_sync(~0u, odd ? lo : hi, 4);
+      const T first = from_float<T>(odd ? other : lo);
+      const T second = from_float<T>(odd ? hi : other);
+      const int token = n * 8 + 2 * t + i;
+      if (token >= tokens) continue;
+      T* to = y + size_t(token0 + token) * p.a.out_groups() + row;
+      if (row + 1 < piece.rows && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+        *reinterpret_cast<uint32_t*>(to) = uint32_t(*reinterpret_cast<const uint16_t*>(&first)) |
+                                           uint32_t(*reinterpret_cast<const uint16_t*>(&second))
+                                               << 16;
+      } else {
+        if (row < piece.rows) to[0] = first;
+        if (row + 1 < piece.rows) to[1] = second;
+      }
+    }
+}
+
 // kTokens: columns of the MMA (32, 64 or 128).
 template <typename T, int B, int kTokens>
 __global__ void __launch_bounds__((kWgWarps + 4) * 32, 1)
@@ -73,9 +133,11 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
   using Traits = MmaTraits<T, false>;
   constexpr int kTiles = wg_row_tiles(kTokens), kSteps = wg_ksteps(B);
   constexpr int kX = wg_x_bytes(B, kTokens), kStage = wg_stage_bytes(B, kTokens);
-  constexpr int kGroups = kTiles * kSteps;  // MMA groups of a unit
-  constexpr int kSlots = kTiles;            // A registers of so many groups
-  constexpr int kBooks = B == 1 ? 1 : 2;    // codebooks of a group
+  constexpr int kUnits = wg_units(B);  // of a cell, each with so many bytes of codes
+  constexpr int kCodes = tune::wgmma_group_rows(kTokens) / kBlockRows * kUnitBytes;
+  constexpr int kGroups = kTiles * kSteps * kUnits;  // groups of lookups in a cell
+  constexpr int kSlots = B == 4 ? 2 : kTiles;        // A registers of so many MMA groups
+  constexpr int kBooks = B == 1 ? 1 : 2;             // codebooks of a group
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const stages = smem + B * kMmaBookBytes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kWgStages * kStage);
@@ -99,17 +161,19 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
     int produced = 0;
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
       const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
-      const uint8_t* codes = p.packed + piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
-      const int bytes = min(piece.tiles, p.s.group_rows / kBlockRows) * kUnitBytes;
+      const uint8_t* x_image = p.x_fragments + size_t(piece.pass) * p.s.x_steps * kTokens * 64;
+      const uint8_t* codes =
+          p.packed + kUnits * piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
+      const int bytes = min(piece.tiles * kUnitBytes, kCodes);
       auto copy_x = [&](int u, int stage) {
-        const int step = B == 1 ? 2 * u : B == 2 ? u : u / 2;
-        bulk_copy(stages + stage * kStage, p.x_fragments + size_t(step) * kTokens * 64, kX,
+        bulk_copy(stages + stage * kStage, x_image + size_t(u * kSteps) * kTokens * 64, kX,
                   full + stage);
       };
       auto copy_codes = [&](int stage) {
-        barrier_expect(full + stage, kX + bytes);
-        bulk_copy(stages + stage * kStage + kX, codes, bytes, full + stage);
-        codes += unit_stride;
+        barrier_expect(full + stage, kX + kUnits * bytes);
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i, codes += unit_stride)
+          bulk_copy(stages + stage * kStage + kX + i * kCodes, codes, bytes, full + stage);
       };
       int u = piece.u0;
       if (!waited) {  // codes do not depend on the previous kernel
@@ -133,7 +197,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
     int loaded_part = -1;
     Ring<kWgStages> ring, ahead;  // of the unit that is multiplied; of the codes that are read
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
-      const int u0 = piece.u0, count = piece.u1 - u0;
+      const int count = piece.u1 - piece.u0;
       if (piece.part != loaded_part) {
         if (loaded_part >= 0) consumers_sync<kWgWarps * 32>();
         fill_books<T, B, false>(p, piece.part, smem, kWgWarps * 32);
@@ -143,18 +207,27 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       // Warps past the part's last row block repeat it; they write nothing.
       const uint32_t code_offset = kX + min(block, piece.tiles - 1) * kUnitBytes + lane * 16;
       float acc[kTiles][kTokens / 2] = {};
+      struct Codes {
+        uint4 unit[kUnits];
+      };
       auto read_codes = [&] {
         barrier_wait(full + ahead.stage, ahead.phase);
         const unsigned char* from = stages + ahead.stage * kStage + code_offset;
-        const uint4 c = *reinterpret_cast<const uint4*>(from);
+        Codes c;
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i)
+          c.unit[i] = *reinterpret_cast<const uint4*>(from + i * kCodes);
         ahead.advance();
         return c;
       };
-      // Lookups of MMA group n of a unit: rows 2m and 2m + 1 of the lane are two bytes of one word.
-      auto lookup = [&](int n, int u, uint4 c, uint4 (&e)[2 * kBooks]) {
-        const int m = n % kTiles, byte = m % 2 * 2;
+      // Group n of a cell: MMA row tile m, K step n / kTiles or (B = 4) codebooks n % 2.
+      auto tile_of = [](int n) { return B == 4 ? n / 2 : n % kTiles; };
+      // Rows 2m and 2m + 1 of the lane are two bytes of one word.
+      auto lookup = [&](int n, const Codes& codes, uint4 (&e)[2 * kBooks]) {
+        const int m = tile_of(n), byte = m % 2 * 2;
         const bool high = kTiles == 2 ? half : m > 1;
-        const unsigned char* book = smem + (B == 4 ? (u & 1) * 2 * kMmaBookBytes : 0);
+        const uint4 c = codes.unit[n % kUnits];
+        const unsigned char* book = smem + n % kUnits * 2 * kMmaBookBytes;
         const uint32_t w[2] = {high ? c.y : c.x, high ? c.w : c.z};
 #pragma unroll
         for (int i = 0; i < 2 * kBooks; ++i)
@@ -166,29 +239,34 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       // The lookups of two further groups are under way while this group's MMAs are issued.
       uint32_t a[kSlots][8];
       uint4 e[2][2 * kBooks];
-      uint4 c = read_codes(), next = c, after = c;
+      Codes c = read_codes(), next = c;
       if (count > 1) next = read_codes();
-      lookup(0, u0, c, e[0]);
-      lookup(1, u0, c, e[1]);
+      lookup(0, c, e[0]);
+      lookup(1, c, e[1]);
       int released = ring.stage;
       for (int i = 0; i < count; ++i) {
-        if (i + 2 < count) after = read_codes();
         const uint64_t x = core_matrices(stages + ring.stage * kStage, kTokens * 16, 128);
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
-          const int m = n % kTiles, step = n / kTiles;
-          mma_groups_wait<kSlots - 1>();
-          if (n == kSlots - 1 && i > 0 && lane == 0) barrier_arrive(empty + released);
+          const int m = tile_of(n), step = B == 1 ? n / kTiles : 0;
+          const bool first = n % kUnits == 0, last = n % kUnits == kUnits - 1;
+          if (first) mma_groups_wait<kSlots - 1>();
+          if (n == (kSlots - 1) * kUnits && i > 0 && lane == 0) barrier_arrive(empty + released);
           uint4 lo = e[n % 2][0], hi = e[n % 2][1];
           if constexpr (B > 1) {
             lo = Traits::add(lo, e[n % 2][2]);
             hi = Traits::add(hi, e[n % 2][3]);
           }
-          uint32_t(&r)[8] = a[n % kSlots];
+          uint32_t(&r)[8] = a[m % kSlots];
+          if (!first) {
+            lo = Traits::add(lo, make_uint4(r[0], r[2], r[4], r[6]));
+            hi = Traits::add(hi, make_uint4(r[1], r[3], r[5], r[7]));
+          }
           r[0] = lo.x, r[1] = hi.x, r[2] = lo.y, r[3] = hi.y;
           r[4] = lo.z, r[5] = hi.z, r[6] = lo.w, r[7] = hi.w;
-          if (n + 2 < kGroups) lookup(n + 2, u0 + i, c, e[n % 2]);
-          else lookup(n + 2 - kGroups, u0 + i + 1, next, e[n % 2]);  // past the end: dropped
+          if (n + 2 < kGroups) lookup(n + 2, c, e[n % 2]);
+          else lookup(n + 2 - kGroups, next, e[n % 2]);  // past the end: dropped
+          if (!last) continue;
           mma_fence();
           const uint64_t at = x + (step * 4 * kTokens * 16 >> 4);
           wgmma(acc[m], r, at, T());
@@ -198,23 +276,24 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
         released = ring.stage;
         ring.advance();
         c = next;
-        next = after;
+        if (i + 2 < count) next = read_codes();
       }
       mma_groups_wait<0>();
       if (lane == 0) barrier_arrive(empty + released);
 
       if (block >= piece.tiles) return;
-      float* out = slot_of(p, piece, 0) + block * kBlockRows + half * 32 + g;
+      const int row = block * kBlockRows + half * 32;
+      if (B == 4 || piece.item >= 0) {  // of four codebooks all items are cut: registers
+        float* const out = slot_of(p, piece, 0) + row + g;
+        const int tokens = min(kTokens, p.tokens - piece.pass * kTokens);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m)
+        for (int m = 0; m < kTiles; ++m)
+          put_partials<kTokens>(out + m * 16, p.s.group_rows, tokens, acc[m]);
+      } else {
 #pragma unroll
-        for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = n * 8 + 2 * t + i % 2;
-            if (token < p.tokens)
-              out[token * p.s.group_rows + m * 16 + i / 2 * 8] = acc[m][n * 4 + i];
-          }
+        for (int m = 0; m < kTiles; ++m)
+          store_rows<T, kTokens>(p, piece, row + m * 16, acc[m]);
+      }
     });
   }
 #endif

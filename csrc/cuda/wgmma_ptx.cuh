@@ -98,6 +98,11 @@ __device__ __forceinline__ uint64_t core_matrices(const void* p, int k_distance,
 #define AQLM_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define AQLM_R16 AQLM_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define AQLM_R32 AQLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define AQLM_R128 AQLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80" \
+                           ",%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97" \
+                           ",%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+                           ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124"     \
+                           ",%125,%126,%127"
 #define AQLM_R64 AQLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
                           ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
@@ -115,7 +120,9 @@ __device__ __forceinline__ uint64_t core_matrices(const void* p, int k_distance,
              AQLM_F8(c, 8))                                                                   \
   AQLM_WGMMA(64, type, name, AQLM_R32, "%32", "%33", "%34", "%35", "%36", AQLM_F32(c, 0))     \
   AQLM_WGMMA(128, type, name, AQLM_R64, "%64", "%65", "%66", "%67", "%68", AQLM_F32(c, 0),    \
-             AQLM_F32(c, 32))
+             AQLM_F32(c, 32))                                                                 \
+  AQLM_WGMMA(256, type, name, AQLM_R128, "%128", "%129", "%130", "%131", "%132",              \
+             AQLM_F32(c, 0), AQLM_F32(c, 32), AQLM_F32(c, 64), AQLM_F32(c, 96))
 AQLM_WGMMAS(__half, "f16")
 AQLM_WGMMAS(__nv_bfloat16, "bf16")
 
@@ -144,6 +151,7 @@ AQLM_WGMMA_INT8(128, AQLM_R64, "%64", "%65", "%66", "%67", "%68", AQLM_I32(c, 0)
 #undef AQLM_R16
 #undef AQLM_R32
 #undef AQLM_R64
+#undef AQLM_R128
 #undef AQLM_WGMMA
 #undef AQLM_WGMMAS
 

@@ -115,7 +115,7 @@ def check(tiny=False):
     ]
     tokens = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300]
     if tiny:
-        formats = [(2, 8, 8), (1, 16, 8), (2, 12, 8)]
+        formats = [(2, 8, 8), (8, 8, 32), (1, 16, 8), (2, 12, 8)]
         cases, tokens = [(70, 256, None, 1), (4200, 256, None, 1)], [1, 2, 9, 17, 65]
     for dtype in (torch.float16, torch.bfloat16):
         limit = 1e-3 if dtype == torch.float16 else 5e-3
@@ -175,6 +175,14 @@ def check(tiny=False):
                         if "CUDA" in str(error) or "illegal" in str(error):
                             print("aborting")
                             return
+    for B in (1, 2) if tiny else ():  # a body for larger matrices only
+        override(body=9)
+        layer = Layer(B, 8, 8, 200, 256, torch.float16)
+        x = torch.randn(300, 256, device=DEV).half()
+        e = rel(layer(x), x.double() @ layer.weight32().double().T)
+        bad += not e < 1e-3
+        print(f"long {B}x8 {e:.2e}")
+        override()
     if not tiny:
         layer = Layer(2, 8, 8, 512, 1024, torch.float16)
         assert layer(torch.zeros(0, 1024, device=DEV, dtype=torch.float16)).shape == (0, 512)
@@ -259,7 +267,8 @@ def sweep(label, fmt, shapes, Ms, precision, grid):
 
 
 BODIES = {"mma": (0, 0, 1), "dense": (0, 0, 2), "wgmma": (0, 0, 3)}
-LUTS = {f"lut{variant}": (variant, occupancy, 0) for variant, occupancy in ((2, 2), (4, 2), (8, 1))}
+LONG = {"long": (0, 0, 9), "long whole": (0, -3, 9)}
+TABLES = {f"table{variant}": (variant, 0, 0) for variant in (1, 2, 3)}
 
 
 def tune():
@@ -267,15 +276,15 @@ def tune():
     torch.manual_seed(2)
     big, small = [(28672, 8192)], [(4096, 4096)]
     for name, fmt in (("2x8", (2, 8, 8)), ("1x8", (1, 8, 8))):
-        sweep(f"{name} table", fmt, SHAPES, [1], "exact", LUTS)
-        sweep(f"{name} mma", fmt, big + small, [2, 8], "exact", {"mma": (0, 0, 1), **LUTS})
-    sweep(
-        "2x8 int8", (2, 8, 8), big, [1, 4, 8, 9], "int8", {k: BODIES[k] for k in ("mma", "wgmma")}
-    )
+        sweep(f"{name} table", fmt, SHAPES, [1], "exact", TABLES)
+        sweep(f"{name} mma", fmt, big + small, [2, 8], "exact", {"mma": (0, 0, 1), **TABLES})
+    sweep("2x8 int8", (2, 8, 8), big, [4, 8, 16, 32], "int8", {**BODIES, "wgmma_int8": (0, 0, 7)})
+    sweep("8x8 g32", (8, 8, 32), big + small, [4, 8, 64], "exact", {"wide": (0, 0, 8)})
     for name, fmt in (("2x8", (2, 8, 8)), ("1x8", (1, 8, 8)), ("4x8", (4, 8, 8))):
         sweep(f"{name} batch", fmt, big + small, [8, 9, 16, 32, 64, 128], "exact", BODIES)
         passes = {k: BODIES[k] for k in ("dense", "wgmma")}
-        sweep(f"{name} prefill", fmt, big, [256, 512, 1024], "exact", passes)
+        long = LONG if fmt[0] < 4 else {}
+        sweep(f"{name} prefill", fmt, big, [256, 512, 1024], "exact", {**passes, **long})
     for precision in ("exact", "int8"):
         sweep("1x16", (1, 16, 8), big + small, [8, 9, 16, 32, 64, 128], precision, BODIES)
 
@@ -318,8 +327,8 @@ def profile():
 def one():
     """A few single calls, for ncu: `ncu --clock-control none ... device.py one`."""
     for fmt, precision, N, K, M, knobs in (
-        ((2, 8, 8), "exact", 28672, 8192, 1, (4, 2, 0)),
-        ((2, 8, 8), "exact", 28672, 8192, 1, (8, 1, 0)),
+        ((2, 8, 8), "exact", 28672, 8192, 1, (2, 0, 0)),
+        ((2, 8, 8), "exact", 28672, 8192, 1, (3, 0, 0)),
         ((2, 8, 8), "exact", 28672, 8192, 1, (8, 3, 1)),
         ((2, 8, 8), "int8", 28672, 8192, 4, (8, 0, 1)),
         ((2, 8, 8), "exact", 28672, 8192, 16, (8, 0, 1)),

@@ -1,5 +1,6 @@
-// Instantiates cuda.additive.lut for AQLM_T; see tune.h for what the variants mean.
+// Instantiates cuda.additive.lut and cuda.additive.columns for AQLM_T; variants: see tune.h.
 #include "../bodies.h"
+#include "../columns.cuh"
 #include "../enqueue.cuh"
 #include "../lut.cuh"
 #include "../tune.h"
@@ -24,7 +25,39 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
+template <int kWarps, int kBooks, int kCtas, int kPrefetch = 0>
+cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
+  constexpr int kSmem = columns_smem(kWarps * kBlockRows);
+  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas, kPrefetch>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
+}
+
 }  // namespace
+
+template <>
+cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                   cudaStream_t stream) {
+  switch (p.a.codebooks * 16 + c.variant) {
+    case 16 + 1: return columns<8, 1, 1>(p, stream);
+    case 16 + 2: return columns<8, 1, 2>(p, stream);
+    case 32 + 1: return columns<8, 2, 1>(p, stream);
+    case 32 + 2: return columns<8, 2, 2>(p, stream);
+    case 64 + 1: return columns<8, 4, 1>(p, stream);
+    case 64 + 2: return columns<8, 4, 2>(p, stream);
+#ifdef AQLM_TUNE
+    case 16 + 4: return columns<8, 1, 1, 4>(p, stream);
+    case 16 + 5: return columns<8, 1, 2, 4>(p, stream);
+    case 16 + 3: return columns<16, 1, 1>(p, stream);
+    case 16 + 6: return columns<16, 1, 1, 4>(p, stream);
+    case 32 + 4: return columns<8, 2, 1, 4>(p, stream);
+    case 32 + 5: return columns<8, 2, 2, 4>(p, stream);
+    case 32 + 3: return columns<16, 2, 1>(p, stream);
+    case 32 + 6: return columns<16, 2, 1, 4>(p, stream);
+    case 64 + 3: return columns<16, 4, 1>(p, stream);
+#endif
+  }
+  return cudaErrorInvalidValue;
+}
 
 template <>
 cudaError_t launch_lut<AQLM_T>(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "../bodies.h"
-#include "../dequant.cuh"
+#include "../dequant_wide.cuh"
 #include "../enqueue.cuh"
 #include "../fragments.cuh"
 #include "../gather.cuh"
@@ -23,11 +23,11 @@ template cudaError_t launch_gather<float>(const MatmulParams&, cudaStream_t);
 
 template <typename T>
 cudaError_t launch_reduce(const MatmulParams& p, cudaStream_t stream) {
-  const int elements = p.tokens * p.s.group_rows;
+  const int elements = p.s.slot_tokens * p.s.group_rows;
   const int slots = p.s.max_slots;
   auto run = [&](auto kernel, int ways) {
     const int chunk = ways == 1 ? 4 * kReduceThreads : kReduceThreads / ways;
-    const dim3 grid(ceil_div(elements, chunk), p.s.groups);
+    const dim3 grid(ceil_div(elements, chunk), p.s.cells / p.s.units);
     return enqueue(kernel, grid, kReduceThreads, 0, stream, p);
   };
   if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1>, 1);
@@ -43,7 +43,7 @@ cudaError_t launch_fragments(const LaunchConfig& c, const MatmulParams& p, cudaS
   const bool int8 = c.precision == Precision::kInt8;
   const dim3 grid(c.token_tile, kChunks);
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  const bool halves = c.body == Body::kSplitWgmma;
+  const bool halves = c.body == Body::kSplitWgmma || c.body == Body::kWgmmaInt8;
   auto run = [&](auto kernel) {
     return enqueue(kernel, grid, kFragmentThreads, 0, stream, p, tiles);
   };
@@ -81,8 +81,25 @@ cudaError_t dequant_tables(const DequantParams& p, int tile0, int tiles, cudaStr
   if (e != cudaSuccess) return e;
   const int items = tiles * ceil_div(p.col1 - p.col0, 32);
   constexpr int kPerSm = B == 1 ? 4 : B == 2 ? 3 : 1;
-  const int ctas = std::min(ceil_div(items, kDequantWarps), info.sms * kPerSm);
-  return enqueue(kernel, ctas, kDequantWarps * 32, kSmem, stream, p, tile0, tiles);
+  constexpr int kWarps = dequant_tables_warps(B);
+  const int ctas = std::min(ceil_div(items, kWarps), info.sms * kPerSm);
+  return enqueue(kernel, ctas, kWarps * 32, kSmem, stream, p, tile0, tiles);
+}
+
+// Whether one part's codebooks fit in shared memory as they are, and where a launch finds room.
+template <typename T, int kG, bool kRound>
+cudaError_t dequant_wide(const DequantParams& p, int tile0, int tiles, const DeviceInfo& info,
+                         cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  auto kernel = dequant_wide_kernel<T, kG, kRound>;
+  if (e == cudaSuccess) e = allow_smem(kernel, &done, device, info.max_smem);
+  if (e != cudaSuccess) return e;
+  const int items = tiles * ceil_div(p.col1 - p.col0, kStepVectors * kG);
+  const int smem = p.a.codebooks * p.a.entries() * kG * sizeof(T);
+  return enqueue(kernel, std::min(ceil_div(items, kWideWarps), info.sms), kWideWarps * 32, smem,
+                 stream, p, tile0, tiles);
 }
 
 template <typename T>
@@ -115,6 +132,21 @@ cudaError_t dequant(const DequantParams& p, cudaStream_t stream) {
     if (!words && a.in_group == 8 && a.codebooks == 2)
       return p.rounded_sum ? dequant_tables<T, 2, true>(p, tile0, tiles, stream)
                            : dequant_tables<T, 2, false>(p, tile0, tiles, stream);
+    int device = 0;
+    DeviceInfo info;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = device_info(device, &info);
+    if (e != cudaSuccess) return e;
+    if (!words && a.in_group == 8 && a.codebooks == 4 && info.max_smem >= 4 * kMmaBookBytes)
+      return p.rounded_sum ? dequant_tables<T, 4, true>(p, tile0, tiles, stream)
+                           : dequant_tables<T, 4, false>(p, tile0, tiles, stream);
+    const int book_bytes = a.codebooks * a.entries() * a.in_group * int(sizeof(T));
+    if (!words && a.in_group == 32 && book_bytes <= info.max_smem)
+      return p.rounded_sum ? dequant_wide<T, 32, true>(p, tile0, tiles, info, stream)
+                           : dequant_wide<T, 32, false>(p, tile0, tiles, info, stream);
+    if (!words && a.in_group == 16 && book_bytes <= info.max_smem)
+      return p.rounded_sum ? dequant_wide<T, 16, true>(p, tile0, tiles, info, stream)
+                           : dequant_wide<T, 16, false>(p, tile0, tiles, info, stream);
   }
   if (words) return enqueue(dequant_words_kernel<T>, grid, kThreads, 0, stream, p, tile0);
   return enqueue(dequant_bytes_kernel<T>, grid, kThreads, 0, stream, p, tile0);

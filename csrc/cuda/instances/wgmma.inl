@@ -1,8 +1,11 @@
-// Instantiates cuda.additive.wgmma and cuda.additive.split_wgmma for AQLM_T.
+// Instantiates cuda.additive.{wgmma, wgmma_int8, wgmma_long, wgmma_wide, split_wgmma} for AQLM_T.
 #include "../bodies.h"
 #include "../enqueue.cuh"
 #include "../split_wgmma.cuh"
 #include "../wgmma.cuh"
+#include "../wgmma_int8.cuh"
+#include "../wgmma_long.cuh"
+#include "../wgmma_wide.cuh"
 
 namespace aqlm {
 
@@ -10,12 +13,12 @@ namespace {  // the two dtypes must not share these names
 
 template <int B, int kTokens>
 cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32));
+  const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32), p.s.passes);
   const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
   if (e != cudaSuccess) return e;
   constexpr int kSmem = wg_smem(B, kTokens);
   auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWgWarps + 4) * 32, kSmem, stream, p);
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWgWarps + 4) * 32, kSmem, stream, p);
 }
 
 template <int B>
@@ -26,6 +29,43 @@ cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream
     case 128: return wgmma_pass<B, 128>(p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <int B, int kTokens>
+cudaError_t wgmma_int8_pass(const MatmulParams& p, cudaStream_t stream) {
+  constexpr int kSmem = wg8_smem(B, 2 * kTokens);
+  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWg8Warps + 4) * 32, kSmem, stream, p);
+}
+
+template <int B>
+cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  switch (c.token_tile) {
+    case 16: return wgmma_int8_pass<B, 16>(p, stream);
+    case 32: return wgmma_int8_pass<B, 32>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <int B>
+cudaError_t wgmma_long(const MatmulParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.s.x_steps, 8), kLongTokens / 32, p.s.passes);
+  const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kLongTokens);
+  if (e != cudaSuccess) return e;
+  constexpr int kSmem = long_smem(B);
+  auto kernel = wgmma_long_kernel<AQLM_T, B>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kLongWarps + 4) * 32, kSmem, stream, p);
+}
+
+template <int kTokens>
+cudaError_t wgmma_wide(const MatmulParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.s.x_steps, 8), kTokens / 32);
+  const cudaError_t e = enqueue(x_wide_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
+  if (e != cudaSuccess) return e;
+  constexpr int kSmem = wide_smem(kTokens);
+  auto kernel = wgmma_wide_kernel<AQLM_T, kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas * p.s.classes, (kWideWgWarps + 4) * 32, kSmem,
+                           stream, p);
 }
 
 template <int kTokens, bool kInt8>
@@ -47,6 +87,28 @@ cudaError_t launch_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
     case 4: return wgmma_books<4>(c, p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_wgmma_int8<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  switch (p.a.codebooks) {
+    case 1: return wgmma_int8<1>(c, p, stream);
+    case 2: return wgmma_int8<2>(c, p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_wgmma_long<AQLM_T>(const LaunchConfig&, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  return p.a.codebooks == 1 ? wgmma_long<1>(p, stream) : wgmma_long<2>(p, stream);
+}
+
+template <>
+cudaError_t launch_wgmma_wide<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
+                                      cudaStream_t stream) {
+  return c.token_tile == 32 ? wgmma_wide<32>(p, stream) : wgmma_wide<64>(p, stream);
 }
 
 template <>
