@@ -231,12 +231,14 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.x_stride = rows.stride(0);
     p.x_type = r.x_type;
     p.local_bits = r.local_bits = aqlm::local_bits_of(config, p.s, r.r, info);
-    check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
     r.partials = p.partials;
     r.s = p.s;
     r.tokens = p.tokens;
     r.y = at_row(y, m, N);
-    check_cuda(aqlm::launch_rotate(r, stream), "rotate");
+    const bool finishes = config.owned && factor == 0;
+    if (finishes) p.finish = r;
+    check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
+    if (!finishes) check_cuda(aqlm::launch_rotate(r, stream), "rotate");
     m += p.tokens;
   }
   return y;

@@ -50,20 +50,6 @@ AQLM_HD int owner_of(const RotatedSchedule& s, int cell) {
   return static_cast<int>(((cell + 1ll) * s.ctas - 1) / cells);
 }
 
-struct RotatedMatmul {
-  RotatedWeight w;
-  RotatedSchedule s;
-  const void* x;        // [M, K], rows x_stride elements apart
-  long long x_stride;
-  DType x_type;
-  int tokens;           // M
-  float* partials;      // [groups][max_slots][tokens][group_rows]
-  uint8_t* x_cells;     // [units][8 * tiles * 64]: int8 activations (more than one tile)
-  float2* x_sums;       // [units][tokens]: sums of a cell's activations (see rotated_stage.cuh)
-  float* x_scales;      // [tokens]
-  int local_bits;       // partials are transformed over these low bits of the row; see local_bits_of
-};
-
 // One rotation U of vectors of length n; see aqlm_infer/formats/rotation.py.
 struct Rotation {
   int n;
@@ -93,11 +79,27 @@ struct RotateParams {
   int tokens;
 };
 
+struct RotatedMatmul {
+  RotatedWeight w;
+  RotatedSchedule s;
+  const void* x;        // [M, K], rows x_stride elements apart
+  long long x_stride;
+  DType x_type;
+  int tokens;           // M
+  float* partials;      // [groups][max_slots][tokens][group_rows]
+  uint8_t* x_cells;     // [units][8 * tiles * 64]: int8 activations (more than one tile)
+  float2* x_sums;       // [units][tokens]: sums of a cell's activations (see rotated_stage.cuh)
+  float* x_scales;      // [tokens]
+  int local_bits;       // partials are transformed over these low bits of the row; see local_bits_of
+  RotateParams finish;  // owned rows: where they end (no rotation); y null: in `partials`
+};
+
 struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
   bool wide;       // more warps a block
+  bool owned;      // a block has all of K for 32 rows, and its warps share K out
 };
 
 RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device);

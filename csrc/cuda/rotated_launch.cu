@@ -14,7 +14,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
-int g_rotated_local = -1;
+int g_rotated_local = -1, g_rotated_owned = -1;
 #endif
 
 int log2_of(int n) {
@@ -139,15 +139,19 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
   if (c.grouped && w.group % kCellColumns != 0) return c;
   if (w.K > (1 << 16)) return c;
   // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
-  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2);
+  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, 0);
   if (least > device.max_smem) return c;
-  const bool hopper = device.arch == 90;
+  const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
   const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
   const int planes = tune::rotated_planes(w.coding, w.bits);
   if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.wgmma = hopper && c.tiles > 1;
+  c.owned = c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, device);
+#ifdef AQLM_TUNE
+  if (g_rotated_owned == 0) c.owned = false;
+#endif
   c.wide = tokens == 1 && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
@@ -166,6 +170,10 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   const int warps = c.wgmma ? tune::rotated_wg_warps(c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped);
+  if (c.owned) {
+    s = {p->w.blocks(), kCellRows, p->w.units(), p->w.blocks(), 1};
+    return;
+  }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
   s.units = p->w.units();
@@ -180,7 +188,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
                               device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
   const int staged = p->tokens == 1 ? 1 : 4;
   if (c.tiles == 1)  // what a CTA stages must fit
-    while (tune::staged_bytes(s, staged, 1) > most_x && s.ctas < cells)
+    while (tune::staged_bytes(s, staged, 1, warps) > most_x && s.ctas < cells)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }
@@ -205,7 +213,7 @@ RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& 
   if (c.tiles > 1) {
     const int planes = c.wgmma ? tune::rotated_planes(p.w.coding, p.w.bits) : 1;
     w.x_cells = size_t(p.s.units) * c.tiles * 512 * planes;
-    w.x_sums = size_t(p.s.units) * p.tokens * sizeof(float2);
+    w.x_sums = size_t(p.s.units) * (c.wgmma ? 4 * c.tiles : p.tokens) * sizeof(float2);
     w.x_scales = p.tokens * sizeof(float);
   }
   return w;
@@ -316,6 +324,10 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::dependent_launch = dependent != 0;
   aqlm::g_rotated_cluster = cluster;
   aqlm::g_rotated_ctas = ctas;
+}
+// Whether blocks own rows: 0 never.
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_owned(int owned) {
+  aqlm::g_rotated_owned = owned;
 }
 // Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {

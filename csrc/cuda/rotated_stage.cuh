@@ -5,7 +5,7 @@
 // scale is max|x| / 32639 over the columns that share it: all that the caller names, or for grouped
 // weights those of the cell's scale group, so that outliers cost only their own group precision.
 //
-// Per cell and token a float2: .x the sum of the integers, .y that of every second four (E8P: low
+// Per cell and token (wgmma: all tokens of the tiles) a float2: .x the sum of the integers, .y that of every second four (E8P: low
 // nibbles) or the cell's scale (grouped). The bodies add constants of the codes through them.
 #pragma once
 
@@ -198,7 +198,7 @@ stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, int planes, b
   const StageLayout layout = wgmma ? wgmma_layout(columns) : mma_layout();
   const StageRange r = {0, units, from, to, p.x_cells + 2 * token * layout.column,
                         size_t(planes) * columns * kStageColumn, planes, layout,
-                        p.x_sums + token, p.tokens, stage_peaks};
+                        p.x_sums + token, wgmma ? columns / 2 : p.tokens, stage_peaks};
   const float scale = stage_token<kE8p, kGrouped>(p, token, r);
   if (blockIdx.y == 0 && threadIdx.x == 0) p.x_scales[token] = scale;
 }

@@ -35,6 +35,22 @@ AQLM_HD constexpr int rotated_planes(Coding coding, int bits) {
   return coding == Coding::kE8p && bits > 2 ? 2 : 1;
 }
 
+// The body of scale groups for few tokens: warps of a CTA, cells in flight per warp.
+constexpr int kGroupWarps = 16;
+AQLM_HD constexpr int rotated_group_depth(int bits) {
+  return bits == 8 ? 1 : bits == 4 ? 3 : bits == 3 ? 4 : 6;
+}
+// Scale groups that a warp holds at a time, and bytes of scales and zeros: two buffers of 32 rows.
+constexpr int kGroupChunk = 8, kGroupBytes = 2 * 2 * kCellRows * kGroupChunk * 2;
+// Whether it and the warpgroup body take the weight: pairs of 16-bit scales (rotated_scales.cuh),
+// and sums of a group in int32.
+inline bool rotated_group_scales(const RotatedWeight& w) {
+  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return w.group % kCellColumns == 0 && w.group <= 512 && w.zeros != nullptr &&
+         w.scale_type != DType::kFloat32 && w.K / w.group % 2 == 0 && aligned(w.scales) &&
+         aligned(w.zeros);
+}
+
 // Hopper, more than one tile: warpgroup MMAs. Warps that multiply: as many as registers allow, one
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
@@ -64,28 +80,24 @@ struct RotatedShape {
   static constexpr int kDepth = kBits == 8 ? 1 : kBits == 4 ? 2 : kTiles >= 8 ? 2 : 4;
 };
 
-// The body of scale groups for few tokens: warps of a CTA, cells in flight per warp.
-constexpr int kGroupWarps = 16;
-AQLM_HD constexpr int rotated_group_depth(int bits) {
-  return bits == 8 ? 1 : bits == 4 ? 3 : bits == 3 ? 4 : 6;
-}
-// Whether it takes the weight: pairs of 16-bit scales, and sums of a group in int32.
-inline bool rotated_group_body(const RotatedWeight& w, int tokens) {
-  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return tokens <= 4 && w.group % kCellColumns == 0 && w.group <= 512 && w.zeros != nullptr &&
-         w.scale_type != DType::kFloat32 && w.K / w.group % 2 == 0 && aligned(w.scales) &&
-         aligned(w.zeros);
-}
-
 // Cells of x that one CTA stages itself.
 inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
 // Dynamic shared memory of the staged activations.
-inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles) {
+inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, int warps) {
   if (tiles > 1) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  return local_cells(s) * (tokens * (128 + 8) + 4) + 16 + tokens * s.group_rows * 4;
+  return local_cells(s) * (tokens * (128 + 8) + 4) + 16 + tokens * warps * kCellRows * 4;
+}
+
+// Whether blocks own rows: no slots to add, for a matrix of at most one block an SM. Small ones
+// need every SM more.
+inline bool rotated_owned(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+  const int warps = rotated_warps(w.coding, w.bits, 1, false);
+  const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1};
+  const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));
+  return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, warps) <= most_x;
 }
 
 // Most tiles of one pass: registers again. Warpgroup MMAs take both planes into one accumulator.
@@ -93,12 +105,18 @@ AQLM_HD constexpr int rotated_max_tiles(Coding coding, int bits, bool grouped, b
   return grouped || bits == 8 || (!wgmma && rotated_planes(coding, bits) == 2) ? 8 : 16;
 }
 
-AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, int warps) {
+// Bytes of a stage's sums of activations, of the exchanged rows.
+AQLM_HD constexpr int rotated_wg_sums(int tiles, bool grouped) { return grouped ? tiles * 32 : 0; }
+AQLM_HD constexpr int rotated_wg_exchange(int tiles, int warps) {
+  return rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0;
+}
+AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, bool grouped,
+                                      int warps) {
   return rotated_tables(coding, bits) +
          warps * rotated_wg_depth(coding, bits, warps) * kCellRows * kCellColumns / 8 * bits +
          rotated_wg_stages(coding, bits, tiles) *
-             (rotated_planes(coding, bits) * tiles * 512 + 16) +
-         (rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0);
+             (rotated_planes(coding, bits) * tiles * 512 + rotated_wg_sums(tiles, grouped) + 16) +
+         rotated_wg_exchange(tiles, warps) + (grouped ? warps * kGroupBytes : 0);
 }
 
 // Up to this many tokens per tile of a pass, passes of the MMA bodies beat dequantized slices and a

@@ -3,14 +3,18 @@
 // A warp decodes its 32 x 64 cell into A registers while the MMAs of the cell before run; B, the
 // staged activations, is read from shared memory by the tensor cores, once for four warps.
 //
-//   warps 0 .. 7: 32 rows each; codes through a ring of their own (cp.async, no barrier)
-//   warp 8 (of a warpgroup that gives its registers away): bulk copies of cells of x into a ring
+//   warps 0 .. kWarps - 1: 32 rows each; codes through a ring of their own (cp.async, no barrier)
+//   warp kWarps (of a warpgroup that gives its registers away): bulk copies of cells of x into a ring
+//
+// Scale groups along K: their scales and zeros come with the codes (rotated_scales.cuh), the sums of
+// the activations with the cells. A group's first MMA starts from zero.
 //
 // Architecture sm_90a only.
 #pragma once
 
 #include "e8p_decode.cuh"
 #include "rotated_rows.cuh"
+#include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
 #include "wgmma_ptx.cuh"
@@ -43,11 +47,12 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   constexpr int kPlanes = tune::rotated_planes(kCoding, kBits), kColumns = 8 * kTiles;
   constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;
   constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane;
+  constexpr int kSums = tune::rotated_wg_sums(kTiles, kGrouped), kStage = kX + kSums;
   constexpr int kDepth = tune::rotated_wg_depth(kCoding, kBits, kWarps);
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const codes = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = codes + kWarps * kDepth * kCodes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kX);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
   uint64_t* const empty = full + kStages;
   float* const exchange = reinterpret_cast<float*>(empty + kStages);  // two of [4][group_rows]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -75,8 +80,11 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
     int unit = unit0;
     for (int i = 0; i < count; ++i, ring.advance()) {
       if (i >= kStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
-      barrier_expect(full + ring.stage, kX);
-      bulk_copy(cells + ring.stage * kX, p.x_cells + size_t(unit) * kX, kX, full + ring.stage);
+      unsigned char* const to = cells + ring.stage * kStage;
+      barrier_expect(full + ring.stage, kStage);
+      bulk_copy(to, p.x_cells + size_t(unit) * kX, kX, full + ring.stage);
+      if constexpr (kGrouped)
+        bulk_copy(to + kX, p.x_sums + size_t(unit) * 4 * kTiles, kSums, full + ring.stage);
       if (++unit == units) unit = 0;
     }
     return;
@@ -107,6 +115,11 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
       if (fetch_block >= blocks) left = 0;
     }
   };
+  const int span = kGrouped ? p.w.group / kCellColumns : 1, chunk_units = span * kGroupChunk;
+  const GroupScales scales(p.w, reinterpret_cast<unsigned char*>(exchange) +
+                                    tune::rotated_wg_exchange(kTiles, kWarps) +
+                                    warp * kGroupBytes);
+  if constexpr (kGrouped) scales.copy(fetch_block, unit0 / chunk_units, 0);
   for (int i = 0; i < kDepth - 1; ++i) fetch();
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
@@ -118,8 +131,9 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
   float group_sum[kTiles] = {}, group_scale[kTiles] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
-  const int span = kGrouped ? p.w.group / kCellColumns : 1;
-  RowScales rows, ahead;  // of this scale group and the next
+  RowScales rows;  // not grouped
+  // Grouped: buffer of scales in use, cells since the other one's copy was started.
+  int buffer = 1, since = kDepth;
   Ring<kStages> ring;
   const uint32_t no_bits = static_cast<uint32_t>(s.ctas) >> 31;  // 0
   int read = 0, released = -1;  // slot of codes; stage of x whose MMAs are under way
@@ -146,20 +160,28 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
 
   int begin = 0, group = first / units, unit = unit0;
+  bool within = false;  // grouped: the accumulators hold a part of a scale group
   for (;;) {  // row groups
-    const int end = min(count, begin + units - unit), first_unit = unit;
+    const int end = min(count, begin + units - unit);
+    uint32_t scale_group = unit / span;
+    int next_chunk = unit, group_end = (scale_group + 1) * span;  // units
     for (int i = begin; i < end; ++i) {
-      if constexpr (kGrouped) {
-        if (unit % span == 0 || unit == first_unit)
-          advance_rows(p.w, group * kWarps + warp, unit / span, unit == first_unit, &rows, &ahead);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const float2 v = p.x_sums[size_t(unit) * tokens + min(n * 4 + t, tokens - 1)];
-          group_sum[n] += v.x;
-          group_scale[n] = v.y;
-        }
-      }
       copy_wait<kDepth - 2>();
+      if constexpr (kGrouped) {
+        if (unit == next_chunk) {  // a chunk of scales begins, the next may come
+          if (since < kDepth - 1) copy_wait<0>();
+          __syncwarp();
+          buffer ^= 1;
+          since = 0;
+          const int chunk = unit / chunk_units;
+          next_chunk = (chunk + 1) * chunk_units;
+          if (i + min(next_chunk, units) - unit < count) {
+            if (next_chunk >= units) scales.copy((group + 1) * kWarps + warp, 0, buffer ^ 1);
+            else scales.copy(group * kWarps + warp, chunk + 1, buffer ^ 1);
+          }
+        }
+        ++since;
+      }
       ScalarCodes<kE8p && kBits == 4 ? 4 : kBits> c;
 #pragma unroll
       for (int j = 0; j < int(sizeof(c.a) / 16); ++j)
@@ -168,7 +190,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         c.b = *reinterpret_cast<const uint2*>(own + read * kCodes + 512 - lane * 8);
       if (++read == kDepth) read = 0;
       fetch();
-      const uint64_t x = core_matrices(cells + ring.stage * kX, kColumns * 16, 128);
+      const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
         uint32_t words[2][4], a[2][2][4];
@@ -197,34 +219,54 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
 #pragma unroll
           for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c, m, a[m]);
         }
+        const int add = !kGrouped || within;
         mma_fence();
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          wgmma(acc[m], a[m][0], x + (plane * kPlane >> 4));
+          wgmma(acc[m], a[m][0], x + (plane * kPlane >> 4), add);
           wgmma(acc[m], a[m][1], x + (plane * kPlane + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
       }
       released = ring.stage;
-      ring.advance();
       if constexpr (kGrouped) {
-        ++unit;
-        if (unit % span == 0 || i + 1 == end) {
+        const float2* const about =
+            reinterpret_cast<const float2*>(cells + ring.stage * kStage + kX) + t;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          group_sum[n] += about[4 * n].x;
+          group_scale[n] = about[4 * n].y;
+        }
+        within = true;
+        __syncwarp();  // read by all lanes before lane 0 releases the stage
+        if (++unit == group_end || i + 1 == end) {
+          float step[4], shift[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float scale = scales.value(scale_group, 0, g + 8 * r, buffer);
+            step[r] = kStep * scale;
+            shift[r] = scale * (scalar_centre(kBits) - scales.value(scale_group, 1, g + 8 * r, buffer));
+          }
           release();
           finished();
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float scale = rows.scale(p.w, r), shift = rows.template shift<kBits>(p.w, r);
+          for (int n = 0; n < kTiles; ++n) {
+            const float sum = group_scale[n] * group_sum[n];
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-              total[r / 2][n][r % 2] += (kStep * combined(r, n) + shift * group_sum[n]) *
-                                        (scale * group_scale[n]);
+            for (int r = 0; r < 4; ++r) {
+              const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
+              float& out = total[r / 2][n][r % 2];
+              out = fmaf(shift[r], sum, out);
+              out = fmaf(step[r] * group_scale[n], static_cast<float>(v[0] * 256 + v[1]), out);
+            }
+            group_sum[n] = 0.f;
           }
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) group_sum[n] = 0.f;
-          clear();
+          within = false;
+          group_end += span;
+          ++scale_group;
         }
       }
+      ring.advance();
     }
     release();
     finished();
@@ -245,7 +287,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         if constexpr (!kE8p && !kGrouped) {
           if (p.w.zeros != nullptr || kBits == 8) {
             for (int i = begin + g; i < end; i += 8)
-              sum += p.x_sums[size_t((unit0 + i) % units) * tokens + token].x;
+              sum += p.x_sums[size_t((unit0 + i) % units) * (4 * kTiles) + token].x;
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
           }

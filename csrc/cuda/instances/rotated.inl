@@ -10,12 +10,12 @@ namespace aqlm {
 
 namespace {
 
-template <int kTiles, bool kGrouped,
+template <int kTiles, bool kGrouped, bool kOwned = false,
           int kWarps = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped)>
 cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   using Shape = tune::RotatedShape<AQLM_CODING, AQLM_BITS, kTiles>;
-  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps>;
-  const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles);
+  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps, kOwned>;
+  const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles, kWarps);
   int device = 0;
   DeviceInfo info;
   cudaError_t e = cudaGetDevice(&device);
@@ -29,7 +29,7 @@ template <int kTokens>
 cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
   auto kernel = rotated_groups_kernel<AQLM_BITS, kTokens>;
   constexpr int kScales = tune::kGroupWarps * kGroupBytes;
-  const int smem = kScales + tune::staged_bytes(p.s, kTokens, 1);
+  const int smem = kScales + tune::staged_bytes(p.s, kTokens, 1, tune::kGroupWarps);
   constexpr int limit = kScales + tune::kRotatedMaxX;
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, tune::kGroupWarps * 32, smem, stream, p);
 }
@@ -38,7 +38,7 @@ template <int kTiles, bool kGrouped>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
   constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
-  constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kWarps);
+  constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps);
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWarps + 4) * 32, kSmem, stream, p);
 }
 
@@ -49,7 +49,7 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, false);
   const int tiles = c.tiles;
   if constexpr (kGrouped)
-    if (tiles == 1 && tune::rotated_group_body(p.w, p.tokens))
+    if (tiles == 1 && tune::rotated_group_scales(p.w))
       return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);
   if (tiles > 1) {
     const int units = p.s.units, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
@@ -65,7 +65,9 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     return cudaErrorInvalidValue;
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
-    if (c.wide) return matmul_tiles<1, false, tune::kWideWarps>(p, stream);
+    if (c.wide) return matmul_tiles<1, false, false, tune::kWideWarps>(p, stream);
+  if constexpr (!kGrouped)
+    if (c.owned) return matmul_tiles<1, false, true>(p, stream);
   switch (tiles) {
     case 1: return matmul_tiles<1, kGrouped>(p, stream);
     case 2: return matmul_tiles<2, kGrouped>(p, stream);
