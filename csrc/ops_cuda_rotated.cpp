@@ -235,7 +235,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     r.s = p.s;
     r.tokens = p.tokens;
     r.y = at_row(y, m, N);
-    const bool finishes = config.owned && factor == 0;
+    const bool finishes = config.share == aqlm::Share::kOwned && factor == 0;
     if (finishes) p.finish = r;
     check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
     if (!finishes) check_cuda(aqlm::launch_rotate(r, stream), "rotate");

@@ -104,5 +104,6 @@ void scalar_unpack(const TiledWeight& weight, const uint8_t* packed, uint8_t* qw
                    int num_threads);
 
 const E8PTables& e8p_tables();
+const E8PHalves& e8p_halves();
 
 }  // namespace aqlm::cpu

@@ -94,12 +94,19 @@ struct RotatedMatmul {
   RotateParams finish;  // owned rows: where they end (no rotation); y null: in `partials`
 };
 
+// How the blocks of the mma.sync body get their activations and rows.
+enum class Share : int {
+  kRing,   // x staged by a kernel, copied through a ring; 32 rows a warp, a range of K a block
+  kLocal,  // the same rows and range; the block stages its range itself
+  kOwned   // 32 rows a block and all of K, which its warps share out
+};
+
 struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
   bool wide;       // more warps a block
-  bool owned;      // a block has all of K for 32 rows, and its warps share K out
+  Share share;
 };
 
 RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device);

@@ -14,7 +14,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
-int g_rotated_local = -1, g_rotated_owned = -1;
+int g_rotated_local = -1, g_rotated_share = -1;
 #endif
 
 int log2_of(int n) {
@@ -128,6 +128,19 @@ cudaError_t scalar_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaSt
   return RotatedBodies<Coding::kScalar, kBits>::matmul(c, p, stream);
 }
 
+// Whether blocks have room for their range of x of more than four tokens.
+bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+  if (c.grouped || c.tiles > tune::rotated_local_tiles(w.coding, w.bits)) return false;
+  c.share = Share::kLocal;
+  RotatedMatmul p = {};
+  p.w = w;
+  p.tokens = tokens;
+  schedule_rotated(c, device, &p);
+  return tune::rotated_tables(w.coding, w.bits) +
+             tune::staged_bytes(p.s, tokens, c.tiles, c.share, p.s.group_rows / kCellRows) <=
+         device.max_smem;
+}
+
 int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 
 }  // namespace
@@ -139,7 +152,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
   if (c.grouped && w.group % kCellColumns != 0) return c;
   if (w.K > (1 << 16)) return c;
   // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
-  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, 0);
+  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
   const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
   const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
@@ -147,12 +160,13 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
   if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
-  c.wgmma = hopper && c.tiles > 1;
-  c.owned = c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, device);
+  c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
+  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, device)) c.share = Share::kOwned;
 #ifdef AQLM_TUNE
-  if (g_rotated_owned == 0) c.owned = false;
+  if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
-  c.wide = tokens == 1 && tune::rotated_wide(w) &&
+  c.wgmma = hopper && c.share == Share::kRing;
+  c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
   if (g_rotated_body == 1) {
@@ -169,8 +183,9 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   s = {};
   const int warps = c.wgmma ? tune::rotated_wg_warps(c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
-                            : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped);
-  if (c.owned) {
+                            : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
+                                                  c.share);
+  if (c.share == Share::kOwned) {
     s = {p->w.blocks(), kCellRows, p->w.units(), p->w.blocks(), 1};
     return;
   }
@@ -188,7 +203,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
                               device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
   const int staged = p->tokens == 1 ? 1 : 4;
   if (c.tiles == 1)  // what a CTA stages must fit
-    while (tune::staged_bytes(s, staged, 1, warps) > most_x && s.ctas < cells)
+    while (tune::staged_bytes(s, staged, 1, c.share, warps) > most_x && s.ctas < cells)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }
@@ -199,7 +214,7 @@ int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotati
   const int bits = log2_of(r.n / r.factor);
   if (bits < 5) return 0;  // rows of one warp
   int local = 5;
-  if (c.tiles == 1 || (c.wgmma && tune::rotated_exchanges(c.tiles)))
+  if (c.share == Share::kLocal || (c.wgmma && tune::rotated_exchanges(c.tiles)))
     while (local < bits && s.group_rows % (2 << local) == 0) ++local;
 #ifdef AQLM_TUNE
   if (g_rotated_local >= 0) local = std::min(local, g_rotated_local);
@@ -210,7 +225,7 @@ int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotati
 RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& p) {
   RotatedWorkspace w = {};
   w.partials = size_t(p.s.groups) * p.s.max_slots * p.tokens * p.s.group_rows * sizeof(float);
-  if (c.tiles > 1) {
+  if (c.share == Share::kRing) {
     const int planes = c.wgmma ? tune::rotated_planes(p.w.coding, p.w.bits) : 1;
     w.x_cells = size_t(p.s.units) * c.tiles * 512 * planes;
     w.x_sums = size_t(p.s.units) * (c.wgmma ? 4 * c.tiles : p.tokens) * sizeof(float2);
@@ -325,9 +340,9 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::g_rotated_cluster = cluster;
   aqlm::g_rotated_ctas = ctas;
 }
-// Whether blocks own rows: 0 never.
-extern "C" __attribute__((visibility("default"))) void aqlm_rotated_owned(int owned) {
-  aqlm::g_rotated_owned = owned;
+// How blocks share the work: 0 as without owned rows and without local x of many tokens.
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
+  aqlm::g_rotated_share = share;
 }
 // Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {

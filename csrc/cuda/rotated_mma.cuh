@@ -5,10 +5,10 @@
 // and sums are exact in int32. A warp owns 32 rows and walks cells of 64 columns; all warps of a
 // CTA read the same activations from shared memory.
 //
-//   one tile (M <= 4):  the CTA quantizes its own range of x into shared memory; one kernel
-//   more tiles:         stage_kernel has done so; chunks of cells are copied through a ring
+//   Share::kLocal  the CTA quantizes its own range of x into shared memory; one kernel
+//   Share::kRing   stage_kernel has done so; chunks of cells are copied through a ring
 //
-// A block has 32 rows a warp and a range of K; or, kOwned, 32 rows in all and the whole of K, which
+// A block has 32 rows a warp and a range of K; or, Share::kOwned, 32 rows in all and the whole of K, which
 // its warps share out: nothing is left to add, and without a rotation there is no second kernel.
 //
 // E8P with few tiles keeps high and low nibbles in accumulators of their own (no shift; 2 LOP3 for
@@ -27,11 +27,12 @@
 
 namespace aqlm {
 
-template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, bool kOwned = false>
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, Share kShare>
 __global__ void __launch_bounds__(kWarps * 32, 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
-  constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kTiles == 1;
+  constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;
+  constexpr bool kLocal = kShare != Share::kRing;
   constexpr int kDepth = kWarps == tune::kWideWarps ? tune::kWideDepth : Shape::kDepth;
   constexpr int kPlanes = Shape::kPlanes, kSets = Shape::kSets;
   constexpr bool kSplit = Shape::kSplit;
@@ -72,11 +73,11 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependency_wait();
 
   // Activations.
-  const int columns = kLocal ? 2 * tokens : 8 * kTiles;
+  const int columns = kTiles == 1 ? 2 * tokens : 8 * kTiles;
   const int cell_stride = kLocal ? columns * kStageColumn : kCellBytes;
   float2* const sums = reinterpret_cast<float2*>(cells + slots * cell_stride);  // kLocal
   float* const peaks = reinterpret_cast<float*>(sums + slots * tokens);
-  float* const scales = peaks + slots;
+  float* const scales = peaks + max(slots, kWarps);
   float* const exchange = scales + tokens;  // [tokens][warp][32 rows] of partial sums
   auto copy_chunk = [&](int chunk) {
     if constexpr (!kLocal) {
@@ -90,12 +91,16 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     }
   };
   if constexpr (kLocal) {
-    for (int m = 0; m < tokens; ++m) {
-      const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
-                            size_t(cell_stride), 1, mma_layout(), sums + m, tokens, peaks};
-      const float scale = stage_token<kE8p, kGrouped>(p, m, r);
-      if (threadIdx.x == 0) scales[m] = scale;
-      __syncthreads();
+    if (kTiles > 1 || (!kGrouped && tokens > 1)) {
+      stage_tokens<kE8p, kWarps>(p, unit0, slots, cells, cell_stride, sums, peaks, scales);
+    } else {
+      for (int m = 0; m < tokens; ++m) {
+        const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
+                              size_t(cell_stride), 1, mma_layout(), sums + m, tokens, peaks};
+        const float scale = stage_token<kE8p, kGrouped>(p, m, r);
+        if (threadIdx.x == 0) scales[m] = scale;
+        __syncthreads();
+      }
     }
   } else {
     if constexpr (kE8p) __syncthreads();
@@ -106,7 +111,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   int acc[kSets][2][kTiles][4] = {};
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
   float group_sum[kTiles] = {}, group_scale[kTiles] = {};
-  const uint32_t x_lane = (kLocal ? min(g, columns - 1) : g) * kStageColumn + t * 16;
+  const uint32_t x_lane = (kTiles == 1 ? min(g, columns - 1) : g) * kStageColumn + t * 16;
   constexpr float kStep = 1.f / scalar_step(kBits);
   const int span = kGrouped ? p.w.group / kCellColumns : 1;
   RowScales rows, ahead;  // of this scale group and the next

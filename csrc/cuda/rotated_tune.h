@@ -7,8 +7,11 @@
 
 namespace aqlm::tune {
 
-// Warps of a CTA, 32 rows each: 8 where the accumulators need more than 128 registers a lane.
-AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool grouped) {
+// Warps of a CTA, 32 rows each: 8 where the accumulators need more than 128 registers a lane, but
+// 16 where a block stages x itself: twice the rows, half the range of K.
+AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool grouped,
+                                    Share share) {
+  if (share != Share::kRing && !grouped) return 16;
   return tiles >= 8 || (tiles >= 2 && (grouped || (coding == Coding::kE8p && bits > 2))) ? 8 : 16;
 }
 
@@ -55,7 +58,11 @@ inline bool rotated_group_scales(const RotatedWeight& w) {
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
 AQLM_HD constexpr int rotated_wg_warps(int tiles, bool grouped) {
+#ifdef AQLM_GROUP16
+  const int accumulators = tiles * 8;
+#else
   const int accumulators = tiles * (8 + (grouped ? 6 : 0));
+#endif
   return accumulators <= 32 ? 16 : accumulators <= 64 ? 12 : 8;
 }
 // Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
@@ -85,19 +92,26 @@ inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
-// Dynamic shared memory of the staged activations.
-inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, int warps) {
-  if (tiles > 1) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  return local_cells(s) * (tokens * (128 + 8) + 4) + 16 + tokens * warps * kCellRows * 4;
+// Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
+inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
+  if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
+  const int slots = local_cells(s);
+  return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
+         (std::max(slots, warps) + tokens) * 4 + tokens * warps * kCellRows * 4;
 }
+AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
 // Whether blocks own rows: no slots to add, for a matrix of at most one block an SM. Small ones
 // need every SM more.
 inline bool rotated_owned(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
-  const int warps = rotated_warps(w.coding, w.bits, 1, false);
   const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1};
   const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));
-  return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, warps) <= most_x;
+  return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, Share::kOwned, 16) <= most_x;
+}
+
+// Most tiles for which a block stages x itself: more accumulators than 16 warps have registers.
+AQLM_HD constexpr int rotated_local_tiles(Coding coding, int bits) {
+  return rotated_planes(coding, bits) == 2 ? 2 : 4;
 }
 
 // Most tiles of one pass: registers again. Warpgroup MMAs take both planes into one accumulator.
