@@ -98,7 +98,8 @@ struct E8PDecoder {
                                         nibbles[e][1], lower);
     }
 #else
-    const CodeVector second = shifted<7 - BIT>(upper);
+    CodeVector second = shifted<7 - BIT>(upper);
+    asm("" : "+x"(second));  // g++ 12 would compare it with zero first
     for (int e = 0; e < 2; ++e) {
       out[e] = _mm256_blendv_epi8(_mm256_shuffle_epi8(nibbles[e][0], lower),
                                   _mm256_shuffle_epi8(nibbles[e][1], lower), second);
@@ -181,35 +182,29 @@ AQLM_INLINE void dot_broadcast(__m512i& sum, __m512i weights, const uint8_t* x) 
       : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(x)));
 }
 
+// Two sums a plane: one would wait for the instruction before it.
 template <int PLANES>
 void product_e8p_of(const E8PDecoder& decoder, const uint8_t* codes, int64_t blocks,
                     const ProductArgs& args) {
-  __m512i sums[kCodeParts][PLANES];
-  AQLM_UNROLL
-  for (int v = 0; v < kCodeParts; ++v) {
-    AQLM_UNROLL
-    for (int p = 0; p < PLANES; ++p) sums[v][p] = _mm512_setzero_si512();
-  }
-  const uint8_t* x = args.x;
-  for (int64_t b = 0; b < blocks; ++b, codes += kE8PBlockBytes, x += 8 * kQuantBytes) {
-    each_part<0>([&](auto part) {
+  each_part<0>([&](auto part) {
+    __m512i sums[2][PLANES] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
       CodeVector elements[8];
-      decoder.template decode<part>(codes, elements);
+      decoder.template decode<part>(codes + b * kE8PBlockBytes, elements);
       AQLM_UNROLL
       for (int j = 0; j < 8; ++j) {
+        const uint8_t* x = args.x + (8 * b + j) * kQuantBytes;
         AQLM_UNROLL
-        for (int p = 0; p < PLANES; ++p)
-          dot_broadcast(sums[part][p], elements[j], x + j * kQuantBytes + 4 * p);
+        for (int p = 0; p < PLANES; ++p) dot_broadcast(sums[j % 2][p], elements[j], x + 4 * p);
       }
-    });
-  }
-  AQLM_UNROLL
-  for (int v = 0; v < kCodeParts; ++v) {
+    }
     typedef Vec<16>::I I;
-    I total = bit_cast<I>(sums[v][0]);
-    if constexpr (PLANES == 2) total = (total << 8) + bit_cast<I>(sums[v][1]);
-    spill(args, 0, v * 16, __builtin_convertvector(total, F<16>));
-  }
+    I total = bit_cast<I>(sums[0][0]) + bit_cast<I>(sums[1][0]);
+    if constexpr (PLANES == 2) {
+      total = (total << 8) + bit_cast<I>(sums[0][1]) + bit_cast<I>(sums[1][1]);
+    }
+    spill(args, 0, part * 16, __builtin_convertvector(total, F<16>));
+  });
 }
 
 #else
