@@ -190,7 +190,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   bool reserved = false;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
-        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), info);
+        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), factor != 0,
+                             info);
     if (config.tiles == 0) {
       Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)

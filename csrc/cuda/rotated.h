@@ -42,6 +42,7 @@ struct RotatedSchedule {
   int units;
   int ctas;
   int max_slots;   // slots reserved per group
+  int cells;       // 64 columns each, of a unit
 };
 
 // The CTA that owns a cell.
@@ -109,7 +110,9 @@ struct RotatedConfig {
   Share share;
 };
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device);
+// `rotates`: a rotation of the outputs follows.
+RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+                             const DeviceInfo& device);
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p);
 struct RotatedWorkspace {
   size_t partials, x_cells, x_sums, x_scales;

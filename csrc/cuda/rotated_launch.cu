@@ -136,16 +136,22 @@ bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const De
   p.w = w;
   p.tokens = tokens;
   schedule_rotated(c, device, &p);
-  return tune::rotated_tables(w.coding, w.bits) +
-             tune::staged_bytes(p.s, tokens, c.tiles, c.share, p.s.group_rows / kCellRows) <=
-         device.max_smem;
+  int most = c.tiles == 4 ? tune::kLocalCells : 1 << 20;
+#ifdef AQLM_TUNE
+  if (g_rotated_share == 1) most = 1 << 20;
+#endif
+  return tune::local_cells(p.s) <= most &&
+         tune::rotated_tables(w.coding, w.bits) +
+                 tune::staged_bytes(p.s, tokens, c.tiles, c.share, p.s.group_rows / kCellRows) <=
+             device.max_smem;
 }
 
 int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 
 }  // namespace
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+                             const DeviceInfo& device) {
   RotatedConfig c = {};
   c.grouped = w.coding == Coding::kScalar && w.group < w.K;
   // Scale groups end with a cell, and the integers of a group must fit in int32.
@@ -161,7 +167,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
-  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, device)) c.share = Share::kOwned;
+  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device))
+    c.share = Share::kOwned;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
@@ -174,6 +181,9 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
     c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
   }
 #endif
+#ifdef AQLM_TUNE
+  if (g_rotated_share == 2 && c.share == Share::kOwned) c.wide = true;
+#endif
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
 }
@@ -181,24 +191,25 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const int warps = c.wgmma ? tune::rotated_wg_warps(c.tiles, c.grouped)
+  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
                                                   c.share);
   if (c.share == Share::kOwned) {
-    s = {p->w.blocks(), kCellRows, p->w.units(), p->w.blocks(), 1};
+    s = {p->w.blocks(), kCellRows, p->w.units(), p->w.blocks(), 1, 1};
     return;
   }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.units = p->w.units();
+  s.cells = c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
+  s.units = (p->w.units() + s.cells - 1) / s.cells;
   const long long cells = static_cast<long long>(s.groups) * s.units;
   int ctas = device.sms;
 #ifdef AQLM_TUNE
   if (g_rotated_ctas > 0) ctas = g_rotated_ctas;
 #endif
   s.ctas = static_cast<int>(
-      std::max<long long>(1, std::min<long long>(ctas, cells / tune::kRotatedMinCells)));
+      std::max<long long>(1, std::min<long long>(ctas, cells * s.cells / tune::kRotatedMinCells)));
   const int most_x = std::min(tune::kRotatedMaxX,
                               device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
   const int staged = p->tokens == 1 ? 1 : 4;
@@ -227,8 +238,8 @@ RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& 
   w.partials = size_t(p.s.groups) * p.s.max_slots * p.tokens * p.s.group_rows * sizeof(float);
   if (c.share == Share::kRing) {
     const int planes = c.wgmma ? tune::rotated_planes(p.w.coding, p.w.bits) : 1;
-    w.x_cells = size_t(p.s.units) * c.tiles * 512 * planes;
-    w.x_sums = size_t(p.s.units) * (c.wgmma ? 4 * c.tiles : p.tokens) * sizeof(float2);
+    w.x_cells = size_t(p.s.units) * p.s.cells * c.tiles * 512 * planes;
+    w.x_sums = size_t(p.s.units) * p.s.cells * (c.wgmma ? 4 * c.tiles : p.tokens) * sizeof(float2);
     w.x_scales = p.tokens * sizeof(float);
   }
   return w;
@@ -340,7 +351,8 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::g_rotated_cluster = cluster;
   aqlm::g_rotated_ctas = ctas;
 }
-// How blocks share the work: 0 as without owned rows and without local x of many tokens.
+// How blocks share the work: 0 no owned rows and no local x of more than four tokens, 1 local x
+// wherever it fits.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
   aqlm::g_rotated_share = share;
 }

@@ -28,7 +28,7 @@
 namespace aqlm {
 
 template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, Share kShare>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+__global__ void __launch_bounds__(kWarps * 32, kShare == Share::kOwned && kWarps == 8 ? 2 : 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
   constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;

@@ -123,7 +123,7 @@ __device__ __forceinline__ void stage_eight(const float (&v)[8], float factor, u
 template <bool kE8p, bool kGrouped>
 __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
                                              const StageRange& r) {
-  const int units = p.s.units, tid = threadIdx.x, threads = blockDim.x;
+  const int units = p.s.units * p.s.cells, tid = threadIdx.x, threads = blockDim.x;
   const unsigned eight = 0xffu << (tid & 24);  // the lanes of one cell
   const long long row = token * p.x_stride;
   auto wrapped = [&](int unit) { return unit < units ? unit : unit - units; };
@@ -297,7 +297,7 @@ template <bool kE8p, bool kGrouped>
 __global__ void __launch_bounds__(kStageThreads, 1)
 stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, int planes, bool wgmma) {
   extern __shared__ float stage_peaks[];
-  const int token = blockIdx.x, units = p.s.units;
+  const int token = blockIdx.x, units = p.s.units * p.s.cells;
   const int from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
   grid_dependents_start();
   grid_dependency_wait();

@@ -57,22 +57,29 @@ inline bool rotated_group_scales(const RotatedWeight& w) {
 // Hopper, more than one tile: warpgroup MMAs. Warps that multiply: as many as registers allow, one
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
-AQLM_HD constexpr int rotated_wg_warps(int tiles, bool grouped) {
-#ifdef AQLM_GROUP16
-  const int accumulators = tiles * 8;
-#else
+AQLM_HD constexpr int rotated_wg_warps(Coding coding, int bits, int tiles, bool grouped) {
   const int accumulators = tiles * (8 + (grouped ? 6 : 0));
-#endif
-  return accumulators <= 32 ? 16 : accumulators <= 64 ? 12 : 8;
+  return accumulators <= 32 && bits < 8 ? 16 : accumulators <= 64 ? 12 : 8;
 }
 // Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
 // that costs more than it saves (28672 x 8192, M = 64: whole layer 102 against 92 us).
 AQLM_HD constexpr bool rotated_exchanges(int tiles) { return tiles <= 4; }
-AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
-  return coding == Coding::kE8p && bits == 3 && tiles == 16 ? 3 : 4;
+// Cells a step: two, but where a scale group has an odd number of them, or shared memory is short.
+AQLM_HD constexpr int rotated_wg_most_cells(Coding coding, int bits, int tiles) {
+  return tiles == 16 && rotated_planes(coding, bits) == 2 ? 1 : 2;
 }
-AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps) {
-  return coding == Coding::kE8p && bits == 3 && warps == 8 ? 6 : (bits == 8 ? 32 : 64) / warps;
+inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
+  return grouped && w.group % (2 * kCellColumns) != 0
+             ? 1
+             : rotated_wg_most_cells(w.coding, w.bits, tiles);
+}
+AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
+  return coding == Coding::kE8p && bits == 3 ? 3 : 4;
+}
+AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int cells) {
+  return cells == 1 ? (bits == 8 ? 32 : 64) / warps
+         : coding == Coding::kE8p && bits == 3 && warps > 8 ? 2
+                                                            : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
 template <Coding kCoding, int kBits, int kTiles>
@@ -86,6 +93,10 @@ struct RotatedShape {
   // Cells in flight per warp.
   static constexpr int kDepth = kBits == 8 ? 1 : kBits == 4 ? 2 : kTiles >= 8 ? 2 : 4;
 };
+
+// Cells of x that a CTA stages itself up to which that beats warpgroup MMAs for 9 .. 16 tokens: 14
+// (14336 x 4096) 15.4 against 17.0 us, 55 (28672 x 8192) 39.2 against 36.7.
+constexpr int kLocalCells = 32;
 
 // Cells of x that one CTA stages itself.
 inline int local_cells(const RotatedSchedule& s) {
@@ -101,10 +112,16 @@ inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share s
 }
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
-// Whether blocks own rows: no slots to add, for a matrix of at most one block an SM. Small ones
-// need every SM more.
-inline bool rotated_owned(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
-  const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1};
+// Whether blocks own rows: no slots to add, for a matrix of at most one block an SM, and of few
+// columns, because every block stages them all. Several tokens: neither for few blocks (4 tokens,
+// 2048 x 4096 5.9 against 5.5 us) nor with a rotation, which would mix more rows (4096 x 4096 12.3
+// against 11.3).
+constexpr int kOwnedUnits = 64;
+inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
+                          const DeviceInfo& device) {
+  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 4 * w.blocks() < 3 * device.sms)))
+    return false;
+  const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1, 1};
   const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));
   return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, Share::kOwned, 16) <= most_x;
 }
@@ -124,12 +141,13 @@ AQLM_HD constexpr int rotated_wg_sums(int tiles, bool grouped) { return grouped 
 AQLM_HD constexpr int rotated_wg_exchange(int tiles, int warps) {
   return rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0;
 }
-AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, bool grouped,
+AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, bool grouped, int cells,
                                       int warps) {
+  const int codes = cells * kCellRows * kCellColumns / 8 * bits;
+  const int x = rotated_planes(coding, bits) * tiles * 512 + rotated_wg_sums(tiles, grouped);
   return rotated_tables(coding, bits) +
-         warps * rotated_wg_depth(coding, bits, warps) * kCellRows * kCellColumns / 8 * bits +
-         rotated_wg_stages(coding, bits, tiles) *
-             (rotated_planes(coding, bits) * tiles * 512 + rotated_wg_sums(tiles, grouped) + 16) +
+         warps * rotated_wg_depth(coding, bits, warps, cells) * codes +
+         rotated_wg_stages(coding, bits, tiles) * (cells * x + 16) +
          rotated_wg_exchange(tiles, warps) + (grouped ? warps * kGroupBytes : 0);
 }
 

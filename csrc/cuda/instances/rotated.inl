@@ -34,12 +34,17 @@ cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, tune::kGroupWarps * 32, smem, stream, p);
 }
 
-template <int kTiles, bool kGrouped>
+template <int kTiles, bool kGrouped,
+          int kCells = tune::rotated_wg_most_cells(AQLM_CODING, AQLM_BITS, kTiles)>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
-  constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
-  constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps);
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWarps + 4) * 32, kSmem, stream, p);
+  if constexpr (kGrouped && kCells == 2)
+    if (p.s.cells == 1) return wgmma_tiles<kTiles, kGrouped, 1>(p, stream);
+  auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kCells>;
+  constexpr int kWarps = tune::rotated_wg_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped);
+  constexpr int kSmem =
+      tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kCells, kWarps);
+  static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
 template <bool kGrouped>
@@ -52,7 +57,7 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (tiles == 1 && tune::rotated_group_scales(p.w))
       return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);
   if (tiles > 1 && c.share == Share::kRing) {
-    const int units = p.s.units, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
+    const int units = p.s.units * p.s.cells, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
     const int planes = c.wgmma ? tune::rotated_planes(AQLM_CODING, AQLM_BITS) : 1;
     const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
                                   kStageThreads, units * 4, stream, p, 8 * tiles, planes, c.wgmma);
@@ -68,6 +73,10 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);
   if constexpr (!kGrouped) {
     constexpr int kMostLocal = tune::rotated_local_tiles(AQLM_CODING, AQLM_BITS);
+#ifdef AQLM_TUNE
+    if (c.share == Share::kOwned && c.wide)
+      return matmul_tiles<1, false, Share::kOwned, 8>(p, stream);
+#endif
     if (c.share == Share::kOwned) return matmul_tiles<1, false, Share::kOwned>(p, stream);
     if (c.share == Share::kLocal && tiles == 2)
       return matmul_tiles<2, false, Share::kLocal>(p, stream);
