@@ -18,43 +18,6 @@ constexpr int64_t kE8PBlockBytes = 576, kE8PSigns = 256, kE8PUpper = 512;
 
 #if AQLM_LEVEL >= 1
 
-#if AQLM_LEVEL >= 2
-typedef __m512i CodeVector;
-#define AQLM_V(name) _mm512_##name
-inline CodeVector bit_and(CodeVector a, CodeVector b) {
-  return _mm512_and_si512(a, b);
-}
-inline CodeVector bit_xor(CodeVector a, CodeVector b, CodeVector c) {
-  return _mm512_ternarylogic_epi32(a, b, c, 0x96);
-}
-inline CodeVector repeat16(const uint8_t* table) {
-  return _mm512_broadcast_i32x4(read<__m128i>(table));
-}
-#else
-typedef __m256i CodeVector;
-#define AQLM_V(name) _mm256_##name
-inline CodeVector bit_and(CodeVector a, CodeVector b) {
-  return _mm256_and_si256(a, b);
-}
-inline CodeVector bit_xor(CodeVector a, CodeVector b, CodeVector c) {
-  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
-}
-inline CodeVector repeat16(const uint8_t* table) {
-  return _mm256_broadcastsi128_si256(read<__m128i>(table));
-}
-#endif
-
-constexpr int kCodeBytes = int(sizeof(CodeVector));
-constexpr int kCodeParts = int(kQuadBytes) / kCodeBytes;  // code vectors of a block
-
-// Words shifted left, or right where SHIFT is negative.
-template <int SHIFT>
-inline CodeVector shifted(CodeVector v) {
-  if constexpr (SHIFT > 0) return AQLM_V(slli_epi16)(v, SHIFT);
-  else if constexpr (SHIFT < 0) return AQLM_V(srli_epi16)(v, -SHIFT);
-  else return v;
-}
-
 // The tables in registers.
 struct E8PDecoder {
 #if AQLM_LEVEL >= 3
@@ -115,9 +78,9 @@ struct E8PDecoder {
 
   static CodeVector bytes(int value) { return AQLM_V(set1_epi8)(char(value)); }
 
-  // Elements 0..7 of code vector PART of a block.
-  template <int PART>
-  AQLM_INLINE void decode(const uint8_t* codes, CodeVector* elements) const {
+  // Calls body(j, element j) of code vector PART of a block.
+  template <int PART, class Body>
+  AQLM_INLINE void decode(const uint8_t* codes, const Body& body) const {
     constexpr int kOffset = PART * kCodeBytes, kBit = kOffset / 64 * 2;
     const auto lower = read<CodeVector>(codes + kOffset);
     const auto stored = read<CodeVector>(codes + kE8PSigns + kOffset);
@@ -131,27 +94,19 @@ struct E8PDecoder {
     for (int e = 0; e < 4; ++e) {
       half[e] = bit_xor(half[e], lookup(signs[e % 2], e < 2 ? front : back),
                         e == 0 ? lookup(first, both) : shift);
-      elements[e / 2 * 4 + e % 2] = bit_and(half[e], bytes(15));
-      elements[e / 2 * 4 + e % 2 + 2] = bit_and(shifted<-4>(half[e]), bytes(15));
+      body(e / 2 * 4 + e % 2, bit_and(half[e], bytes(15)));
+      body(e / 2 * 4 + e % 2 + 2, bit_and(shifted<-4>(half[e]), bytes(15)));
     }
   }
 };
-
-template <int PART, class Body>
-AQLM_INLINE void each_part(const Body& body) {
-  if constexpr (PART < kCodeParts) {
-    body(std::integral_constant<int, PART>());
-    each_part<PART + 1>(body);
-  }
-}
 
 void decode_e8p(const E8PTables& tables, const uint8_t* codes, int64_t blocks, uint8_t* tile) {
   const E8PDecoder decoder(tables);
   for (int64_t b = 0; b < blocks; ++b, codes += kE8PBlockBytes, tile += 8 * kQuadBytes) {
     each_part<0>([&](auto part) {
-      CodeVector elements[8];
-      decoder.template decode<part>(codes, elements);
-      for (int j = 0; j < 8; ++j) write(tile + j * kQuadBytes + part * kCodeBytes, elements[j]);
+      decoder.template decode<part>(codes, [&](int j, CodeVector element) AQLM_ALWAYS {
+        write(tile + j * kQuadBytes + part * kCodeBytes, element);
+      });
     });
   }
 }
@@ -173,83 +128,14 @@ void decode_residual(const E8PTables& tables, const uint8_t* codes, int64_t bloc
   }
 }
 
-// One token: products of decoded vectors while they are in registers. x: bytes in two planes.
-
-#if AQLM_LEVEL >= 3
-
-AQLM_INLINE void dot_broadcast(__m512i& sum, __m512i weights, const uint8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(x)));
-}
-
-// Two sums a plane: one would wait for the instruction before it.
-template <int PLANES>
-void product_e8p_of(const E8PDecoder& decoder, const uint8_t* codes, int64_t blocks,
-                    const ProductArgs& args) {
-  each_part<0>([&](auto part) {
-    __m512i sums[2][PLANES] = {};
-    for (int64_t b = 0; b < blocks; ++b) {
-      CodeVector elements[8];
-      decoder.template decode<part>(codes + b * kE8PBlockBytes, elements);
-      AQLM_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const uint8_t* x = args.x + (8 * b + j) * kQuantBytes;
-        AQLM_UNROLL
-        for (int p = 0; p < PLANES; ++p) dot_broadcast(sums[j % 2][p], elements[j], x + 4 * p);
-      }
-    }
-    typedef Vec<16>::I I;
-    I total = bit_cast<I>(sums[0][0]) + bit_cast<I>(sums[1][0]);
-    if constexpr (PLANES == 2) {
-      total = (total << 8) + bit_cast<I>(sums[0][1]) + bit_cast<I>(sums[1][1]);
-    }
-    spill(args, 0, part * 16, __builtin_convertvector(total, F<16>));
-  });
-}
-
-#else
-
-// Sums of 16 bits hold the 8 quads of a block: 13 * 128 * 2 each at most.
-template <int PLANES>
-void product_e8p_of(const E8PDecoder& decoder, const uint8_t* codes, int64_t blocks,
-                    const ProductArgs& args) {
-  alignas(64) CodeVector x[kTileQuads * PLANES];
-  for (int64_t q = 0; q < 8 * blocks; ++q) {
-    for (int p = 0; p < PLANES; ++p)
-      x[PLANES * q + p] = AQLM_V(set1_epi32)(read<int32_t>(args.x + q * kQuantBytes + 4 * p));
-  }
-  const CodeVector steps[2] = {AQLM_V(set1_epi16)(PLANES == 2 ? 256 : 1), AQLM_V(set1_epi16)(1)};
-  each_part<0>([&](auto part) {
-    CodeVector total = {};
-    for (int64_t b = 0; b < blocks; ++b) {
-      CodeVector elements[8], sums[PLANES];
-      decoder.template decode<part>(codes + b * kE8PBlockBytes, elements);
-      AQLM_UNROLL
-      for (int p = 0; p < PLANES; ++p) {
-        AQLM_UNROLL
-        for (int j = 0; j < 8; ++j) {
-          const CodeVector product = AQLM_V(maddubs_epi16)(elements[j], x[PLANES * (8 * b + j) + p]);
-          sums[p] = j == 0 ? product : AQLM_V(add_epi16)(sums[p], product);
-        }
-        total = AQLM_V(add_epi32)(total, AQLM_V(madd_epi16)(sums[p], steps[p]));
-      }
-    }
-    typedef Vec<kLanes>::I I;
-    spill(args, 0, part * kLanes, __builtin_convertvector(bit_cast<I>(total), F<kLanes>));
-  });
-}
-
-#endif
-
 void product_e8p(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                  const ProductArgs& args) {
   const E8PDecoder decoder(tables);
-  if (args.fast) product_e8p_of<1>(decoder, codes, blocks, args);
-  else product_e8p_of<2>(decoder, codes, blocks, args);
+  fused_product(blocks, args, [&](auto part, int64_t b, const auto& body) AQLM_ALWAYS {
+    decoder.template decode<part>(codes + b * kE8PBlockBytes, body);
+  });
 }
 constexpr auto kProductE8P = product_e8p;
-
-#undef AQLM_V
 
 #else
 

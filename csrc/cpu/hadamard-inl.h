@@ -114,8 +114,8 @@ void scale_out(const ScaleOutArgs& args) {
 
 constexpr TileKernels kTileKernels = {
     AQLM_LEVEL >= 3,
-    quantize, product,  decode_e8p, decode_residual, kProductE8P, decode_bits,
-    add_row,  scale_in, scale_out,  fwht,            mix};
+    quantize,    product, decode_e8p, decode_residual, decode_bits, kProductE8P,
+    kProductBits, add_row, scale_in,  scale_out,       fwht,        mix};
 
 }  // namespace
 }  // namespace aqlm::cpu

@@ -11,7 +11,7 @@
 //                         avx512,avx2 16-bit values 0, 2, 1, 3
 //                         portable    16-bit values 0, 1, 2, 3
 //
-// VBMI has planes always, AVX2 and AVX-512 for one token of E8P. Quads of E8P are not four neighbours
+// VBMI has planes always, AVX2 and AVX-512 for one token (fused-inl.h). Quads of E8P are not four neighbours
 // but one element of four codes (e8p-inl.h): position 4 j + i of 32 holds column 8 i + j.
 #pragma once
 
@@ -91,11 +91,12 @@ struct TileKernels {
   void (*decode_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks, uint8_t* tile);
   void (*decode_residual)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                           uint8_t* tile);
-  // decode_e8p and product for one token at once, x in planes; null: there is none.
-  void (*product_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
-                      const ProductArgs& args);
   // `chunks` chunks of 32 columns of 2, 3, 4 or 8 bits -> u = code.
   void (*decode_bits)(const uint8_t* codes, int bits, int64_t chunks, uint8_t* tile);
+  // Decoding and product of one token at once, x in planes, at most 4 bits; null: there are none.
+  void (*product_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+                      const ProductArgs& args);
+  void (*product_bits)(const uint8_t* codes, int bits, int64_t chunks, const ProductArgs& args);
   // out[k] += scale * (u - zero) for the columns [begin, end) of one row of the tile.
   void (*add_row)(const uint8_t* tile, int64_t row, int64_t begin, int64_t end, float scale,
                   float zero, bool e8p, float* out);

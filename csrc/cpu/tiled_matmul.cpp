@@ -100,7 +100,8 @@ class Product {
     e8p_ = weight.streams()[0].code == TileStream::Code::e8p;
     bool all = e8p_;
     for (const TileStream& stream : weight.streams()) all &= stream.code == TileStream::Code::e8p;
-    fused_ = all && call.M == 1 && table_.tile.product_e8p != nullptr;
+    const bool bits = !e8p_ && weight.bits() <= 4 && weight.group_size() % kBlockCols == 0;
+    fused_ = (all || bits) && call.M == 1 && table_.tile.product_e8p != nullptr;
     planes_ = table_.tile.planes || fused_;
   }
 
@@ -206,7 +207,13 @@ class Product {
       args.acc = acc;
       if (fused_) {
         const uint8_t* codes = codes_at(stream, call_.packed, unit, t);
-        table_.tile.product_e8p(e8p_tables(), codes, piece.quads() / 8, args);
+        const int64_t first = piece.k0 % kTileCols / kBlockCols, blocks = piece.quads() / 8;
+        if (e8p_) {
+          table_.tile.product_e8p(e8p_tables(), codes, blocks, args);
+        } else {
+          const int bits = weight_.bits();
+          table_.tile.product_bits(codes + first * bits * kQuadBytes, bits, blocks, args);
+        }
       } else {
         table_.tile.product(args);
       }
@@ -251,7 +258,7 @@ class Product {
   const KernelTable& table_;
   std::vector<int64_t> starts_, quad_offsets_;
   Buffers buffers_;
-  bool e8p_, fused_, planes_;  // columns in E8P's order; one token of E8P; x as bytes
+  bool e8p_, fused_, planes_;  // columns in E8P's order; one token without tiles; x as bytes
   int64_t acc_floats_ = 0, value_floats_ = 0;
 };
 

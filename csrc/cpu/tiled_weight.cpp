@@ -5,12 +5,6 @@
 #include "tiled.h"
 
 namespace aqlm::cpu {
-namespace {
-
-constexpr int64_t kChunkCols = 32;  // of scalar-inl.h
-constexpr int64_t kBlockCols = 32;  // of e8p-inl.h
-
-}  // namespace
 
 TiledWeight::TiledWeight(int bits, bool grouped, int64_t group_size, int64_t N, int64_t K)
     : bits_(bits), grouped_(grouped), group_size_(group_size), N_(N), K_(K) {
@@ -54,9 +48,9 @@ TiledWeight TiledWeight::scalar(int bits, int64_t group_size, int64_t N, int64_t
   AQLM_CHECK(K * bits % 8 == 0, "K=", K, ": a row of ", bits,
              "-bit codes does not fill whole bytes");
   TiledWeight weight(bits, true, group_size, N, K);
-  const int64_t chunk = bits * kQuadBytes, chunks = (K + kChunkCols - 1) / kChunkCols;
+  const int64_t chunk = bits * kQuadBytes, chunks = (K + kBlockCols - 1) / kBlockCols;
   weight.streams_.push_back({TileStream::Code::bits, 0, chunks * chunk,
-                             kTileCols / kChunkCols * chunk, 1, 0});
+                             kTileCols / kBlockCols * chunk, 1, 0});
   return weight;
 }
 
