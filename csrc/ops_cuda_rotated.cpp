@@ -190,7 +190,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   bool reserved = false;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
-        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), info);
+        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), factor != 0,
+                             info);
     if (config.tiles == 0) {
       Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)
@@ -231,12 +232,14 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.x_stride = rows.stride(0);
     p.x_type = r.x_type;
     p.local_bits = r.local_bits = aqlm::local_bits_of(config, p.s, r.r, info);
-    check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
     r.partials = p.partials;
     r.s = p.s;
     r.tokens = p.tokens;
     r.y = at_row(y, m, N);
-    check_cuda(aqlm::launch_rotate(r, stream), "rotate");
+    const bool finishes = config.share == aqlm::Share::kOwned && factor == 0;
+    if (finishes) p.finish = r;
+    check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
+    if (!finishes) check_cuda(aqlm::launch_rotate(r, stream), "rotate");
     m += p.tokens;
   }
   return y;

@@ -80,61 +80,120 @@ std::vector<Vector> residual_set() {  // twice the values
   return set;
 }
 
+E8PHalves make_halves() {
+  E8PHalves halves = {};
+  const std::vector<Vector> source = source_set();
+  std::array<uint8_t, 81> number;  // by the digits of base 3
+  number.fill(255);
+  int count = 0;
+  for (int i = 0; i < 256; ++i) {
+    uint8_t half[2];
+    for (size_t h = 0; h < 2; ++h) {
+      int digits = 0, sum = 0;
+      for (size_t j = 0; j < 4; ++j) {
+        digits = 3 * digits + source[size_t(i)][4 * h + j];
+        sum += source[size_t(i)][4 * h + j];
+      }
+      uint8_t& place = number[size_t(digits)];
+      if (place == 255) {
+        place = uint8_t(count++);
+        halves.odd[place] = sum % 2 != 0;
+      }
+      half[h] = place;
+    }
+    halves.front[i] = half[0];
+    halves.back[i] = half[1];
+    halves.index[half[0]][half[1]] = uint8_t(i);
+  }
+  return halves;
+}
+
 E8PTables make_tables() {
   E8PTables tables = {};
+  const E8PHalves& halves = e8p_halves();
   const std::vector<Vector> source = source_set(), residual = residual_set();
   for (size_t i = 0; i < 256; ++i) {
+    // Every half is the front of an index: of the one whose back is all 1/2.
+    const int half = halves.front[i];
+    for (int j = 0; j < 4; ++j) {
+      int nibble = 9 + 2 * source[i][size_t(j)];
+      if (j == 0 && halves.odd[half]) nibble ^= 14;
+      uint8_t& entry = tables.nibbles[j % 2][half];
+      entry = uint8_t(j < 2 ? (entry & 0xf0) | nibble : (entry & 15) | nibble << 4);
+    }
     for (size_t j = 0; j < 8; ++j) {
-      tables.magnitudes[j / 4 * 256 + i] |= uint8_t(source[i][j] << j % 4 * 2);
       tables.residual[j / 2 * 256 + i] |= uint8_t((residual[i][j] + 4) << j % 2 * 4);
     }
   }
-  for (int nibble = 0; nibble < 16; ++nibble) {
-    tables.lower[nibble] = uint8_t(2 + 4 * (nibble & 3));
-    tables.upper[nibble] = uint8_t(2 + 4 * (nibble >> 2));
+  for (int i = 0; i < 64; ++i) {
+    for (int e = 0; e < 2; ++e) {
+      tables.nibbles[e][i] = tables.nibbles[e][i % 32];
+      tables.signs[e][i] = uint8_t((i >> e & 1 ? 0x0e : 0) | (i >> (e + 2) & 1 ? 0xe0 : 0));
+    }
+    if (!__builtin_parity(unsigned(i % 16))) continue;
+    tables.parity[i] = 0x11;
+    tables.first[i] = 0x1f;
   }
   return tables;
 }
 
-// Whether the vector of index i has an odd sum: 4 + the sum of d.
-bool odd_sum(int index) {
-  const E8PTables& tables = e8p_tables();
-  return __builtin_parity((tables.magnitudes[index] ^ tables.magnitudes[256 + index]) & 0x55) != 0;
+// What the stored signs of an index have flipped: odd halves their first element, an odd vector also
+// element 7. An even number, so that their parity is the published one.
+int flipped_signs(int index) {
+  const E8PHalves& halves = e8p_halves();
+  const int front = halves.odd[halves.front[index]], back = halves.odd[halves.back[index]];
+  return front | back << 4 | (front ^ back) << 7;
 }
 
-// The stored sign byte of a code's: bits in element order, bit 0 the shift flag.
+// Sign bits in element order. Bit 0 is not yet flipped by the parity: the kernels do it.
 uint8_t stored_signs(int index, int signs) {
-  int stored = __builtin_parity(unsigned(signs));
-  for (int t = 0; t < 8; ++t) {
-    if (kElement[t] != 0) stored |= (signs >> t & 1) << kElement[t];
-  }
-  return uint8_t(stored ^ (odd_sum(index) ? 0x80 : 0));
+  int stored = 0;
+  for (int t = 0; t < 8; ++t) stored |= (signs >> t & 1) << kElement[t];
+  return uint8_t(stored ^ flipped_signs(index));
 }
 
 int published_signs(int index, int stored) {
-  const int flag = stored & 1;
-  stored ^= odd_sum(index) ? 0x80 : 0;
+  stored ^= flipped_signs(index);
   int signs = 0;
-  for (int t = 0; t < 8; ++t) {
-    if (kElement[t] != 0) signs |= (stored >> kElement[t] & 1) << t;
-  }
-  return signs | (__builtin_parity(unsigned(signs)) ^ flag);  // bit 0 makes the parity p
+  for (int t = 0; t < 8; ++t) signs |= (stored >> kElement[t] & 1) << t;
+  return signs;
 }
 
-// Stored position of a row of its unit (e8p-inl.h).
-int64_t position_of(int64_t row) {
-  return row % 16 / 4 * 16 + row / 16 * 4 + row % 4;
+// Where a code lies: byte of its row and group in a block of 32 columns (e8p-inl.h).
+struct Place {
+  int64_t block, byte;
+
+  Place(const TileStream& stream, int64_t n, int64_t g, int64_t block_bytes)
+      : block(stream.offset + n / kTileRows * stream.unit_bytes + g / 4 * block_bytes),
+        byte(n % kTileRows * 4 + g % 4) {}
+};
+
+constexpr int64_t kBlockBytes = 576, kSigns = 256, kUpper = 512;
+
+void store_code(const TileStream& stream, int64_t n, int64_t g, int index, int signs,
+                uint8_t* packed) {
+  const Place place(stream, n, g, kBlockBytes);
+  const int front = e8p_halves().front[index], back = e8p_halves().back[index];
+  uint8_t* const block = packed + place.block;
+  block[place.byte] = uint8_t((front & 15) | (back & 15) << 4);
+  block[kSigns + place.byte] = stored_signs(index, signs);
+  block[kUpper + place.byte % 64] |=
+      uint8_t((front >> 4 | back >> 4 << 1) << place.byte / 64 * 2);
 }
 
-// Index byte of the code in (row n, group g); its sign byte is kTileRows further.
-int64_t code_offset(const TileStream& stream, int64_t n, int64_t g) {
-  return stream.offset + n / kTileRows * stream.unit_bytes + g * 2 * kTileRows +
-         position_of(n % kTileRows);
+void load_code(const TileStream& stream, int64_t n, int64_t g, const uint8_t* packed, int* index,
+               int* signs) {
+  const Place place(stream, n, g, kBlockBytes);
+  const uint8_t* const block = packed + place.block;
+  const int upper = block[kUpper + place.byte % 64] >> place.byte / 64 * 2;
+  const int lower = block[place.byte];
+  *index = e8p_halves().index[(lower & 15) | (upper & 1) << 4][lower >> 4 | (upper >> 1 & 1) << 4];
+  *signs = published_signs(*index, block[kSigns + place.byte]);
 }
 
 int64_t residual_offset(const TileStream& stream, int64_t n, int64_t g) {
-  return stream.offset + n / kTileRows * stream.unit_bytes + g * kTileRows +
-         position_of(n % kTileRows);
+  const Place place(stream, n, g, kQuadBytes);
+  return place.block + place.byte;
 }
 
 // Calls body(word, i, n, g) for code i of every published word of rows [begin, end).
@@ -158,28 +217,30 @@ void pack_words(const TileStream& stream, int64_t K, int64_t begin, int64_t end,
                 const int64_t* words, uint8_t* packed) {
   each_code(K, begin, end, [&](int64_t word, int i, int64_t n, int64_t g) {
     const auto bits = uint64_t(words[word]);
-    const int index = int(bits >> 8 * i & 255);
     int signs = 0;
     for (int j = 0; j < 8; ++j) signs |= int(bits >> (32 + 4 * j + i) & 1) << j;
-    uint8_t* code = packed + code_offset(stream, n, g);
-    code[0] = uint8_t(index);
-    code[kTileRows] = stored_signs(index, signs);
+    store_code(stream, n, g, int(bits >> 8 * i & 255), signs, packed);
   });
 }
 
 void unpack_words(const TileStream& stream, int64_t K, int64_t begin, int64_t end,
                   const uint8_t* packed, int64_t* words) {
   each_code(K, begin, end, [&](int64_t word, int i, int64_t n, int64_t g) {
-    const uint8_t* code = packed + code_offset(stream, n, g);
-    const int signs = published_signs(code[0], code[kTileRows]);
+    int index, signs;
+    load_code(stream, n, g, packed, &index, &signs);
     auto bits = i == 0 ? uint64_t(0) : uint64_t(words[word]);
-    bits |= uint64_t(code[0]) << 8 * i;
+    bits |= uint64_t(index) << 8 * i;
     for (int j = 0; j < 8; ++j) bits |= uint64_t(signs >> j & 1) << (32 + 4 * j + i);
     words[word] = int64_t(bits);
   });
 }
 
 }  // namespace
+
+const E8PHalves& e8p_halves() {
+  static const E8PHalves halves = make_halves();
+  return halves;
+}
 
 const E8PTables& e8p_tables() {
   static const E8PTables tables = make_tables();

@@ -112,8 +112,10 @@ void scale_out(const ScaleOutArgs& args) {
             [&](auto* type) { scale_out_as(args, static_cast<decltype(type)>(args.y)); });
 }
 
-constexpr TileKernels kTileKernels = {quantize, product,  decode_e8p, decode_residual, decode_bits,
-                                      add_row,  scale_in, scale_out,  fwht,            mix};
+constexpr TileKernels kTileKernels = {
+    AQLM_LEVEL >= 3,
+    quantize,    product, decode_e8p, decode_residual, decode_bits, kProductE8P,
+    kProductBits, add_row, scale_in,  scale_out,       fwht,        mix};
 
 }  // namespace
 }  // namespace aqlm::cpu

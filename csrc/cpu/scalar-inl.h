@@ -32,8 +32,9 @@ inline void decode_plane(const uint8_t* codes, uint8_t* tile) {
   }
 }
 
+constexpr int kChunkQuads = 8;
+
 void decode_bits(const uint8_t* codes, int bits, int64_t chunks, uint8_t* tile) {
-  constexpr int64_t kChunkQuads = 8;
   for (int64_t c = 0; c < chunks; ++c, tile += kChunkQuads * kQuadBytes) {
     const uint8_t* upper = codes;
     if (bits == 3) codes += kQuadBytes;
@@ -53,6 +54,38 @@ void decode_bits(const uint8_t* codes, int bits, int64_t chunks, uint8_t* tile) 
     }
   }
 }
+
+#if AQLM_LEVEL >= 1
+
+template <int BITS>
+void product_bits_of(const uint8_t* codes, int64_t chunks, const ProductArgs& args) {
+  constexpr int kField = BITS == 3 ? 2 : BITS, kFields = 8 / kField;
+  fused_product(chunks, args, [&](auto part, int64_t b, const auto& body) AQLM_ALWAYS {
+    const uint8_t* at = codes + b * BITS * kQuadBytes + part * kCodeBytes;
+    const auto upper = read<WideBytes>(at);  // 3 bits
+    if constexpr (BITS == 3) at += kQuadBytes;
+    AQLM_UNROLL
+    for (int j = 0; j < kChunkQuads; ++j) {
+      const auto bytes = read<WideBytes>(at + j / kFields * kQuadBytes);
+      WideBytes quad = bits_of(bytes, j % kFields * kField, (1 << kField) - 1);
+      if constexpr (BITS == 3) quad |= bits_of(upper, j, 1) << 2;
+      body(j, bit_cast<CodeVector>(quad));
+    }
+  });
+}
+
+void product_bits(const uint8_t* codes, int bits, int64_t chunks, const ProductArgs& args) {
+  if (bits == 2) product_bits_of<2>(codes, chunks, args);
+  else if (bits == 3) product_bits_of<3>(codes, chunks, args);
+  else product_bits_of<4>(codes, chunks, args);
+}
+constexpr auto kProductBits = product_bits;
+
+#else
+
+constexpr void (*kProductBits)(const uint8_t*, int, int64_t, const ProductArgs&) = nullptr;
+
+#endif
 
 }  // namespace
 }  // namespace aqlm::cpu

@@ -14,6 +14,7 @@
 #include "decode-inl.h"
 #include "direct_tokens-inl.h"
 #include "tile-inl.h"
+#include "fused-inl.h"
 #include "scalar-inl.h"
 #include "e8p-inl.h"
 #include "hadamard-inl.h"

@@ -29,23 +29,30 @@ void quantize(const QuantizeArgs& args) {
     }
   }
   *args.sum = float(total);
-#if AQLM_LEVEL >= 3
-  alignas(64) int8_t high[kTileCols], low[kTileCols];
-  const int shift = args.fast ? 0 : 8, half = args.fast ? 0 : 128;
-  for (int64_t k = 0; k < columns; ++k) {
-    const int upper = (q[k] + half) >> shift;
-    high[k] = int8_t(upper);
-    low[k] = int8_t(q[k] - upper * (1 << shift));
+  if (args.e8p) {
+    for (int64_t k = 0; k < columns; k += 32) {
+      int16_t block[32];
+      __builtin_memcpy(block, q + k, sizeof block);
+      for (int j = 0; j < 32; ++j) q[k + j] = block[j % 4 * 8 + j / 4];
+    }
   }
-  for (int64_t d = 0; d < args.quads; ++d) {
-    __builtin_memcpy(args.out + d * kQuantBytes, high + d * kQuad, 4);
-    __builtin_memcpy(args.out + d * kQuantBytes + 4, low + d * kQuad, 4);
+  if (args.planes) {
+    alignas(64) int8_t high[kTileCols], low[kTileCols];
+    const int shift = args.fast ? 0 : 8, half = args.fast ? 0 : 128;
+    for (int64_t k = 0; k < columns; ++k) {
+      const int upper = (q[k] + half) >> shift;
+      high[k] = int8_t(upper);
+      low[k] = int8_t(q[k] - upper * (1 << shift));
+    }
+    for (int64_t d = 0; d < args.quads; ++d) {
+      __builtin_memcpy(args.out + d * kQuantBytes, high + d * kQuad, 4);
+      __builtin_memcpy(args.out + d * kQuantBytes + 4, low + d * kQuad, 4);
+    }
+    return;
   }
-#else
   auto* out = reinterpret_cast<int16_t*>(args.out);
   constexpr int kOrder[4] = {0, AQLM_LEVEL >= 1 ? 2 : 1, AQLM_LEVEL >= 1 ? 1 : 2, 3};
   for (int64_t k = 0; k < columns; ++k) out[k] = q[k / 4 * 4 + kOrder[k % 4]];
-#endif
 }
 
 // acc += (sums - zero * x_sum) * scale for rows [row, row + kLanes).
@@ -216,12 +223,15 @@ void product(const ProductArgs& args) {
 }
 
 void add_row(const uint8_t* tile, int64_t row, int64_t begin, int64_t end, float scale, float zero,
-             float* out) {
+             bool e8p, float* out) {
   alignas(64) uint8_t bytes[kTileCols];
   for (int64_t d = begin / kQuad; d * kQuad < end; ++d) {
     __builtin_memcpy(bytes + d * kQuad, tile + d * kQuadBytes + row * kQuad, kQuad);
   }
-  for (int64_t k = begin; k < end; ++k) out[k] += scale * (float(bytes[k]) - zero);
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t at = e8p ? k / 32 * 32 + k % 8 * 4 + k % 32 / 8 : k;
+    out[k] += scale * (float(bytes[at]) - zero);
+  }
 }
 
 }  // namespace

@@ -7,9 +7,12 @@
 // scale group. Sums within a piece are exact integers, so a product costs no more than the
 // quantization of x: 1e-4 relative (2-norm) at worst, where one of 128 columns is all of x.
 //
-//   x     8 bytes a quad: avx512vbmi  high bytes of 4 values, low bytes (signed, both)
+//   x     8 bytes a quad: planes      high bytes of 4 values, low bytes (signed, both)
 //                         avx512,avx2 16-bit values 0, 2, 1, 3
 //                         portable    16-bit values 0, 1, 2, 3
+//
+// VBMI has planes always, AVX2 and AVX-512 for one token (fused-inl.h). Quads of E8P are not four neighbours
+// but one element of four codes (e8p-inl.h): position 4 j + i of 32 holds column 8 i + j.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +32,7 @@ struct QuantizeArgs {
   const float* x;      // at the first column of the first quad
   int64_t begin, end;  // the piece's columns; the others of its quads count as zero
   int64_t quads;
-  bool fast;
+  bool fast, planes, e8p;  // e8p: in the order of its quads; all quads whole
   uint8_t* out;  // [quads][8]
   float* scale;  // x = scale * q; NaN if a value is not finite
   float* sum;    // of all q
@@ -54,11 +57,10 @@ struct ProductArgs {
 
 // The values of E8P codes as the kernels read them (e8p.cpp makes them from the closed form).
 struct E8PTables {
-  // Magnitudes of code index i: elements 0..3 in byte i, 4..7 in byte 256 + i; two bits an element,
-  // d for 1/2 + d. They tell the parity of the vector's sum as well: that of the low bits.
-  alignas(64) uint8_t magnitudes[512];
-  // 4 * (1/2 + d) for the lower and the upper element of a nibble of `magnitudes`.
-  alignas(16) uint8_t lower[16], upper[16];
+  // Of half h, elements e and e + 2 as the nibbles of nibbles[e][h]; of four signs, what they XOR to
+  // those of signs[e]; what an odd number of signs XORs to all nibbles, and to those of elements 0
+  // and 2. Entries repeat up to 64.
+  alignas(64) uint8_t nibbles[2][64], signs[2][64], parity[64], first[64];
   // Residual code b: 4 + twice elements 2p and 2p + 1, as nibbles of byte p * 256 + b.
   alignas(64) uint8_t residual[1024];
 };
@@ -74,18 +76,30 @@ struct ScaleOutArgs {
   Dtype dtype;
 };
 
+// Half codes of the published indices, and back (e8p.cpp).
+struct E8PHalves {
+  uint8_t front[256], back[256];  // of 32
+  uint8_t index[32][32];          // [front][back], where there is one
+  bool odd[32];                   // the sum of a half
+};
+
 struct TileKernels {
+  bool planes;  // x of `product`
   void (*quantize)(const QuantizeArgs& args);
   void (*product)(const ProductArgs& args);
-  // Codes of `groups` groups of 8 columns -> u = 4 w + 12, and of the residual -> u = 2 w + 4.
-  void (*decode_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t groups, uint8_t* tile);
-  void (*decode_residual)(const E8PTables& tables, const uint8_t* codes, int64_t groups,
+  // Codes of `blocks` blocks of 32 columns -> u = 2 w + 7.5, and of the residual -> u = 2 w + 4.
+  void (*decode_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks, uint8_t* tile);
+  void (*decode_residual)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                           uint8_t* tile);
   // `chunks` chunks of 32 columns of 2, 3, 4 or 8 bits -> u = code.
   void (*decode_bits)(const uint8_t* codes, int bits, int64_t chunks, uint8_t* tile);
+  // Decoding and product of one token at once, x in planes, at most 4 bits; null: there are none.
+  void (*product_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+                      const ProductArgs& args);
+  void (*product_bits)(const uint8_t* codes, int bits, int64_t chunks, const ProductArgs& args);
   // out[k] += scale * (u - zero) for the columns [begin, end) of one row of the tile.
   void (*add_row)(const uint8_t* tile, int64_t row, int64_t begin, int64_t end, float scale,
-                  float zero, float* out);
+                  float zero, bool e8p, float* out);
 
   void (*scale_in)(const void* x, Dtype dtype, const float* pre, int64_t count, float* out);
   void (*scale_out)(const ScaleOutArgs& args);

@@ -11,6 +11,8 @@
 
 namespace aqlm::cpu {
 
+constexpr int64_t kBlockCols = 32;  // of the blocks of e8p-inl.h and the chunks of scalar-inl.h
+
 // One code stream of a weight: units of 64 rows, tile after tile.
 struct TileStream {
   enum class Code { e8p, residual, bits } code;
@@ -35,6 +37,7 @@ class TiledWeight {
   int64_t K() const { return K_; }
   int bits() const { return bits_; }
   bool grouped() const { return grouped_; }  // whether it takes scales and zeros
+  int64_t group_size() const { return group_size_; }
   int64_t groups() const { return grouped_ ? K_ / group_size_ : 1; }
   int64_t units() const { return (N_ + kTileRows - 1) / kTileRows; }
   int64_t packed_bytes() const;
@@ -104,5 +107,6 @@ void scalar_unpack(const TiledWeight& weight, const uint8_t* packed, uint8_t* qw
                    int num_threads);
 
 const E8PTables& e8p_tables();
+const E8PHalves& e8p_halves();
 
 }  // namespace aqlm::cpu

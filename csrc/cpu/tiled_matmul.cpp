@@ -28,15 +28,18 @@ std::vector<int64_t> tile_starts(const TiledWeight& weight) {
   return first;
 }
 
+const uint8_t* codes_at(const TileStream& stream, const uint8_t* packed, int64_t unit, int64_t t) {
+  return packed + stream.offset + unit * stream.unit_bytes + t * stream.tile_bytes;
+}
+
 void decode_tile(const TileKernels& kernels, const TiledWeight& weight, const TileStream& stream,
                  const uint8_t* packed, int64_t unit, int64_t t, uint8_t* tile) {
-  const uint8_t* codes =
-      packed + stream.offset + unit * stream.unit_bytes + t * stream.tile_bytes;
+  const uint8_t* codes = codes_at(stream, packed, unit, t);
   const int64_t columns = std::min(kTileCols, weight.K() - t * kTileCols);
   if (stream.code == TileStream::Code::e8p) {
-    kernels.decode_e8p(e8p_tables(), codes, columns / 8, tile);
+    kernels.decode_e8p(e8p_tables(), codes, columns / 32, tile);
   } else if (stream.code == TileStream::Code::residual) {
-    kernels.decode_residual(e8p_tables(), codes, columns / 8, tile);
+    kernels.decode_residual(e8p_tables(), codes, columns / 32, tile);
   } else {
     kernels.decode_bits(codes, weight.bits(), (columns + 31) / 32, tile);
   }
@@ -94,6 +97,12 @@ class Product {
       quad_offsets_.push_back(offset);
       offset += piece.quads();
     }
+    e8p_ = weight.streams()[0].code == TileStream::Code::e8p;
+    bool all = e8p_;
+    for (const TileStream& stream : weight.streams()) all &= stream.code == TileStream::Code::e8p;
+    const bool bits = !e8p_ && weight.bits() <= 4 && weight.group_size() % kBlockCols == 0;
+    fused_ = (all || bits) && call.M == 1 && table_.tile.product_e8p != nullptr;
+    planes_ = table_.tile.planes || fused_;
   }
 
   void run() {
@@ -150,8 +159,9 @@ class Product {
       table_.to_float(x, call_.x_dtype, width, values + before);
       const int64_t quad = m * weight_.quads() + quad_offsets_[size_t(p)];
       table_.tile.quantize({values, before, before + width, piece.quads(),
-                            call_.precision == Precision::fast, buffers_.x + quad * kQuantBytes,
-                            buffers_.x_scale + i, buffers_.x_sum + i});
+                            call_.precision == Precision::fast, planes_, e8p_,
+                            buffers_.x + quad * kQuantBytes, buffers_.x_scale + i,
+                            buffers_.x_sum + i});
     }
   }
 
@@ -166,16 +176,16 @@ class Product {
       std::memset(acc, 0, size_t(tokens * kTileRows) * sizeof(float));
       for (int64_t t = 0; t < tiles; ++t) {
         for (const TileStream& stream : weight_.streams()) {
-          decode_tile(table_.tile, weight_, stream, call_.packed, u, t, tile);
-          multiply_tile(stream, values, t, tokens, tile, acc);
+          if (!fused_) decode_tile(table_.tile, weight_, stream, call_.packed, u, t, tile);
+          multiply_tile(stream, values, u, t, tokens, tile, acc);
         }
       }
       finish(m0, tokens, u, acc);
     }
   }
 
-  void multiply_tile(const TileStream& stream, const UnitValues& values, int64_t t, int64_t tokens,
-                     const uint8_t* tile, float* acc) const {
+  void multiply_tile(const TileStream& stream, const UnitValues& values, int64_t unit, int64_t t,
+                     int64_t tokens, const uint8_t* tile, float* acc) const {
     const int64_t count = int64_t(weight_.pieces().size());
     for (int64_t p = starts_[size_t(t)]; p < starts_[size_t(t) + 1]; ++p) {
       const Piece& piece = weight_.pieces()[size_t(p)];
@@ -195,7 +205,18 @@ class Product {
       args.scale = stream.scale;
       args.zero = stream.zero;
       args.acc = acc;
-      table_.tile.product(args);
+      if (fused_) {
+        const uint8_t* codes = codes_at(stream, call_.packed, unit, t);
+        const int64_t first = piece.k0 % kTileCols / kBlockCols, blocks = piece.quads() / 8;
+        if (e8p_) {
+          table_.tile.product_e8p(e8p_tables(), codes, blocks, args);
+        } else {
+          const int bits = weight_.bits();
+          table_.tile.product_bits(codes + first * bits * kQuadBytes, bits, blocks, args);
+        }
+      } else {
+        table_.tile.product(args);
+      }
     }
   }
 
@@ -237,6 +258,7 @@ class Product {
   const KernelTable& table_;
   std::vector<int64_t> starts_, quad_offsets_;
   Buffers buffers_;
+  bool e8p_, fused_, planes_;  // columns in E8P's order; one token without tiles; x as bytes
   int64_t acc_floats_ = 0, value_floats_ = 0;
 };
 
@@ -295,7 +317,8 @@ void tiled_decode(const TiledWeight& weight, const TiledDecode& call) {
             const bool grouped = weight.grouped();
             table.tile.add_row(decoded + s * kTileSize, r, piece.k0 - k0, piece.k1 - k0,
                                grouped ? values.scales[value] : stream.scale,
-                               grouped ? values.zeros[value] : stream.zero, out);
+                               grouped ? values.zeros[value] : stream.zero,
+                               stream.code != TileStream::Code::bits, out);
           }
         }
         auto* target = static_cast<std::byte*>(call.out) +

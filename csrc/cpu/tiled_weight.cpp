@@ -5,11 +5,6 @@
 #include "tiled.h"
 
 namespace aqlm::cpu {
-namespace {
-
-constexpr int64_t kChunkCols = 32;  // of scalar-inl.h
-
-}  // namespace
 
 TiledWeight::TiledWeight(int bits, bool grouped, int64_t group_size, int64_t N, int64_t K)
     : bits_(bits), grouped_(grouped), group_size_(group_size), N_(N), K_(K) {
@@ -28,17 +23,18 @@ TiledWeight TiledWeight::e8p(int bits, double residual, int64_t N, int64_t K) {
   AQLM_CHECK(N >= 0 && K >= 0 && N % 16 == 0 && K % 64 == 0, "N=", N, ", K=", K,
              ": E8P needs multiples of 16 and 64");
   TiledWeight weight(bits, false, std::max<int64_t>(K, 1), N, K);
-  const int64_t groups = K / 8, tile = kTileCols / 8 * 2 * kTileRows;
-  const TileStream base = {TileStream::Code::e8p, 0, groups * 2 * kTileRows, tile, 0.25f, 12};
+  constexpr int64_t kBlock = 576, kBlocks = kTileCols / kBlockCols;  // e8p-inl.h
+  const int64_t blocks = K / kBlockCols;
+  const TileStream base = {TileStream::Code::e8p, 0, blocks * kBlock, kBlocks * kBlock, 0.5f, 7.5f};
   weight.streams_.push_back(base);
   const int64_t offset = weight.units() * base.unit_bytes;
   const auto scale = float(residual);
   if (bits == 4) {
     weight.streams_.push_back(
-        {base.code, offset, base.unit_bytes, tile, scale / 4, 12});
+        {base.code, offset, base.unit_bytes, base.tile_bytes, scale / 2, base.zero});
   } else if (bits == 3) {
     weight.streams_.push_back(
-        {TileStream::Code::residual, offset, groups * kTileRows, tile / 2, scale / 2, 4});
+        {TileStream::Code::residual, offset, blocks * kQuadBytes, kBlocks * kQuadBytes, scale / 2, 4});
   }
   return weight;
 }
@@ -52,9 +48,9 @@ TiledWeight TiledWeight::scalar(int bits, int64_t group_size, int64_t N, int64_t
   AQLM_CHECK(K * bits % 8 == 0, "K=", K, ": a row of ", bits,
              "-bit codes does not fill whole bytes");
   TiledWeight weight(bits, true, group_size, N, K);
-  const int64_t chunk = bits * kQuadBytes, chunks = (K + kChunkCols - 1) / kChunkCols;
+  const int64_t chunk = bits * kQuadBytes, chunks = (K + kBlockCols - 1) / kBlockCols;
   weight.streams_.push_back({TileStream::Code::bits, 0, chunks * chunk,
-                             kTileCols / kChunkCols * chunk, 1, 0});
+                             kTileCols / kBlockCols * chunk, 1, 0});
   return weight;
 }
 

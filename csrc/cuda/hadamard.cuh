@@ -153,10 +153,17 @@ __device__ __forceinline__ void rotate_store(const RotateParams& p, int m, int i
 }
 
 // One element; the H_F stage of a single block ends with columns, not rows.
+struct RotateFinishOne {
+  float scale, bias;
+};
+__device__ __forceinline__ RotateFinishOne rotate_finish_one(const RotateParams& p, int i,
+                                                             float gain) {
+  return {p.post != nullptr ? gain * load_one(p.post, p.post_type, i) : gain,
+          p.bias != nullptr ? load_one(p.bias, p.y_type, i) : 0.f};
+}
 __device__ __forceinline__ void rotate_store_one(const RotateParams& p, int m, int i, float v,
-                                                 float gain) {
-  v *= p.post != nullptr ? gain * load_one(p.post, p.post_type, i) : gain;
-  if (p.bias != nullptr) v += load_one(p.bias, p.y_type, i);
+                                                 const RotateFinishOne& f) {
+  v = v * f.scale + f.bias;
   const size_t at = size_t(m) * p.r.n + i;
   if (p.y_type == DType::kFloat32) static_cast<float*>(p.y)[at] = v;
   else if (p.y_type == DType::kFloat16) static_cast<__half*>(p.y)[at] = from_float<__half>(v);
@@ -344,7 +351,7 @@ rotate_kernel(const __grid_constant__ RotateParams p, int log_p) {
           if (c >= columns) continue;
           const int at = ((a + r) << log_p) + b + c * half;
           if constexpr (C > 1) mixed[at] = out[r][c];
-          else rotate_store_one(p, m, at, out[r][c], gain);
+          else rotate_store_one(p, m, at, out[r][c], rotate_finish_one(p, at, gain));
         }
     }
     if constexpr (C == 1) return;

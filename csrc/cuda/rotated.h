@@ -42,6 +42,7 @@ struct RotatedSchedule {
   int units;
   int ctas;
   int max_slots;   // slots reserved per group
+  int cells;       // 64 columns each, of a unit
 };
 
 // The CTA that owns a cell.
@@ -49,20 +50,6 @@ AQLM_HD int owner_of(const RotatedSchedule& s, int cell) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(((cell + 1ll) * s.ctas - 1) / cells);
 }
-
-struct RotatedMatmul {
-  RotatedWeight w;
-  RotatedSchedule s;
-  const void* x;        // [M, K], rows x_stride elements apart
-  long long x_stride;
-  DType x_type;
-  int tokens;           // M
-  float* partials;      // [groups][max_slots][tokens][group_rows]
-  uint8_t* x_cells;     // [units][8 * tiles * 64]: int8 activations (more than one tile)
-  float2* x_sums;       // [units][tokens]: sums of a cell's activations (see rotated_stage.cuh)
-  float* x_scales;      // [tokens]
-  int local_bits;       // partials are transformed over these low bits of the row; see local_bits_of
-};
 
 // One rotation U of vectors of length n; see aqlm_infer/formats/rotation.py.
 struct Rotation {
@@ -93,14 +80,39 @@ struct RotateParams {
   int tokens;
 };
 
+struct RotatedMatmul {
+  RotatedWeight w;
+  RotatedSchedule s;
+  const void* x;        // [M, K], rows x_stride elements apart
+  long long x_stride;
+  DType x_type;
+  int tokens;           // M
+  float* partials;      // [groups][max_slots][tokens][group_rows]
+  uint8_t* x_cells;     // [units][8 * tiles * 64]: int8 activations (more than one tile)
+  float2* x_sums;       // [units][tokens]: sums of a cell's activations (see rotated_stage.cuh)
+  float* x_scales;      // [tokens]
+  int local_bits;       // partials are transformed over these low bits of the row; see local_bits_of
+  RotateParams finish;  // owned rows: where they end (no rotation); y null: in `partials`
+};
+
+// How the blocks of the mma.sync body get their activations and rows.
+enum class Share : int {
+  kRing,   // x staged by a kernel, copied through a ring; 32 rows a warp, a range of K a block
+  kLocal,  // the same rows and range; the block stages its range itself
+  kOwned   // 32 rows a block and all of K, which its warps share out
+};
+
 struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
   bool wide;       // more warps a block
+  Share share;
 };
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device);
+// `rotates`: a rotation of the outputs follows.
+RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+                             const DeviceInfo& device);
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p);
 struct RotatedWorkspace {
   size_t partials, x_cells, x_sums, x_scales;

@@ -12,11 +12,11 @@ struct CodeStream {
   int units, blocks, block;  // of the warp
   int wrap, left;            // cells until the row group ends; until the range does
 
-  // `count` cells from cell `first` on (row group * units + unit).
-  __device__ __forceinline__ CodeStream(const RotatedMatmul& p, int first, int count)
+  // `count` cells from cell `first` on (row group * units + unit), of row block `own` of kWarps.
+  __device__ __forceinline__ CodeStream(const RotatedMatmul& p, int first, int count, int own)
       : units(p.s.units), blocks(p.w.blocks()) {
     const int unit = first % units;
-    block = first / units * kWarps + threadIdx.x / 32;
+    block = first / units * kWarps + own;
     wrap = units - unit;
     left = block < blocks ? count : 0;
     from = p.w.packed + (size_t(block) * units + unit) * kBytes + threadIdx.x % 32 * 16;

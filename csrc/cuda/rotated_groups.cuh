@@ -4,26 +4,15 @@
 // the four lanes of a row quartet: with kTokens = 1 all column pairs of B hold the one token, and
 // lane (g, t) finishes row 8t + g alone. Accumulators are never cleared: a group is the difference
 // of two sums modulo 2^32 (of at most 512 columns, so that it fits).
-//
-// Scales and zeros come through shared memory, 16 bytes a row. Architectures sm_80+.
+// Architectures sm_80+.
 #pragma once
 
 #include "rotated_codes.cuh"
+#include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
 
 namespace aqlm {
-
-// Scales and zeros of a warp's 32 rows, kGroupChunk groups at a time: the chunk in use and the one
-// on its way. A queue in registers would shift and copy more than this reads.
-constexpr int kGroupChunk = 8;
-constexpr int kGroupRow = kGroupChunk * 2, kGroupPlane = kCellRows * kGroupRow;  // bytes
-constexpr int kGroupBytes = 4 * kGroupPlane;  // of a warp: 2 chunks of scales and zeros
-
-__device__ __forceinline__ void copy_async4(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-               :: "r"(smem_address(to)), "l"(from) : "memory");
-}
 
 // kTokens: 1 or 4.
 template <int kBits, int kTokens>
@@ -40,35 +29,18 @@ rotated_groups_kernel(const __grid_constant__ RotatedMatmul p) {
   const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
   const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
   const int unit0 = first % units, slots = min(count, units);
-  const int span = p.w.group / kCellColumns, groups = p.w.K / p.w.group;
-  const bool half = p.w.scale_type == DType::kFloat16;
+  const int span = p.w.group / kCellColumns;
 
-  CodeStream<kBits, kWarps> codes(p, first, count);
+  CodeStream<kBits, kWarps> codes(p, first, count, warp);
   ScalarCodes<kBits> ring[kDepth] = {};
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
 
-  unsigned char* const own = smem + warp * kGroupBytes;
-  const bool aligned = groups % kGroupChunk == 0;
-  // Chunk c of a row block into half c % 2; lane = row. Always one group of copies.
+  const GroupScales scales(p.w, smem + warp * kGroupBytes);
+  // Chunk c of a row block into buffer c % 2. Always one group of copies.
   auto copy_chunk = [&](int block, int c) {
-    const size_t row = size_t(min(block * kCellRows + lane, p.w.N - 1)) * groups;
-    const int j = c * kGroupChunk;
-    unsigned char* to = own + c % 2 * 2 * kGroupPlane + lane * kGroupRow;
-    const uint16_t* scales = static_cast<const uint16_t*>(p.w.scales) + row;
-    const uint16_t* zeros = static_cast<const uint16_t*>(p.w.zeros) + row;
-    if (j < groups) {
-      if (aligned) {
-        copy_async(to, scales + j);
-        copy_async(to + kGroupPlane, zeros + j);
-      } else {
-        for (int i = 0; i < kGroupChunk; i += 2) {
-          copy_async4(to + 2 * i, scales + min(j + i, groups - 2));
-          copy_async4(to + kGroupPlane + 2 * i, zeros + min(j + i, groups - 2));
-        }
-      }
-    }
+    scales.copy(block, c, c % 2);
     copy_commit();
   };
   auto start_groups = [&](int block, int j) {
@@ -80,10 +52,7 @@ rotated_groups_kernel(const __grid_constant__ RotatedMatmul p) {
   const int row0 = (kTokens == 1 ? 8 * t : 0) + g;  // the lane's rows: row0 + 8r, r < kTokens
   // Value of group j of the lane's row r in plane 0 (scale) or 1 (zero).
   auto value = [&](uint32_t j, int plane, int r) {
-    const uint16_t raw = *reinterpret_cast<const uint16_t*>(
-        own + (j / kGroupChunk % 2 * 2 + plane) * kGroupPlane + (row0 + 8 * r) * kGroupRow +
-        j % kGroupChunk * 2);
-    return half ? to_float(__ushort_as_half(raw)) : __uint_as_float(uint32_t(raw) << 16);
+    return scales.value(j, plane, row0 + 8 * r, j / kGroupChunk % 2);
   };
   const int group0 = first / units, slot0 = first_slot(p, group0);
   start_groups(group0 * kWarps + warp, unit0 / span);

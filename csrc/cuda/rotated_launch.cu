@@ -14,7 +14,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
-int g_rotated_local = -1;
+int g_rotated_local = -1, g_rotated_share = -1;
 #endif
 
 int log2_of(int n) {
@@ -128,33 +128,61 @@ cudaError_t scalar_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaSt
   return RotatedBodies<Coding::kScalar, kBits>::matmul(c, p, stream);
 }
 
+// Whether blocks have room for their range of x of more than four tokens.
+bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+  if (c.grouped || c.tiles > tune::rotated_local_tiles(w.coding, w.bits)) return false;
+  c.share = Share::kLocal;
+  RotatedMatmul p = {};
+  p.w = w;
+  p.tokens = tokens;
+  schedule_rotated(c, device, &p);
+  int most = c.tiles == 4 ? tune::kLocalCells : 1 << 20;
+#ifdef AQLM_TUNE
+  if (g_rotated_share == 1) most = 1 << 20;
+#endif
+  return tune::local_cells(p.s) <= most &&
+         tune::rotated_tables(w.coding, w.bits) +
+                 tune::staged_bytes(p.s, tokens, c.tiles, c.share, p.s.group_rows / kCellRows) <=
+             device.max_smem;
+}
+
 int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 
 }  // namespace
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInfo& device) {
+RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+                             const DeviceInfo& device) {
   RotatedConfig c = {};
   c.grouped = w.coding == Coding::kScalar && w.group < w.K;
   // Scale groups end with a cell, and the integers of a group must fit in int32.
   if (c.grouped && w.group % kCellColumns != 0) return c;
   if (w.K > (1 << 16)) return c;
   // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
-  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2);
+  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
-  const bool hopper = device.arch == 90;
+  const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
   const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
   const int planes = tune::rotated_planes(w.coding, w.bits);
   if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
-  c.wgmma = hopper && c.tiles > 1;
-  c.wide = tokens == 1 && tune::rotated_wide(w) &&
+  c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
+  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device))
+    c.share = Share::kOwned;
+#ifdef AQLM_TUNE
+  if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
+#endif
+  c.wgmma = hopper && c.share == Share::kRing;
+  c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
   if (g_rotated_body == 1) {
     c.wgmma = false;
     c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
   }
+#endif
+#ifdef AQLM_TUNE
+  if (g_rotated_share == 2 && c.share == Share::kOwned) c.wide = true;
 #endif
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
@@ -163,24 +191,30 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, const DeviceInf
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const int warps = c.wgmma ? tune::rotated_wg_warps(c.tiles, c.grouped)
+  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
-                            : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped);
+                            : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
+                                                  c.share);
+  if (c.share == Share::kOwned) {
+    s = {p->w.blocks(), kCellRows, p->w.units(), p->w.blocks(), 1, 1};
+    return;
+  }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.units = p->w.units();
+  s.cells = c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
+  s.units = (p->w.units() + s.cells - 1) / s.cells;
   const long long cells = static_cast<long long>(s.groups) * s.units;
   int ctas = device.sms;
 #ifdef AQLM_TUNE
   if (g_rotated_ctas > 0) ctas = g_rotated_ctas;
 #endif
   s.ctas = static_cast<int>(
-      std::max<long long>(1, std::min<long long>(ctas, cells / tune::kRotatedMinCells)));
+      std::max<long long>(1, std::min<long long>(ctas, cells * s.cells / tune::kRotatedMinCells)));
   const int most_x = std::min(tune::kRotatedMaxX,
                               device.max_smem - tune::rotated_tables(p->w.coding, p->w.bits));
   const int staged = p->tokens == 1 ? 1 : 4;
   if (c.tiles == 1)  // what a CTA stages must fit
-    while (tune::staged_bytes(s, staged, 1) > most_x && s.ctas < cells)
+    while (tune::staged_bytes(s, staged, 1, c.share, warps) > most_x && s.ctas < cells)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }
@@ -191,7 +225,7 @@ int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotati
   const int bits = log2_of(r.n / r.factor);
   if (bits < 5) return 0;  // rows of one warp
   int local = 5;
-  if (c.tiles == 1 || (c.wgmma && tune::rotated_exchanges(c.tiles)))
+  if (c.share == Share::kLocal || (c.wgmma && tune::rotated_exchanges(c.tiles)))
     while (local < bits && s.group_rows % (2 << local) == 0) ++local;
 #ifdef AQLM_TUNE
   if (g_rotated_local >= 0) local = std::min(local, g_rotated_local);
@@ -202,10 +236,10 @@ int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotati
 RotatedWorkspace workspace_rotated(const RotatedConfig& c, const RotatedMatmul& p) {
   RotatedWorkspace w = {};
   w.partials = size_t(p.s.groups) * p.s.max_slots * p.tokens * p.s.group_rows * sizeof(float);
-  if (c.tiles > 1) {
+  if (c.share == Share::kRing) {
     const int planes = c.wgmma ? tune::rotated_planes(p.w.coding, p.w.bits) : 1;
-    w.x_cells = size_t(p.s.units) * c.tiles * 512 * planes;
-    w.x_sums = size_t(p.s.units) * p.tokens * sizeof(float2);
+    w.x_cells = size_t(p.s.units) * p.s.cells * c.tiles * 512 * planes;
+    w.x_sums = size_t(p.s.units) * p.s.cells * (c.wgmma ? 4 * c.tiles : p.tokens) * sizeof(float2);
     w.x_scales = p.tokens * sizeof(float);
   }
   return w;
@@ -316,6 +350,11 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::dependent_launch = dependent != 0;
   aqlm::g_rotated_cluster = cluster;
   aqlm::g_rotated_ctas = ctas;
+}
+// How blocks share the work: 0 no owned rows and no local x of more than four tokens, 1 local x
+// wherever it fits.
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
+  aqlm::g_rotated_share = share;
 }
 // Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {

@@ -5,8 +5,11 @@
 // and sums are exact in int32. A warp owns 32 rows and walks cells of 64 columns; all warps of a
 // CTA read the same activations from shared memory.
 //
-//   one tile (M <= 4):  the CTA quantizes its own range of x into shared memory; one kernel
-//   more tiles:         stage_kernel has done so; chunks of cells are copied through a ring
+//   Share::kLocal  the CTA quantizes its own range of x into shared memory; one kernel
+//   Share::kRing   stage_kernel has done so; chunks of cells are copied through a ring
+//
+// A block has 32 rows a warp and a range of K; or, Share::kOwned, 32 rows in all and the whole of K, which
+// its warps share out: nothing is left to add, and without a rotation there is no second kernel.
 //
 // E8P with few tiles keeps high and low nibbles in accumulators of their own (no shift; 2 LOP3 for
 // 8 weights), and corrects by the sums of the activations. Scalar weights with groups along K are
@@ -16,6 +19,7 @@
 #pragma once
 
 #include "e8p_decode.cuh"
+#include "hadamard.cuh"
 #include "rotated_codes.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
@@ -23,11 +27,12 @@
 
 namespace aqlm {
 
-template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, Share kShare>
+__global__ void __launch_bounds__(kWarps * 32, kShare == Share::kOwned && kWarps == 8 ? 2 : 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
-  constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kTiles == 1;
+  constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;
+  constexpr bool kLocal = kShare != Share::kRing;
   constexpr int kDepth = kWarps == tune::kWideWarps ? tune::kWideDepth : Shape::kDepth;
   constexpr int kPlanes = Shape::kPlanes, kSets = Shape::kSets;
   constexpr bool kSplit = Shape::kSplit;
@@ -39,13 +44,17 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   const uint32_t lane_offset = lane * 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
+  // The cells of the block; kOwned: of the warp, from cell `share` of its row on.
+  const int share = kOwned ? warp * units / kWarps : 0;
   const long long all_cells = static_cast<long long>(s.groups) * units;
-  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
-  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
+  const int first = kOwned ? blockIdx.x * units
+                           : static_cast<int>(blockIdx.x * all_cells / s.ctas);
+  const int count = kOwned ? (warp + 1) * units / kWarps - share
+                           : static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
 
   // Codes: a register ring, filled ahead of the activations.
   using Codes = ScalarCodes<kBits>;
-  CodeStream<kBits, kWarps> codes(p, first, count);
+  CodeStream<kBits, kOwned ? 1 : kWarps> codes(p, first + share, count, kOwned ? 0 : warp);
   Codes ring[kDepth] = {};
   grid_dependents_start();
 #pragma unroll
@@ -53,18 +62,23 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
   const int unit0 = first % units, group0 = first / units;
   const int slot0 = kLocal ? first_slot(p, group0) : 0;
-  if constexpr (kLocal) prefetch_token(p, unit0, min(count, units));
+  const int slots = kOwned ? units : kLocal ? min(count, units) : kSlots;
+  if constexpr (kLocal) prefetch_token(p, unit0, slots);
+  const int own_row = blockIdx.x * kCellRows + lane;  // kOwned: the thread's of token `warp`
+  RotateFinishOne finish = {};
+  if constexpr (kOwned)
+    if (p.finish.y != nullptr && warp < tokens && own_row < p.w.N)
+      finish = rotate_finish_one(p.finish, own_row, 1.f);
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   grid_dependency_wait();
 
   // Activations.
-  const int slots = kLocal ? min(count, units) : kSlots;
-  const int columns = kLocal ? 2 * tokens : 8 * kTiles;
+  const int columns = kTiles == 1 ? 2 * tokens : 8 * kTiles;
   const int cell_stride = kLocal ? columns * kStageColumn : kCellBytes;
   float2* const sums = reinterpret_cast<float2*>(cells + slots * cell_stride);  // kLocal
   float* const peaks = reinterpret_cast<float*>(sums + slots * tokens);
-  float* const scales = peaks + slots;
-  float* const exchange = scales + tokens;  // [tokens][group_rows] of partial sums
+  float* const scales = peaks + max(slots, kWarps);
+  float* const exchange = scales + tokens;  // [tokens][warp][32 rows] of partial sums
   auto copy_chunk = [&](int chunk) {
     if constexpr (!kLocal) {
       const int base = chunk * kChunk, n = min(kChunk, count - base);
@@ -77,12 +91,16 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     }
   };
   if constexpr (kLocal) {
-    for (int m = 0; m < tokens; ++m) {
-      const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
-                            size_t(cell_stride), 1, mma_layout(), sums + m, tokens, peaks};
-      const float scale = stage_token<kE8p, kGrouped>(p, m, r);
-      if (threadIdx.x == 0) scales[m] = scale;
-      __syncthreads();
+    if (kTiles > 1 || (!kGrouped && tokens > 1)) {
+      stage_tokens<kE8p, kWarps>(p, unit0, slots, cells, cell_stride, sums, peaks, scales);
+    } else {
+      for (int m = 0; m < tokens; ++m) {
+        const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,
+                              size_t(cell_stride), 1, mma_layout(), sums + m, tokens, peaks};
+        const float scale = stage_token<kE8p, kGrouped>(p, m, r);
+        if (threadIdx.x == 0) scales[m] = scale;
+        __syncthreads();
+      }
     }
   } else {
     if constexpr (kE8p) __syncthreads();
@@ -93,7 +111,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   int acc[kSets][2][kTiles][4] = {};
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
   float group_sum[kTiles] = {}, group_scale[kTiles] = {};
-  const uint32_t x_lane = (kLocal ? min(g, columns - 1) : g) * kStageColumn + t * 16;
+  const uint32_t x_lane = (kTiles == 1 ? min(g, columns - 1) : g) * kStageColumn + t * 16;
   constexpr float kStep = 1.f / scalar_step(kBits);
   const int span = kGrouped ? p.w.group / kCellColumns : 1;
   RowScales rows, ahead;  // of this scale group and the next
@@ -158,11 +176,11 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       clear();
     }
   };
-  // Sum over the cells [begin, begin + n) of the CTA's range of this lane's token of tile `tile`.
+  // Sum over the cells [begin, begin + n) of the CTA's range (kOwned: the warp's) of this lane's token of tile `tile`.
   auto sum_cells = [&](int begin, int n, int token) {
     float2 v = make_float2(0.f, 0.f);
     // Wrapped places, without divisions: n is at most `slots` and `units`.
-    int at = kLocal ? begin % slots + g : (unit0 + begin) % units + g;
+    int at = kOwned ? share + g : kLocal ? begin % slots + g : (unit0 + begin) % units + g;
     const int wrap_at = kLocal ? slots : units;
     for (int i = g; i < n; i += 8, at += 8) {
       if (at >= wrap_at) at -= wrap_at;
@@ -178,15 +196,15 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     return v;
   };
   auto write = [&](int group, int begin, int n_cells) {
-    const int block = group * kWarps + warp;
+    const int block = kOwned ? group : group * kWarps + warp;
     // Rows past the last block: computed for the sake of barriers, never stored.
-    const bool exists = block < blocks, exchanged = kLocal && p.local_bits > 5;
+    const bool exists = block < blocks, exchanged = kOwned || (kLocal && p.local_bits > 5);
     if (!exists && !exchanged) return;
     float* const to = partials_of(p, group, begin > 0 ? 0 : kLocal ? slot0 : first_slot(p, group));
     float* out = to + warp * kCellRows + g;
     if constexpr (kLocal) {
       if (exchanged) {
-        __syncthreads();  // the previous row group has been read
+        if constexpr (!kOwned) __syncthreads();  // the previous row group has been read
         out = exchange + warp * kCellRows + g;
       }
     }
@@ -223,17 +241,26 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       if (p.local_bits > 0) transform_rows(v, p.local_bits);
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        if (m < tokens) out[m * s.group_rows + r * 8] = v[r];
+        if (m < tokens) out[m * kWarps * kCellRows + r * 8] = v[r];
     }
     if constexpr (kLocal) {
       if (!exchanged) return;
       __syncthreads();
+      if constexpr (kOwned) {
+        if (warp >= tokens) return;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += exchange[(warp * kWarps + w) * kCellRows + lane];
+        if (p.finish.y == nullptr) to[warp * kCellRows + lane] = sum;
+        else if (own_row < p.w.N) rotate_store_one(p.finish, warp, own_row, sum, finish);
+        return;
+      }
       transform_warps<kWarps>(exchange, tokens, p.local_bits - 5, to, blocks - group * kWarps);
     }
   };
 
   const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
-  uint32_t x_at = x_begin;
+  uint32_t x_at = x_begin + share * cell_stride;
   int begin = 0, group = group0, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit), first_unit = unit;

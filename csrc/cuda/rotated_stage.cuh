@@ -5,7 +5,7 @@
 // scale is max|x| / 32639 over the columns that share it: all that the caller names, or for grouped
 // weights those of the cell's scale group, so that outliers cost only their own group precision.
 //
-// Per cell and token a float2: .x the sum of the integers, .y that of every second four (E8P: low
+// Per cell and token (wgmma: all tokens of the tiles) a float2: .x the sum of the integers, .y that of every second four (E8P: low
 // nibbles) or the cell's scale (grouped). The bodies add constants of the codes through them.
 #pragma once
 
@@ -95,11 +95,35 @@ __device__ __forceinline__ void prefetch_token(const RotatedMatmul& p, int first
     prefetch_line(static_cast<const char*>(p.x) + k * (p.x_type == DType::kFloat32 ? 4ll : 2ll));
 }
 
+// Integers of eight values, high and low bytes, to their places in a cell's column pair.
+template <bool kE8p>
+__device__ __forceinline__ void stage_eight(const float (&v)[8], float factor, uint8_t* cell,
+                                            int eighth, const StageLayout& layout, int (&sum)[2]) {
+  uint32_t high[2] = {0, 0}, low[2] = {0, 0};
+  sum[0] = sum[1] = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int q = __float2int_rn(v[j] * factor);
+    const int h = (q + 128) >> 8;
+    high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
+    low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
+    sum[j / 4] += q;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int word = eighth * 2 + j;
+    uint8_t* at = cell + stage_lane<kE8p>(word) * layout.lane +
+                  stage_chunk<kE8p>(word) * layout.chunk;
+    *reinterpret_cast<uint32_t*>(at) = high[j];
+    *reinterpret_cast<uint32_t*>(at + layout.column) = low[j];
+  }
+}
+
 // All threads of the block; returns the scale (of the last cell, when grouped).
 template <bool kE8p, bool kGrouped>
 __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
                                              const StageRange& r) {
-  const int units = p.s.units, tid = threadIdx.x, threads = blockDim.x;
+  const int units = p.s.units * p.s.cells, tid = threadIdx.x, threads = blockDim.x;
   const unsigned eight = 0xffu << (tid & 24);  // the lanes of one cell
   const long long row = token * p.x_stride;
   auto wrapped = [&](int unit) { return unit < units ? unit : unit - units; };
@@ -148,28 +172,11 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
       }
     }
     const float inverse = peak > 0.f ? __fdividef(kStageMax, peak) : 0.f;
-    int sum[2] = {0, 0};
-    for (int plane = 0; plane < r.planes; ++plane) {
-      const float factor = plane == 0 ? inverse : inverse * p.w.residual;
-      uint32_t high[2] = {0, 0}, low[2] = {0, 0};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int q = __float2int_rn(v[j] * factor);
-        const int h = (q + 128) >> 8;
-        high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
-        low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
-        if (plane == 0) sum[j / 4] += q;
-      }
-      uint8_t* cell = r.cells + slot * r.cell_stride + plane * (r.cell_stride / r.planes);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int word = eighth * 2 + j;
-        uint8_t* at = cell + stage_lane<kE8p>(word) * r.layout.lane +
-                      stage_chunk<kE8p>(word) * r.layout.chunk;
-        *reinterpret_cast<uint32_t*>(at) = high[j];
-        *reinterpret_cast<uint32_t*>(at + r.layout.column) = low[j];
-      }
-    }
+    int sum[2];
+    for (int plane = r.planes - 1; plane >= 0; --plane)
+      stage_eight<kE8p>(v, plane == 0 ? inverse : inverse * p.w.residual,
+                        r.cells + slot * r.cell_stride + plane * (r.cell_stride / r.planes),
+                        eighth, r.layout, sum);
     int all = sum[0] + sum[1], second = sum[1];
 #pragma unroll
     for (int d = 4; d > 0; d /= 2) {
@@ -183,6 +190,105 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
   return peak / kStageMax;
 }
 
+// Eight 16-bit values from x[offset], zeros past `valid`.
+__device__ __forceinline__ uint4 load_eight_raw(const RotatedMatmul& p, long long offset,
+                                                int valid) {
+  const uint16_t* const at = static_cast<const uint16_t*>(p.x) + offset;
+  if (valid >= 8 && reinterpret_cast<uintptr_t>(at) % 16 == 0) return load_cached(at);
+  uint32_t w[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < valid) w[i / 2] |= static_cast<uint32_t>(at[i]) << (i % 2 * 16);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// The units [first, first + count) of all of 2 .. kWarps tokens, by all warps: warps of a token share
+// its units, so that every load is in flight at once. 16-bit values wait in their own cell, which
+// has just the room.
+template <bool kE8p, int kWarps>
+__device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, int count,
+                                             uint8_t* cells, int cell_stride, float2* sums,
+                                             float* peaks, float* scales) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tokens = p.tokens;
+  int parts = kWarps;  // warps of a token
+  while (parts * tokens > kWarps) parts /= 2;
+  const int m = warp / parts, part = warp % parts, eighth = lane % 8;
+  const bool busy = m < tokens, wide = p.x_type == DType::kFloat32;
+  const unsigned eight = 0xffu << (lane & 24);
+  auto offset_of = [&](int slot, int* valid) {
+    int unit = first + slot;
+    if (unit >= p.s.units) unit -= p.s.units;
+    const int k = unit * kCellColumns + eighth * 8;
+    *valid = p.w.K - k;
+    return m * p.x_stride + k;
+  };
+  auto unpack = [&](const uint4& raw, float (&v)[8]) {
+    if (p.x_type == DType::kFloat16) unpack8<__half>(raw, v);
+    else unpack8<__nv_bfloat16>(raw, v);
+  };
+  auto cell_of = [&](int slot) { return cells + slot * cell_stride + 2 * m * kStageColumn; };
+  constexpr int kBatch = 4;
+  float peak = 0.f;
+  for (int slot = part * 4 + lane / 8; busy && slot < count; slot += kBatch * parts * 4) {
+    float v[kBatch][8];
+    int valid;
+    if (wide) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int at = slot + b * parts * 4;
+        const long long offset = offset_of(at, &valid);
+        load_eight(p, offset, at < count ? valid : 0, v[b]);
+      }
+    } else {
+      uint4 raw[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int at = slot + b * parts * 4;
+        const long long offset = offset_of(at, &valid);
+        raw[b] = at < count ? load_eight_raw(p, offset, valid) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int at = slot + b * parts * 4;
+        if (at < count) *reinterpret_cast<uint4*>(cell_of(at) + eighth * 16) = raw[b];
+        unpack(raw[b], v[b]);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fabsf(v[b][j]));
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+  if (lane == 0) peaks[warp] = peak;
+  __syncthreads();
+  for (int i = 0; i < parts; ++i) peak = fmaxf(peak, peaks[m * parts + i]);
+  if (busy && part == 0 && lane == 0) scales[m] = peak / kStageMax;
+  const float inverse = peak > 0.f ? __fdividef(kStageMax, peak) : 0.f;
+  for (int slot = part * 4 + lane / 8; busy && slot < count; slot += parts * 4) {
+    float v[8];
+    if (wide) {
+      int valid;
+      const long long offset = offset_of(slot, &valid);
+      load_eight(p, offset, valid, v);
+    } else {
+      unpack(*reinterpret_cast<const uint4*>(cell_of(slot) + eighth * 16), v);
+      __syncwarp(eight);
+    }
+    int sum[2];
+    stage_eight<kE8p>(v, inverse, cell_of(slot), eighth, mma_layout(), sum);
+    int all = sum[0] + sum[1], second = sum[1];
+#pragma unroll
+    for (int d = 4; d > 0; d /= 2) {
+      all += __shfl_xor_sync(eight, all, d);
+      second += __shfl_xor_sync(eight, second, d);
+    }
+    if (eighth == 0) sums[slot * tokens + m] = make_float2(all, second);
+  }
+  __syncthreads();
+}
+
 // Separate kernel for more tokens than one MMA tile holds. Grid: (tokens, ranges of units). Every
 // block of a token recomputes the peaks: it reads x from L2 and needs no second launch.
 constexpr int kStageThreads = 1024;  // an item each up to K = 8192
@@ -191,14 +297,14 @@ template <bool kE8p, bool kGrouped>
 __global__ void __launch_bounds__(kStageThreads, 1)
 stage_kernel(const __grid_constant__ RotatedMatmul p, int columns, int planes, bool wgmma) {
   extern __shared__ float stage_peaks[];
-  const int token = blockIdx.x, units = p.s.units;
+  const int token = blockIdx.x, units = p.s.units * p.s.cells;
   const int from = units * blockIdx.y / gridDim.y, to = units * (blockIdx.y + 1) / gridDim.y;
   grid_dependents_start();
   grid_dependency_wait();
   const StageLayout layout = wgmma ? wgmma_layout(columns) : mma_layout();
   const StageRange r = {0, units, from, to, p.x_cells + 2 * token * layout.column,
                         size_t(planes) * columns * kStageColumn, planes, layout,
-                        p.x_sums + token, p.tokens, stage_peaks};
+                        p.x_sums + token, wgmma ? columns / 2 : p.tokens, stage_peaks};
   const float scale = stage_token<kE8p, kGrouped>(p, token, r);
   if (blockIdx.y == 0 && threadIdx.x == 0) p.x_scales[token] = scale;
 }

@@ -7,8 +7,11 @@
 
 namespace aqlm::tune {
 
-// Warps of a CTA, 32 rows each: 8 where the accumulators need more than 128 registers a lane.
-AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool grouped) {
+// Warps of a CTA, 32 rows each: 8 where the accumulators need more than 128 registers a lane, but
+// 16 where a block stages x itself: twice the rows, half the range of K.
+AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool grouped,
+                                    Share share) {
+  if (share != Share::kRing && !grouped) return 16;
   return tiles >= 8 || (tiles >= 2 && (grouped || (coding == Coding::kE8p && bits > 2))) ? 8 : 16;
 }
 
@@ -35,21 +38,48 @@ AQLM_HD constexpr int rotated_planes(Coding coding, int bits) {
   return coding == Coding::kE8p && bits > 2 ? 2 : 1;
 }
 
+// The body of scale groups for few tokens: warps of a CTA, cells in flight per warp.
+constexpr int kGroupWarps = 16;
+AQLM_HD constexpr int rotated_group_depth(int bits) {
+  return bits == 8 ? 1 : bits == 4 ? 3 : bits == 3 ? 4 : 6;
+}
+// Scale groups that a warp holds at a time, and bytes of scales and zeros: two buffers of 32 rows.
+constexpr int kGroupChunk = 8, kGroupBytes = 2 * 2 * kCellRows * kGroupChunk * 2;
+// Whether it and the warpgroup body take the weight: pairs of 16-bit scales (rotated_scales.cuh),
+// and sums of a group in int32.
+inline bool rotated_group_scales(const RotatedWeight& w) {
+  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return w.group % kCellColumns == 0 && w.group <= 512 && w.zeros != nullptr &&
+         w.scale_type != DType::kFloat32 && w.K / w.group % 2 == 0 && aligned(w.scales) &&
+         aligned(w.zeros);
+}
+
 // Hopper, more than one tile: warpgroup MMAs. Warps that multiply: as many as registers allow, one
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
-AQLM_HD constexpr int rotated_wg_warps(int tiles, bool grouped) {
+AQLM_HD constexpr int rotated_wg_warps(Coding coding, int bits, int tiles, bool grouped) {
   const int accumulators = tiles * (8 + (grouped ? 6 : 0));
-  return accumulators <= 32 ? 16 : accumulators <= 64 ? 12 : 8;
+  return accumulators <= 32 && bits < 8 ? 16 : accumulators <= 64 ? 12 : 8;
 }
 // Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
 // that costs more than it saves (28672 x 8192, M = 64: whole layer 102 against 92 us).
 AQLM_HD constexpr bool rotated_exchanges(int tiles) { return tiles <= 4; }
-AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
-  return coding == Coding::kE8p && bits == 3 && tiles == 16 ? 3 : 4;
+// Cells a step: two, but where a scale group has an odd number of them, or shared memory is short.
+AQLM_HD constexpr int rotated_wg_most_cells(Coding coding, int bits, int tiles) {
+  return tiles == 16 && rotated_planes(coding, bits) == 2 ? 1 : 2;
 }
-AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps) {
-  return coding == Coding::kE8p && bits == 3 && warps == 8 ? 6 : (bits == 8 ? 32 : 64) / warps;
+inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
+  return grouped && w.group % (2 * kCellColumns) != 0
+             ? 1
+             : rotated_wg_most_cells(w.coding, w.bits, tiles);
+}
+AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
+  return coding == Coding::kE8p && bits == 3 ? 3 : 4;
+}
+AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int cells) {
+  return cells == 1 ? (bits == 8 ? 32 : 64) / warps
+         : coding == Coding::kE8p && bits == 3 && warps > 8 ? 2
+                                                            : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
 template <Coding kCoding, int kBits, int kTiles>
@@ -64,28 +94,41 @@ struct RotatedShape {
   static constexpr int kDepth = kBits == 8 ? 1 : kBits == 4 ? 2 : kTiles >= 8 ? 2 : 4;
 };
 
-// The body of scale groups for few tokens: warps of a CTA, cells in flight per warp.
-constexpr int kGroupWarps = 16;
-AQLM_HD constexpr int rotated_group_depth(int bits) {
-  return bits == 8 ? 1 : bits == 4 ? 3 : bits == 3 ? 4 : 6;
-}
-// Whether it takes the weight: pairs of 16-bit scales, and sums of a group in int32.
-inline bool rotated_group_body(const RotatedWeight& w, int tokens) {
-  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return tokens <= 4 && w.group % kCellColumns == 0 && w.group <= 512 && w.zeros != nullptr &&
-         w.scale_type != DType::kFloat32 && w.K / w.group % 2 == 0 && aligned(w.scales) &&
-         aligned(w.zeros);
-}
+// Cells of x that a CTA stages itself up to which that beats warpgroup MMAs for 9 .. 16 tokens: 14
+// (14336 x 4096) 15.4 against 17.0 us, 55 (28672 x 8192) 39.2 against 36.7.
+constexpr int kLocalCells = 32;
 
 // Cells of x that one CTA stages itself.
 inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
-// Dynamic shared memory of the staged activations.
-inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles) {
-  if (tiles > 1) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  return local_cells(s) * (tokens * (128 + 8) + 4) + 16 + tokens * s.group_rows * 4;
+// Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
+inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
+  if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
+  const int slots = local_cells(s);
+  return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
+         (std::max(slots, warps) + tokens) * 4 + tokens * warps * kCellRows * 4;
+}
+AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
+
+// Whether blocks own rows: no slots to add, for a matrix of at most one block an SM, and of few
+// columns, because every block stages them all. Several tokens: neither for few blocks (4 tokens,
+// 2048 x 4096 5.9 against 5.5 us) nor with a rotation, which would mix more rows (4096 x 4096 12.3
+// against 11.3).
+constexpr int kOwnedUnits = 64;
+inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
+                          const DeviceInfo& device) {
+  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 4 * w.blocks() < 3 * device.sms)))
+    return false;
+  const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1, 1};
+  const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));
+  return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, Share::kOwned, 16) <= most_x;
+}
+
+// Most tiles for which a block stages x itself: more accumulators than 16 warps have registers.
+AQLM_HD constexpr int rotated_local_tiles(Coding coding, int bits) {
+  return rotated_planes(coding, bits) == 2 ? 2 : 4;
 }
 
 // Most tiles of one pass: registers again. Warpgroup MMAs take both planes into one accumulator.
@@ -93,12 +136,19 @@ AQLM_HD constexpr int rotated_max_tiles(Coding coding, int bits, bool grouped, b
   return grouped || bits == 8 || (!wgmma && rotated_planes(coding, bits) == 2) ? 8 : 16;
 }
 
-AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, int warps) {
+// Bytes of a stage's sums of activations, of the exchanged rows.
+AQLM_HD constexpr int rotated_wg_sums(int tiles, bool grouped) { return grouped ? tiles * 32 : 0; }
+AQLM_HD constexpr int rotated_wg_exchange(int tiles, int warps) {
+  return rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0;
+}
+AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, bool grouped, int cells,
+                                      int warps) {
+  const int codes = cells * kCellRows * kCellColumns / 8 * bits;
+  const int x = rotated_planes(coding, bits) * tiles * 512 + rotated_wg_sums(tiles, grouped);
   return rotated_tables(coding, bits) +
-         warps * rotated_wg_depth(coding, bits, warps) * kCellRows * kCellColumns / 8 * bits +
-         rotated_wg_stages(coding, bits, tiles) *
-             (rotated_planes(coding, bits) * tiles * 512 + 16) +
-         (rotated_exchanges(tiles) ? 2 * 4 * warps * kCellRows * 4 : 0);
+         warps * rotated_wg_depth(coding, bits, warps, cells) * codes +
+         rotated_wg_stages(coding, bits, tiles) * (cells * x + 16) +
+         rotated_wg_exchange(tiles, warps) + (grouped ? warps * kGroupBytes : 0);
 }
 
 // Up to this many tokens per tile of a pass, passes of the MMA bodies beat dequantized slices and a

@@ -1,16 +1,22 @@
 // cuda.e8p, cuda.scalar on Hopper for 5 .. 64 tokens: as rotated_mma.cuh, with warpgroup MMAs.
 //
-// A warp decodes its 32 x 64 cell into A registers while the MMAs of the cell before run; B, the
-// staged activations, is read from shared memory by the tensor cores, once for four warps.
+// A warp decodes its 32 x 64 cells into A registers, kCells a step: what a step costs besides is as
+// much as decoding a cell. B, the staged activations, is read from shared memory by the tensor
+// cores, once for four warps. A row's last cell may be missing: its activations are zeros.
 //
-//   warps 0 .. 7: 32 rows each; codes through a ring of their own (cp.async, no barrier)
-//   warp 8 (of a warpgroup that gives its registers away): bulk copies of cells of x into a ring
+//   codes  32 rows a warp, through a ring of its own (cp.async, no barrier)
+//   x      bulk copies into a ring that all warps read; thread 0 starts them between its own steps,
+//          which leaves every register to the warps that multiply
+//
+// Scale groups along K: their scales and zeros come with the codes (rotated_scales.cuh), the sums of
+// the activations with the cells. A group's first MMA starts from zero.
 //
 // Architecture sm_90a only.
 #pragma once
 
 #include "e8p_decode.cuh"
 #include "rotated_rows.cuh"
+#include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
 #include "wgmma_ptx.cuh"
@@ -32,27 +38,28 @@ __device__ __forceinline__ void after_wait(ScalarCodes<kBits>& c, uint32_t no_bi
   asm volatile("" : "+r"(c.b.x), "+r"(c.b.y));
 }
 
-template <Coding kCoding, int kBits, int kTiles, bool kGrouped>
+template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kCells>
 __global__ void
-__launch_bounds__((tune::rotated_wg_warps(kTiles, kGrouped) + 4) * 32, 1)
+__launch_bounds__(tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped) * 32, 1)
 rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
-  constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
+  constexpr int kWarps = tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped);
   constexpr int kStages = tune::rotated_wg_stages(kCoding, kBits, kTiles);
   constexpr int kPlanes = tune::rotated_planes(kCoding, kBits), kColumns = 8 * kTiles;
   constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;
   constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane;
-  constexpr int kDepth = tune::rotated_wg_depth(kCoding, kBits, kWarps);
+  constexpr int kSums = tune::rotated_wg_sums(kTiles, kGrouped), kStage = kCells * (kX + kSums);
+  constexpr int kDepth = tune::rotated_wg_depth(kCoding, kBits, kWarps, kCells);  // steps
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const codes = smem + tune::rotated_tables(kCoding, kBits);
-  unsigned char* const cells = codes + kWarps * kDepth * kCodes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kX);
+  unsigned char* const cells = codes + kWarps * kDepth * kCells * kCodes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
   uint64_t* const empty = full + kStages;
   float* const exchange = reinterpret_cast<float*>(empty + kStages);  // two of [4][group_rows]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
-  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
+  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
   const long long all_cells = static_cast<long long>(s.groups) * units;
   const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
   const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
@@ -67,59 +74,74 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
   __syncthreads();
 
-  if (warp >= kWarps) {
-    registers_down<24>();
-    if (threadIdx.x != kWarps * 32) return;
-    grid_dependency_wait();
-    Ring<kStages> ring;
-    int unit = unit0;
-    for (int i = 0; i < count; ++i, ring.advance()) {
-      if (i >= kStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
-      barrier_expect(full + ring.stage, kX);
-      bulk_copy(cells + ring.stage * kX, p.x_cells + size_t(unit) * kX, kX, full + ring.stage);
-      if (++unit == units) unit = 0;
-    }
-    return;
-  }
-  registers_up<kWarps == 8 ? 240 : kWarps == 12 ? 152 : 112>();
+  // Thread 0: starts copying the next step's x. Its stage was that of kStages steps before.
+  Ring<kStages> fill;
+  int fill_unit = unit0, filled = 0;
+  auto fill_stage = [&] {
+    if (threadIdx.x != 0 || filled == count) return;
+    if (filled >= kStages) barrier_wait(empty + fill.stage, fill.phase ^ 1);
+    unsigned char* const to = cells + fill.stage * kStage;
+    barrier_expect(full + fill.stage, kStage);
+    bulk_copy(to, p.x_cells + size_t(fill_unit) * kCells * kX, kCells * kX, full + fill.stage);
+    if constexpr (kGrouped)
+      bulk_copy(to + kCells * kX, p.x_sums + size_t(fill_unit) * kCells * 4 * kTiles,
+                kCells * kSums, full + fill.stage);
+    if (++fill_unit == units) fill_unit = 0;
+    ++filled;
+    fill.advance();
+  };
   const uint32_t lane_offset = lane * 4;
   int fetch_block = first / units * kWarps + warp, wrap = units - unit0;
   int left = fetch_block < blocks ? count : 0, fetched = 0;
-  const uint8_t* from =
-      p.w.packed + (size_t(fetch_block) * units + unit0) * kCodes + lane * 16;
-  unsigned char* const own = codes + warp * kDepth * kCodes + lane * 16;
+  const int row_cells = p.w.units(), missing = units * kCells - row_cells;
+  const uint8_t* from = p.w.packed +
+                        (size_t(fetch_block) * row_cells + unit0 * kCells) * kCodes + lane * 16;
+  unsigned char* const own = codes + warp * kDepth * kCells * kCodes + lane * 16;
   auto fetch = [&] {
     if (left > 0) {
 #pragma unroll
-      for (int i = 0; i < kBits * 256 / 512; ++i)
-        copy_async(own + fetched * kCodes + i * 512, from + i * 512);
-      if constexpr (kBits == 3)
-        copy_async8(own + fetched * kCodes + 512 - lane * 8, from + 512 - lane * 8);
+      for (int c = 0; c < kCells; ++c) {
+        if (c > 0 && wrap == 1 && missing > 0) break;
+        unsigned char* const to = own + (fetched * kCells + c) * kCodes;
+#pragma unroll
+        for (int i = 0; i < kBits * 256 / 512; ++i)
+          copy_async(to + i * 512, from + c * kCodes + i * 512);
+        if constexpr (kBits == 3)
+          copy_async8(to + 512 - lane * 8, from + c * kCodes + 512 - lane * 8);
+      }
     }
     copy_commit();
     if (++fetched == kDepth) fetched = 0;
     --left;
-    from += kCodes;
+    from += kCells * kCodes;
     if (--wrap == 0) {
       wrap = units;
-      from += size_t(kWarps - 1) * units * kCodes;
+      from += (size_t(kWarps - 1) * row_cells - missing) * kCodes;
       fetch_block += kWarps;
       if (fetch_block >= blocks) left = 0;
     }
   };
+  const int span = kGrouped ? p.w.group / (kCells * kCellColumns) : 1;  // steps of a scale group
+  const int chunk_units = span * kGroupChunk;
+  const GroupScales scales(p.w, reinterpret_cast<unsigned char*>(exchange) +
+                                    tune::rotated_wg_exchange(kTiles, kWarps) +
+                                    warp * kGroupBytes);
+  if constexpr (kGrouped) scales.copy(fetch_block, unit0 / chunk_units, 0);
   for (int i = 0; i < kDepth - 1; ++i) fetch();
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
-    consumers_sync<kWarps * 32>();
+    __syncthreads();
   }
   grid_dependency_wait();
+  for (int i = 0; i < kStages - 1; ++i) fill_stage();
 
   int acc[2][kTiles * 4] = {};
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
-  float group_sum[kTiles] = {}, group_scale[kTiles] = {};
+  float group_sum[kTiles] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
-  const int span = kGrouped ? p.w.group / kCellColumns : 1;
-  RowScales rows, ahead;  // of this scale group and the next
+  RowScales rows;  // not grouped
+  // Grouped: buffer of scales in use, cells since the other one's copy was started.
+  int buffer = 1, since = kDepth;
   Ring<kStages> ring;
   const uint32_t no_bits = static_cast<uint32_t>(s.ctas) >> 31;  // 0
   int read = 0, released = -1;  // slot of codes; stage of x whose MMAs are under way
@@ -146,39 +168,55 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
 
   int begin = 0, group = first / units, unit = unit0;
+  bool within = false;  // grouped: the accumulators hold a part of a scale group
   for (;;) {  // row groups
-    const int end = min(count, begin + units - unit), first_unit = unit;
+    const int end = min(count, begin + units - unit);
+    uint32_t scale_group = unit / span;
+    int next_chunk = unit, group_end = (scale_group + 1) * span;  // units
     for (int i = begin; i < end; ++i) {
-      if constexpr (kGrouped) {
-        if (unit % span == 0 || unit == first_unit)
-          advance_rows(p.w, group * kWarps + warp, unit / span, unit == first_unit, &rows, &ahead);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const float2 v = p.x_sums[size_t(unit) * tokens + min(n * 4 + t, tokens - 1)];
-          group_sum[n] += v.x;
-          group_scale[n] = v.y;
-        }
-      }
       copy_wait<kDepth - 2>();
-      ScalarCodes<kE8p && kBits == 4 ? 4 : kBits> c;
+      if constexpr (kGrouped) {
+        if (unit == next_chunk) {  // a chunk of scales begins, the next may come
+          if (since < kDepth - 1) copy_wait<0>();
+          __syncwarp();
+          buffer ^= 1;
+          since = 0;
+          const int chunk = unit / chunk_units;
+          next_chunk = (chunk + 1) * chunk_units;
+          if (i + min(next_chunk, units) - unit < count) {
+            if (next_chunk >= units) scales.copy((group + 1) * kWarps + warp, 0, buffer ^ 1);
+            else scales.copy(group * kWarps + warp, chunk + 1, buffer ^ 1);
+          }
+        }
+        ++since;
+      }
+      ScalarCodes<kBits> c[kCells];
 #pragma unroll
-      for (int j = 0; j < int(sizeof(c.a) / 16); ++j)
-        c.a[j] = *reinterpret_cast<const uint4*>(own + read * kCodes + j * 512);
-      if constexpr (kBits == 3)
-        c.b = *reinterpret_cast<const uint2*>(own + read * kCodes + 512 - lane * 8);
+      for (int n = 0; n < kCells; ++n) {
+        const unsigned char* const at = own + (read * kCells + n) * kCodes;
+#pragma unroll
+        for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j)
+          c[n].a[j] = *reinterpret_cast<const uint4*>(at + j * 512);
+        if constexpr (kBits == 3) c[n].b = *reinterpret_cast<const uint2*>(at + 512 - lane * 8);
+      }
       if (++read == kDepth) read = 0;
       fetch();
-      const uint64_t x = core_matrices(cells + ring.stage * kX, kColumns * 16, 128);
+      const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        uint32_t words[2][4], a[2][2][4];
+        uint32_t words[2 * kCells][4], a[2 * kCells][2][4];  // of row tile i % 2, cell i / 2
         if constexpr (kE8p) {
 #pragma unroll
-          for (int m = 0; m < 2; ++m)
-            e8p_words<kBits>(c.a[0], c.a[kBits == 4 ? 1 : 0], c.b, plane, m, lane_offset, words[m]);
+          for (int i = 0; i < 2 * kCells; ++i) {
+            const auto& cell = c[i / 2];
+            e8p_words<kBits>(cell.a[0], cell.a[kBits == 4 ? 1 : 0], cell.b, plane, i % 2,
+                             lane_offset, words[i]);
+          }
         }
         if (plane == 0) {
           release();
+          if (i > 0) fill_stage();
+          __syncwarp();
           barrier_wait(full + ring.stage, ring.phase);
         } else {
           mma_groups_wait<0>();
@@ -187,44 +225,69 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         // what writes them must depend on something that comes after the wait.
         if constexpr (kE8p) {
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
+          for (int i = 0; i < 2 * kCells; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[m][j]));
-            e8p_expand<kBits>(words[m], plane, a[m]);
+            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+            e8p_expand<kBits>(words[i], plane, a[i]);
           }
         } else {
-          after_wait(c, no_bits);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c, m, a[m]);
+          for (int n = 0; n < kCells; ++n) {
+            after_wait(c[n], no_bits);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
+          }
         }
         mma_fence();
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          wgmma(acc[m], a[m][0], x + (plane * kPlane >> 4));
-          wgmma(acc[m], a[m][1], x + (plane * kPlane + 2 * kColumns * 16 >> 4));
+        for (int i = 0; i < 2 * kCells; ++i) {
+          const int at = i / 2 * kX + plane * kPlane;
+          wgmma(acc[i % 2], a[i][0], x + (at >> 4), !kGrouped || i > 1 || within);
+          wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
       }
       released = ring.stage;
-      ring.advance();
       if constexpr (kGrouped) {
-        ++unit;
-        if (unit % span == 0 || i + 1 == end) {
+        const float2* const about =
+            reinterpret_cast<const float2*>(cells + ring.stage * kStage + kCells * kX) + t;
+        float group_scale[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < kCells; ++i) group_sum[n] += about[4 * (i * kTiles + n)].x;
+          group_scale[n] = about[4 * n].y;
+        }
+        within = true;
+        __syncwarp();  // read by all lanes before lane 0 releases the stage
+        if (++unit == group_end || i + 1 == end) {
+          float step[4], shift[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float scale = scales.value(scale_group, 0, g + 8 * r, buffer);
+            step[r] = kStep * scale;
+            shift[r] = scale * (scalar_centre(kBits) - scales.value(scale_group, 1, g + 8 * r, buffer));
+          }
           release();
           finished();
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float scale = rows.scale(p.w, r), shift = rows.template shift<kBits>(p.w, r);
+          for (int n = 0; n < kTiles; ++n) {
+            const float sum = group_scale[n] * group_sum[n];
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n)
-              total[r / 2][n][r % 2] += (kStep * combined(r, n) + shift * group_sum[n]) *
-                                        (scale * group_scale[n]);
+            for (int r = 0; r < 4; ++r) {
+              const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
+              float& out = total[r / 2][n][r % 2];
+              out = fmaf(shift[r], sum, out);
+              out = fmaf(step[r] * group_scale[n], static_cast<float>(v[0] * 256 + v[1]), out);
+            }
+            group_sum[n] = 0.f;
           }
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) group_sum[n] = 0.f;
-          clear();
+          within = false;
+          group_end += span;
+          ++scale_group;
         }
       }
+      ring.advance();
     }
     release();
     finished();
@@ -245,7 +308,9 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         if constexpr (!kE8p && !kGrouped) {
           if (p.w.zeros != nullptr || kBits == 8) {
             for (int i = begin + g; i < end; i += 8)
-              sum += p.x_sums[size_t((unit0 + i) % units) * tokens + token].x;
+#pragma unroll
+              for (int n = 0; n < kCells; ++n)
+                sum += p.x_sums[size_t((unit0 + i) % units * kCells + n) * (4 * kTiles) + token].x;
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
           }
@@ -268,7 +333,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           float* const ex = exchange + n % 2 * 4 * kWarps * kCellRows;
 #pragma unroll
           for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
-          consumers_sync<kWarps * 32>();
+          __syncthreads();
           transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
                                   out + n * 4 * s.group_rows, blocks - group * kWarps);
         } else if (m < tokens) {
@@ -277,7 +342,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             out[m * s.group_rows + warp * kCellRows + r * 8 + g] = v[r];
         }
       }
-      if (exchanged) consumers_sync<kWarps * 32>();  // the next row group begins with buffer 0
+      if (exchanged) __syncthreads();  // the next row group begins with buffer 0
     }
     if (end == count) break;
     clear();

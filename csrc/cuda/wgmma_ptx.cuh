@@ -127,20 +127,25 @@ AQLM_WGMMAS(__half, "f16")
 AQLM_WGMMAS(__nv_bfloat16, "bf16")
 
 
-// 64 x N += 64 x 32 (registers) times 32 x N (shared memory) in int8, exact int32 accumulation.
+// 64 x N += 64 x 32 (registers) times 32 x N (shared memory) in int8, exact int32 accumulation;
+// without `accumulate` c's old values count as zero.
 #define AQLM_I8(c, i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3]), "+r"(c[i + 4]), \
                       "+r"(c[i + 5]), "+r"(c[i + 6]), "+r"(c[i + 7])
 #define AQLM_I32(c, i) AQLM_I8(c, i), AQLM_I8(c, i + 8), AQLM_I8(c, i + 16), AQLM_I8(c, i + 24)
-#define AQLM_WGMMA_INT8(N, registers, a0, a1, a2, a3, desc, ...)                                 \
-  __device__ __forceinline__ void wgmma(int (&c)[N / 2], const uint32_t* a, uint64_t b) {        \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                  \
+#define AQLM_WGMMA_INT8(N, registers, a0, a1, a2, a3, desc, add, ...)                            \
+  __device__ __forceinline__ void wgmma(int (&c)[N / 2], const uint32_t* a, uint64_t b,          \
+                                        int accumulate = 1) {                                    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.s32 add, " add ", 0;\n"                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" registers "}, {" a0 "," \
                  a1 "," a2 "," a3 "}, " desc ", add;\n}"                                         \
-                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));            \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),             \
+                   "r"(accumulate));                                                             \
   }
-AQLM_WGMMA_INT8(32, AQLM_R16, "%16", "%17", "%18", "%19", "%20", AQLM_I8(c, 0), AQLM_I8(c, 8))
-AQLM_WGMMA_INT8(64, AQLM_R32, "%32", "%33", "%34", "%35", "%36", AQLM_I32(c, 0))
-AQLM_WGMMA_INT8(128, AQLM_R64, "%64", "%65", "%66", "%67", "%68", AQLM_I32(c, 0), AQLM_I32(c, 32))
+AQLM_WGMMA_INT8(32, AQLM_R16, "%16", "%17", "%18", "%19", "%20", "%21", AQLM_I8(c, 0),
+                AQLM_I8(c, 8))
+AQLM_WGMMA_INT8(64, AQLM_R32, "%32", "%33", "%34", "%35", "%36", "%37", AQLM_I32(c, 0))
+AQLM_WGMMA_INT8(128, AQLM_R64, "%64", "%65", "%66", "%67", "%68", "%69", AQLM_I32(c, 0),
+                AQLM_I32(c, 32))
 
 #undef AQLM_I8
 #undef AQLM_I32

@@ -95,10 +95,15 @@ def short():
 
 def sanitize():
     """One call of every body, for compute-sanitizer: racecheck is a thousand times slower."""
-    cases = [(partial(E8P, bits, 768, 192, FULL, True), (1, 3, 7, 33, 64)) for bits in (2, 3, 4)]
+    cases = [
+        (partial(E8P, bits, 768, 192, FULL, True), (1, 3, 7, 16, 33, 64)) for bits in (2, 3, 4)
+    ]
     cases += [(partial(E8P, 2, 4096, 128, FULL, True), (1, 16)), (partial(E8P, 2, 96, 64), (1,))]
+    cases.append((partial(E8P, 2, 3584, 320), (1, 3, 6, 12)))
+    cases.append((partial(E8P, 2, 16384, 2560), (16,)))
     for bits in (2, 3, 4, 8):
-        cases.append((partial(Scalar, bits, 97, 256, 128), (1, 4, 9)))
+        cases.append((partial(Scalar, bits, 97, 256, 128), (1, 4, 9, 20)))
+        cases.append((partial(Scalar, bits, 400, 640, 64), (1, 4, 9)))
         cases.append((partial(Scalar, bits, 97, 384, 128), (1,)))
         cases.append((partial(Scalar, bits, 128, 192, 192, FULL, True, False), (2, 40)))
     for make, tokens in cases:

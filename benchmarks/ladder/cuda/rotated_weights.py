@@ -14,7 +14,7 @@ from aqlm_infer.formats import E8PFormat
 from aqlm_infer.formats.rotation import Hadamard
 from aqlm_infer.formats.scalar import pack_bits, unpack_bits
 
-LIB = "build/rotated/_rotated.so"
+LIB = os.environ.get("AQLM_LIB", "build/rotated/_rotated.so")
 torch.ops.load_library(LIB)
 DEV = "cuda"
 NONE, FULL, BLOCK = "none", "full", "block"

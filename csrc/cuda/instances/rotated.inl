@@ -10,18 +10,18 @@ namespace aqlm {
 
 namespace {
 
-template <int kTiles, bool kGrouped,
-          int kWarps = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped)>
+template <int kTiles, bool kGrouped, Share kShare = kTiles == 1 ? Share::kLocal : Share::kRing,
+          int kWarps = tune::rotated_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kShare)>
 cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   using Shape = tune::RotatedShape<AQLM_CODING, AQLM_BITS, kTiles>;
-  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps>;
-  const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles);
+  auto kernel = rotated_mma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kWarps, kShare>;
+  const int smem = Shape::kTables + tune::staged_bytes(p.s, p.tokens, kTiles, kShare, kWarps);
   int device = 0;
   DeviceInfo info;
   cudaError_t e = cudaGetDevice(&device);
   if (e == cudaSuccess) e = device_info(device, &info);
   if (e != cudaSuccess) return e;
-  const int limit = std::min(info.max_smem, Shape::kTables + tune::kRotatedMaxX);
+  const int limit = std::min(info.max_smem, Shape::kTables + tune::rotated_most_x(kTiles));
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, smem, stream, p);
 }
 
@@ -29,17 +29,22 @@ template <int kTokens>
 cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
   auto kernel = rotated_groups_kernel<AQLM_BITS, kTokens>;
   constexpr int kScales = tune::kGroupWarps * kGroupBytes;
-  const int smem = kScales + tune::staged_bytes(p.s, kTokens, 1);
+  const int smem = kScales + tune::staged_bytes(p.s, kTokens, 1, Share::kLocal, tune::kGroupWarps);
   constexpr int limit = kScales + tune::kRotatedMaxX;
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, tune::kGroupWarps * 32, smem, stream, p);
 }
 
-template <int kTiles, bool kGrouped>
+template <int kTiles, bool kGrouped,
+          int kCells = tune::rotated_wg_most_cells(AQLM_CODING, AQLM_BITS, kTiles)>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped>;
-  constexpr int kWarps = tune::rotated_wg_warps(kTiles, kGrouped);
-  constexpr int kSmem = tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kWarps);
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, (kWarps + 4) * 32, kSmem, stream, p);
+  if constexpr (kGrouped && kCells == 2)
+    if (p.s.cells == 1) return wgmma_tiles<kTiles, kGrouped, 1>(p, stream);
+  auto kernel = rotated_wgmma_kernel<AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kCells>;
+  constexpr int kWarps = tune::rotated_wg_warps(AQLM_CODING, AQLM_BITS, kTiles, kGrouped);
+  constexpr int kSmem =
+      tune::rotated_wg_smem(AQLM_CODING, AQLM_BITS, kTiles, kGrouped, kCells, kWarps);
+  static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
 template <bool kGrouped>
@@ -49,10 +54,10 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, false);
   const int tiles = c.tiles;
   if constexpr (kGrouped)
-    if (tiles == 1 && tune::rotated_group_body(p.w, p.tokens))
+    if (tiles == 1 && tune::rotated_group_scales(p.w))
       return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);
-  if (tiles > 1) {
-    const int units = p.s.units, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
+  if (tiles > 1 && c.share == Share::kRing) {
+    const int units = p.s.units * p.s.cells, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
     const int planes = c.wgmma ? tune::rotated_planes(AQLM_CODING, AQLM_BITS) : 1;
     const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
                                   kStageThreads, units * 4, stream, p, 8 * tiles, planes, c.wgmma);
@@ -65,7 +70,20 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     return cudaErrorInvalidValue;
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
-    if (c.wide) return matmul_tiles<1, false, tune::kWideWarps>(p, stream);
+    if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);
+  if constexpr (!kGrouped) {
+    constexpr int kMostLocal = tune::rotated_local_tiles(AQLM_CODING, AQLM_BITS);
+#ifdef AQLM_TUNE
+    if (c.share == Share::kOwned && c.wide)
+      return matmul_tiles<1, false, Share::kOwned, 8>(p, stream);
+#endif
+    if (c.share == Share::kOwned) return matmul_tiles<1, false, Share::kOwned>(p, stream);
+    if (c.share == Share::kLocal && tiles == 2)
+      return matmul_tiles<2, false, Share::kLocal>(p, stream);
+    if constexpr (kMostLocal == 4)
+      if (c.share == Share::kLocal && tiles == 4)
+        return matmul_tiles<4, false, Share::kLocal>(p, stream);
+  }
   switch (tiles) {
     case 1: return matmul_tiles<1, kGrouped>(p, stream);
     case 2: return matmul_tiles<2, kGrouped>(p, stream);
