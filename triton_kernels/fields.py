@@ -102,6 +102,28 @@ def _code_pairs(word, j, BITS: tl.constexpr):
 
 
 @triton.jit
+def _byte_fields(word, place, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The fields of BITS at bit ``place`` of each byte. ASM hides the mask from LLVM, which would
+    not see bytes of one word in the topmost fields any more (``_bytes``)."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    if BITS == 8:
+        return word
+    elif ASM:
+        moved = word >> place
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,n", [moved, MASK], tl.int32, True, 1
+        )
+    else:
+        return (word >> place) & MASK
+
+
+@triton.jit
+def _bytes(word):
+    """The four bytes of each word as int8, two last dimensions of 2 (they stay one register)."""
+    return tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24)).to(tl.int8)
+
+
+@triton.jit
 def _dot4(bytes4, x4, total, ASM: tl.constexpr):
     """total + the sum of four products: unsigned bytes of bytes4 by signed bytes of x4, int32.
 
