@@ -54,6 +54,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (512, 1024, 2048), "BLOCK_G": (2, 4), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
         "num_warps": (4,), "num_stages": (1,),
     },
+    "e8p.integer_dot": {
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (8, 16, 32), "SHARED": (0, 1),
+        "PROGRAMS": (1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+    },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (16, 32), "FIRST": (1, 0),
         "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
@@ -120,7 +124,7 @@ def candidates(case: Case, thin: int) -> list[dict]:
             continue
         if name.startswith("scalar.integer") and not fills_bytes(scheme):
             continue
-        if body == "integer_dot" and (M > 32 or parse_scheme(scheme).bits == 8):
+        if body == "integer_dot" and (M > 32 or getattr(parse_scheme(scheme), "bits", 2) == 8):
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
@@ -129,8 +133,8 @@ def candidates(case: Case, thin: int) -> list[dict]:
                 continue
             if body == "integer_dot" and config["BLOCK_M"] != token_block(M):
                 continue
-            # The first operand of Hopper's MMAs has 64 rows: few tokens are the second one.
-            if M <= 16 and "FIRST" in config and config["FIRST"] != (config["BLOCK_M"] == 16):
+            # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
+            if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
                 continue
             found.append(config)
     return found[::thin]

@@ -11,10 +11,13 @@ import triton
 import triton.language as tl
 
 from .fields import (
+    _byte_fields,
+    _bytes,
     _code_pairs,
     _dot4,
     _in_place,
     _pairs,
+    _row_sums,
     _sixteen_bits,
     _total,
     _unit,
@@ -112,17 +115,20 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """One token's inputs as ``_integers`` wants them: 16 bits in units of unit, as signed bytes.
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, TILE: tl.constexpr,
+              BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    out is int32 [2, 2, K/8]: the nibbles at even places of a word (or odd), high bytes (or low), of
-    each group, in the order of its nibbles. sums[p] is the sum of all of a program's 16-bit inputs.
+    out is int32: the nibbles at even places of a word (or odd), high bytes (or low), of each group,
+    in the order of its nibbles: [even or odd, high or low, K/8] for one token, or with TILE
+    [high or low, M, K/8, even or odd]. sums[m, p] is the sum of a program's 16-bit inputs.
     """
+    p, m = tl.program_id(0), tl.program_id(1)
+    x_ptr += m * x_stride
     unit = _unit(x_ptr, K, CHUNK)
-    p = tl.program_id(0)
     groups = K // 8
     group = p * BLOCK + tl.arange(0, BLOCK)
-    inside = tl.minimum(group, groups - 1)
+    ok = group < groups
     total = tl.zeros((BLOCK,), tl.int32)
     for odd in tl.static_range(2):
         high4 = tl.zeros((BLOCK,), tl.int32)
@@ -130,18 +136,21 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BLOCK: tl.constexpr, CHUNK:
         for b in tl.static_range(4):
             # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
             element = 2 * (2 * (b % 2) + odd) + b // 2
-            x = tl.load(x_ptr + inside * 8 + element).to(tl.float32)
+            x = tl.load(x_ptr + group * 8 + element, mask=ok, other=0.0).to(tl.float32)
             high, low = _sixteen_bits(x, unit)
             total += 256 * high + low
             high4 |= (high & 255) << (8 * b)
             low4 |= (low & 255) << (8 * b)
-        tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=group < groups)
-        tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=group < groups)
-    total = tl.where(group < groups, total, 0).to(tl.float32)
-    tl.store(sums_ptr + 2 * p, tl.sum(total, 0))
-    tl.store(sums_ptr + 2 * p + 1, 0.0)
+        if TILE:
+            at = out_ptr + 2 * (m * groups + group) + odd
+            tl.store(at, high4, mask=ok)
+            tl.store(at + 2 * M * groups, low4, mask=ok)
+        else:
+            tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=ok)
+            tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=ok)
+    tl.store(sums_ptr + m * tl.num_programs(0) + p, tl.sum(total.to(tl.float32), 0))
     if p == 0:
-        tl.store(unit_ptr, unit)
+        tl.store(unit_ptr + m, unit)
 
 
 @triton.jit
@@ -195,10 +204,77 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         y += residual * (tl.sum(high2, 1).to(tl.float32) * 256 + tl.sum(low2, 1).to(tl.float32))
         center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
     if tl.program_id(1) == 0:
-        total_x, _ = _total(sums_ptr, sums, 128)
-        y -= center * total_x
+        y -= center * tl.sum(_row_sums(sums_ptr, tl.zeros((1,), tl.int32), 0, 0, sums, 128), 0)
     y *= 0.5 * tl.load(unit_ptr)
     tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=rows < N)
+
+
+@triton.jit
+def _integer_tile(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """The nibbles of codes [BLOCK_G, BLOCK_N], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
+    a word makes two registers of an MMA's operand."""
+    word = _words(tables_ptr, code, KIND, SHARED, (BLOCK_G, BLOCK_N))
+    odd = tl.arange(0, 2)[None, None, :]
+    codes = _bytes(_byte_fields(word[:, :, None], 4 * odd, 4, ASM))
+    return tl.reshape(tl.permute(codes, (0, 2, 3, 4, 1)), (8 * BLOCK_G, BLOCK_N))
+
+
+@triton.jit
+def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
+                 groups, per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
+                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] of up to BLOCK_M tokens, of inputs rounded to 16 bits.
+
+    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
+    registers: nibbles go into it without shared memory.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups)
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    # Codes are loaded one step ahead.
+    group = begin + tl.arange(0, BLOCK_G)[:, None]
+    code = _codes(codes_ptr, group, rows[None, :], end, N)
+    code2 = code
+    if BITS > 2:
+        code2 = _codes(rest_ptr, group, rows[None, :], end, N)
+    k = tl.arange(0, 8 * BLOCK_G)
+    for first in range(begin, end, BLOCK_G):
+        x_ok = token_ok[:, None] & (first * 8 + k < end * 8)[None, :]
+        x_at = x_ptr + tokens[:, None] * (8 * groups) + first * 8 + k[None, :]
+        x_high = tl.load(x_at, mask=x_ok, other=0)
+        x_low = tl.load(x_at + M * (8 * groups), mask=x_ok, other=0)
+        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
+        next_code = _codes(codes_ptr, group, rows[None, :], end, N)
+        next_code2 = next_code
+        if BITS > 2:
+            next_code2 = _codes(rest_ptr, group, rows[None, :], end, N)
+        tile = _integer_tile(tables_ptr, code, 2, SHARED, ASM, BLOCK_N, BLOCK_G)
+        high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
+        low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
+        if BITS > 2:
+            tile = _integer_tile(tables_ptr, code2, BITS - 2, SHARED, ASM, BLOCK_N, BLOCK_G)
+            high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
+            low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
+        code = next_code
+        code2 = next_code2
+    y = high.to(tl.float32) * 256 + low.to(tl.float32)
+    center = ZERO * 1.0
+    if BITS > 2:
+        y += residual * (high2.to(tl.float32) * 256 + low2.to(tl.float32))
+        center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
+    inside = tl.minimum(tokens, M - 1)
+    total_x = _row_sums(sums_ptr, inside, sums, 0, tl.where(tl.program_id(1) == 0, sums, 0), 32)
+    y = (y - center * total_x[:, None]) * (0.5 * tl.load(unit_ptr + inside))[:, None]
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, y, mask=(rows < N)[None, :] & token_ok[:, None])
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from .products import rotated_dx, rotated_product
 
 PREPARED = 1024  # inputs of a program
 QUANTIZED = 128  # groups of a program
+INTEGER_TOKENS = 32  # of the body with integer MMAs
 TABLE_BYTES = {2: 2048, 3: 3072, 4: 2048}
 
 
@@ -85,6 +86,8 @@ class _Weight:
         block, body = tuning.token_block(x.shape[0]), "dot"
         if block == 1:
             body = "integers" if has_dp4a(x) else "gemv"
+        elif block <= INTEGER_TOKENS:
+            body = "integer_dot"
         return tuning.config("e8p", f"{self.bits}bit", self.N, self.K, block, body)
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,18 +100,28 @@ class _Weight:
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options["SHARED"] = bool(config["SHARED"])
         options |= tuning.launch_options(config)
-        if config["body"] == "integers":
-            pieces = triton.cdiv(groups, QUANTIZED)
-            inputs = torch.empty((4, groups), dtype=torch.int32, device=x.device)
-            sums = torch.empty((pieces, 2), dtype=torch.float32, device=x.device)
-            unit = torch.empty(1, dtype=torch.float32, device=x.device)
-            wrap_triton(bodies._quantize)[(pieces,)](
-                x, inputs, sums, unit, self.K, BLOCK=QUANTIZED, CHUNK=4096, num_warps=8
-            )
-            wrap_triton(bodies._integers)[(tiles, splits)](
-                inputs, sums, unit, self.tables, self.codes, self.rest, partial, self.N, groups,
-                each * block_g, self.residual, pieces, ASM=has_dp4a(x), **options,
+        if config["body"] in ("integers", "integer_dot"):
+            pieces, tile = triton.cdiv(groups, QUANTIZED), config["body"] == "integer_dot"
+            inputs = torch.empty((M, 4, groups), dtype=torch.int32, device=x.device)
+            sums = torch.empty((M, pieces), dtype=torch.float32, device=x.device)
+            unit = torch.empty(M, dtype=torch.float32, device=x.device)
+            wrap_triton(bodies._quantize)[(pieces, M)](
+                x, inputs, sums, unit, M, self.K, x.stride(0), TILE=tile, BLOCK=QUANTIZED,
+                CHUNK=4096, num_warps=8,
             )  # fmt: skip
+            weight = self.tables, self.codes, self.rest
+            options["ASM"] = has_dp4a(x)
+            if tile:
+                wrap_triton(bodies._integer_dot)[(tiles, splits)](
+                    inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
+                    each * block_g, self.residual, pieces,
+                    BLOCK_M=tuning.token_rows(config, M), **options,
+                )  # fmt: skip
+            else:
+                wrap_triton(bodies._integers)[(tiles, splits)](
+                    inputs, sums, unit, *weight, partial, self.N, groups, each * block_g,
+                    self.residual, pieces, **options,
+                )  # fmt: skip
         elif config["body"] == "gemv":
             pieces = triton.cdiv(self.K, PREPARED)
             inputs = torch.empty((8, groups), dtype=torch.float32, device=x.device)

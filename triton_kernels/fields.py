@@ -79,6 +79,18 @@ def _total(sums_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _row_sums(sums_ptr, m, stride, begin, end, BLOCK: tl.constexpr):
+    """Sums over begin .. end - 1 of the rows m [R] of sums [.., stride], in order."""
+    total = tl.zeros_like(m).to(tl.float32)
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        sums = tl.load(sums_ptr + m[:, None] * stride + at[None, :], mask=(at < end)[None, :],
+                       other=0.0)  # fmt: skip
+        total += tl.sum(sums, 1)
+    return total
+
+
+@triton.jit
 def _pairs(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
     """1 + q/2^b in a 16-bit type of fields j of both halves of a word, last dimension 2.
 

@@ -21,6 +21,7 @@ from .fields import (
     _dot4,
     _in_place,
     _pairs,
+    _row_sums,
     _sixteen_bits,
     _total,
     _unit,
@@ -212,18 +213,6 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, blocks, BITS: 
 
 
 @triton.jit
-def _sums_of(sums_ptr, m, stride, begin, end, BLOCK: tl.constexpr):
-    """The sum of chunks begin .. end - 1 of tokens m [R], in order."""
-    total = tl.zeros_like(m).to(tl.float32)
-    for first in range(begin, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        sums = tl.load(sums_ptr + m[:, None] * stride + at[None, :], mask=(at < end)[None, :],
-                       other=0.0)  # fmt: skip
-        total += tl.sum(sums, 1)
-    return total
-
-
-@triton.jit
 def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K,
               blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
               GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
@@ -270,7 +259,7 @@ def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, parti
         y = tl.sum(total, 1) - offset
     else:
         scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
-        total_x = tl.sum(_sums_of(sums_ptr, tl.zeros((1,), tl.int32), 0, begin, end, 128), 0)
+        total_x = tl.sum(_row_sums(sums_ptr, tl.zeros((1,), tl.int32), 0, begin, end, 128), 0)
         y = tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)
         y = scale * (y - zero * total_x) * tl.load(unit_ptr)
     tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=row_ok)
@@ -349,7 +338,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
     if not GROUPED:
         scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
         inside = tl.minimum(tokens, M - 1)
-        sums = _sums_of(sums_ptr, inside, blocks, begin, end, 32)
+        sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
         unit = tl.load(unit_ptr + inside)
         total = high.to(tl.float32) * 256 + low.to(tl.float32) - zero[None, :] * sums[:, None]
         total *= scale[None, :] * unit[:, None]

@@ -36,6 +36,10 @@ DEFAULTS: dict[str, Config] = {
         "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
+    "e8p.integer_dot": {
+        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_G": 16, "SHARED": 0, "PROGRAMS": 2112,
+        "num_warps": 4, "num_stages": 1,
+    },
     "e8p.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
         "num_warps": 4, "num_stages": 1,
