@@ -47,20 +47,20 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.gemv": {
-        "BLOCK_N": (1024,), "BLOCK_G": (2,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
+        "BLOCK_N": (64,), "BLOCK_G": (32,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
         "num_stages": (1,),
     },
     "e8p.integers": {
-        "BLOCK_N": (512, 1024, 2048), "BLOCK_G": (2, 4), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
+        "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (8, 16, 32), "SHARED": (0, 1),
-        "PROGRAMS": (1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (16, 32),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1, 3),
     },
     "e8p.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (16, 32), "FIRST": (1, 0),
-        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
+        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4, 8), "num_stages": (1,),
     },
     "scalar.gemv": {
         "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),

@@ -205,9 +205,9 @@ def test_activations_beyond_float16_products():
 def test_operands_that_disagree_are_refused():
     e8p = random_layer("quip-e8p-2bit", 64, 128, torch.float16)
     packed = OPERATORS.e8p_pack(e8p.tensors["Qidxs"], 2).to(DEVICE)
-    x = random_input(2, 192, torch.float16).to(DEVICE)
+    x = random_input(2, 320, torch.float16).to(DEVICE)
     h = torch.empty(0, dtype=torch.int8, device=DEVICE)
-    with pytest.raises(OperandError, match="expected uint8 \\[5120\\] for N=64, K=192 at 2 bits"):
+    with pytest.raises(OperandError, match="expected uint8 \\[10240\\] for N=64, K=320 at 2 bits"):
         OPERATORS.e8p_matmul(x, packed, None, None, h, 2, 1.0, 64, 0, 0, "exact")
     with pytest.raises(OperandError, match="N=64, K=100: E8P needs multiples of 16 and 64"):
         OPERATORS.e8p_matmul(x[:, :100], packed, None, None, h, 2, 1.0, 64, 0, 0, "exact")

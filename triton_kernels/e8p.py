@@ -1,7 +1,10 @@
 """E8P (QuIP#, arXiv 2402.04396) in Triton: the kernel bodies.
 
-Runtime layout, ``e8p_pack``'s: tables of 256 words, then the codes transposed to [K/8, N], then the
-residual codes alike. A 16-bit code becomes a word of eight nibbles u, one a weight, as
+Runtime layout, ``e8p_pack``'s: tables of 256 words, then the codes as [chunks, N, 32]: K/8 groups
+of 8 inputs in chunks of 32 (64 bytes a row, four threads' loads), then the residual codes alike.
+Groups past K have code 0 and meet inputs of 0.
+
+A 16-bit code becomes a word of eight nibbles u, one a weight, as
 MAGNITUDES[code >> 8] ^ SIGNS[code & 255]: nibble j of the lower half for element 2j, of the upper
 half for 2j + 1; the weight is (u - 7.5)/2. A residual code makes a second word alike, or is
 RESIDUALS[code] with nibbles n for the values (n - 8)/2. From there on ``fields`` makes numbers.
@@ -26,14 +29,15 @@ from .fields import (
 
 ZERO = tl.constexpr(7.5)
 ZERO_OF_8_BIT_CODES = tl.constexpr(8.0)
+CHUNK = 32  # groups
 
 
 @triton.jit
-def _codes(codes_ptr, group, rows, end, N):
-    """The codes of groups below ``end`` and rows below N, int32; group and rows are broadcast."""
-    ok = (rows < N) & (group < end)
-    at = codes_ptr + group * N + rows
-    return tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
+def _codes(codes_ptr, step, g, rows, N, BLOCK_G: tl.constexpr):
+    """The codes of groups step * BLOCK_G + g, int32, for rows below N; g and rows are broadcast."""
+    A_CHUNK: tl.constexpr = 32 // BLOCK_G
+    at = codes_ptr + (step // A_CHUNK * N + rows) * 32 + step % A_CHUNK * BLOCK_G + g
+    return tl.load(at, mask=rows < N, other=0, eviction_policy="evict_first").to(tl.int32)
 
 
 @triton.jit
@@ -60,8 +64,8 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 
 
 @triton.jit
-def _prepare(x_ptr, out_ptr, sums_ptr, K, BLOCK: tl.constexpr):
-    """One token's inputs as ``_gemv`` wants them, float32 [8, K/8]: by element of their group.
+def _prepare(x_ptr, out_ptr, sums_ptr, K, groups, BLOCK: tl.constexpr):
+    """One token's inputs as ``_gemv`` wants them, float32 [8, groups]: by element of their group.
 
     They are multiplied by what their nibble's place divides by (two share a shift). sums[p] are
     the sums of x and of what was written.
@@ -70,7 +74,7 @@ def _prepare(x_ptr, out_ptr, sums_ptr, K, BLOCK: tl.constexpr):
     k = p * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     scaled = x * _unplaced(k % 8 // 2, 4, 2)
-    tl.store(out_ptr + k % 8 * (K // 8) + k // 8, scaled, mask=k < K)
+    tl.store(out_ptr + k % 8 * groups + k // 8, scaled, mask=k // 8 < groups)
     tl.store(sums_ptr + 2 * p, tl.sum(x, 0))
     tl.store(sums_ptr + 2 * p + 1, tl.sum(scaled, 0))
 
@@ -85,20 +89,19 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for first in range(begin, end, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        group_ok = group < end
-        code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+    g = tl.arange(0, BLOCK_G)
+    for step in range(begin, end):
+        code = _codes(codes_ptr, step, g[None, :], rows[:, None], N, BLOCK_G)
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
         if BITS > 2:
-            code = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
+            code = _codes(rest_ptr, step, g[None, :], rows[:, None], N, BLOCK_G)
             second = _words(tables_ptr, code, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         for j in tl.static_range(8):
             # Nibble j of the lower half holds element 2j, of the upper half 2j + 1.
-            x = tl.load(x_ptr + (2 * (j % 4) + j // 4) * groups + group, mask=group_ok, other=0.0)
+            x = tl.load(x_ptr + (2 * (j % 4) + j // 4) * groups + step * BLOCK_G + g)
             value = _in_place(word, one, 16 * (j // 4), j % 4, 4, 2)
             if BITS > 2:
                 value += residual * _in_place(second, one, 16 * (j // 4), j % 4, 4, 2)
@@ -115,18 +118,19 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, TILE: tl.constexpr,
-              BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILE: tl.constexpr,
+              BLOCK: tl.constexpr, CHUNK_K: tl.constexpr):  # fmt: skip
     """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
     out is int32: the nibbles at even places of a word (or odd), high bytes (or low), of each group,
-    in the order of its nibbles: [even or odd, high or low, K/8] for one token, or with TILE
-    [high or low, M, K/8, even or odd]. sums[m, p] is the sum of a program's 16-bit inputs.
+    in the order of its nibbles: [even or odd, high or low, groups] for one token, or for a tile of
+    TILE groups [high or low, M, groups / TILE, TILE / 4, 4, even or odd]: a thread's TILE / 4
+    neighbouring groups in turn with those of three others, as in an MMA's operand. sums[m, p] is
+    the sum of a program's 16-bit inputs.
     """
     p, m = tl.program_id(0), tl.program_id(1)
     x_ptr += m * x_stride
-    unit = _unit(x_ptr, K, CHUNK)
-    groups = K // 8
+    unit = _unit(x_ptr, K, CHUNK_K)
     group = p * BLOCK + tl.arange(0, BLOCK)
     ok = group < groups
     total = tl.zeros((BLOCK,), tl.int32)
@@ -136,13 +140,15 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, TILE: tl.const
         for b in tl.static_range(4):
             # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
             element = 2 * (2 * (b % 2) + odd) + b // 2
-            x = tl.load(x_ptr + group * 8 + element, mask=ok, other=0.0).to(tl.float32)
-            high, low = _sixteen_bits(x, unit)
+            x = tl.load(x_ptr + group * 8 + element, mask=group * 8 < K, other=0.0)
+            high, low = _sixteen_bits(x.to(tl.float32), unit)
             total += 256 * high + low
             high4 |= (high & 255) << (8 * b)
             low4 |= (low & 255) << (8 * b)
-        if TILE:
-            at = out_ptr + 2 * (m * groups + group) + odd
+        if TILE > 0:
+            g = group % TILE
+            place = group - g + g % (TILE // 4) * 4 + g // (TILE // 4)
+            at = out_ptr + 2 * (m * groups + place) + odd
             tl.store(at, high4, mask=ok)
             tl.store(at + 2 * M * groups, low4, mask=ok)
         else:
@@ -163,24 +169,23 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     high = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     high2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     # Codes are loaded one step ahead.
-    group = begin + tl.arange(0, BLOCK_G)
-    code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+    g = tl.arange(0, BLOCK_G)
+    code = _codes(codes_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
-    for first in range(begin, end, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        group_ok = group < end
-        next_code = _codes(codes_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
+        code2 = _codes(rest_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
+    for step in range(begin, end):
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
         next_code2 = next_code
         if BITS > 2:
-            next_code2 = _codes(rest_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
+            next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
         if BITS > 2:
@@ -188,9 +193,9 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         code = next_code
         code2 = next_code2
         for odd in tl.static_range(2):
-            x_at = x_ptr + 2 * odd * groups + group
-            x_high = tl.load(x_at, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
-            x_low = tl.load(x_at + groups, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
+            x_at = x_ptr + 2 * odd * groups + step * BLOCK_G + g
+            x_high = tl.load(x_at)[None, :] + tl.zeros_like(word)
+            x_low = tl.load(x_at + groups)[None, :] + tl.zeros_like(word)
             nibbles = (word >> (4 * odd)) & 0x0F0F0F0F
             high = _dot4(nibbles, x_high, high, ASM)
             low = _dot4(nibbles, x_low, low, ASM)
@@ -210,21 +215,33 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
 
 
 @triton.jit
-def _integer_tile(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr,
-                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """The nibbles of codes [BLOCK_G, BLOCK_N], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
-    a word makes two registers of an MMA's operand."""
-    word = _words(tables_ptr, code, KIND, SHARED, (BLOCK_G, BLOCK_N))
-    odd = tl.arange(0, 2)[None, None, :]
-    codes = _bytes(_byte_fields(word[:, :, None], 4 * odd, 4, ASM))
-    return tl.reshape(tl.permute(codes, (0, 2, 3, 4, 1)), (8 * BLOCK_G, BLOCK_N))
+def _look_up(at):
+    """Words at these addresses. (Unlike a ``tl.load``, it has any layout that its user wants.)"""
+    return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1)
+
+
+@triton.jit
+def _integer_tile(tables_ptr, code, KIND: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_G: tl.constexpr):  # fmt: skip
+    """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
+    the thread that loaded a code has its nibbles where an MMA wants them."""
+    if ASM and KIND == 1:
+        word = _look_up(tables_ptr + 512 + (code & 255))
+    elif ASM:
+        word = _look_up(tables_ptr + ((code >> 8) & 255))
+        word = word ^ _look_up(tables_ptr + 256 + (code & 255))
+    else:
+        word = _words(tables_ptr, code, KIND, False, (BLOCK_N, BLOCK_G))
+    word = tl.reshape(word, (BLOCK_N, 4, 1, BLOCK_G // 4))
+    odd = tl.arange(0, 2)[None, None, :, None]
+    nibbles = _bytes(_byte_fields(word, 4 * odd, 4, ASM))
+    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (8 * BLOCK_G, BLOCK_N))
 
 
 @triton.jit
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
-                 groups, per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
-                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-                 BLOCK_M: tl.constexpr):  # fmt: skip
+                 groups, per_split, residual, sums, BITS: tl.constexpr, ASM: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of up to BLOCK_M tokens, of inputs rounded to 16 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
@@ -234,33 +251,33 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     tokens = tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     # Codes are loaded one step ahead.
-    group = begin + tl.arange(0, BLOCK_G)[:, None]
-    code = _codes(codes_ptr, group, rows[None, :], end, N)
+    g = tl.arange(0, BLOCK_G)[None, :]
+    code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, group, rows[None, :], end, N)
-    k = tl.arange(0, 8 * BLOCK_G)
-    for first in range(begin, end, BLOCK_G):
-        x_ok = token_ok[:, None] & (first * 8 + k < end * 8)[None, :]
-        x_at = x_ptr + tokens[:, None] * (8 * groups) + first * 8 + k[None, :]
-        x_high = tl.load(x_at, mask=x_ok, other=0)
-        x_low = tl.load(x_at + M * (8 * groups), mask=x_ok, other=0)
-        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
-        next_code = _codes(codes_ptr, group, rows[None, :], end, N)
+        code2 = _codes(rest_ptr, begin, g, rows[:, None], N, BLOCK_G)
+    x_at = x_ptr + tokens[:, None] * (8 * groups) + tl.arange(0, 8 * BLOCK_G)[None, :]
+    for step in range(begin, end):
+        x_high = tl.load(x_at + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0)
+        x_low = tl.load(
+            x_at + M * groups * 8 + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0
+        )
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g, rows[:, None], N, BLOCK_G)
         next_code2 = next_code
         if BITS > 2:
-            next_code2 = _codes(rest_ptr, group, rows[None, :], end, N)
-        tile = _integer_tile(tables_ptr, code, 2, SHARED, ASM, BLOCK_N, BLOCK_G)
+            next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
+        tile = _integer_tile(tables_ptr, code, 2, ASM, BLOCK_N, BLOCK_G)
         high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
         low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile = _integer_tile(tables_ptr, code2, BITS - 2, SHARED, ASM, BLOCK_N, BLOCK_G)
+            tile = _integer_tile(tables_ptr, code2, BITS - 2, ASM, BLOCK_N, BLOCK_G)
             high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
             low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code
@@ -286,7 +303,7 @@ def _tile(word, one, EXACT: tl.constexpr, TYPE: tl.constexpr, R: tl.constexpr, P
 
 
 @triton.jit
-def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, groups, x_stride,
+def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K, groups, x_stride,
          per_split, residual, one, BITS: tl.constexpr, EXACT: tl.constexpr, SHARED: tl.constexpr,
          FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
          BLOCK_M: tl.constexpr):  # fmt: skip
@@ -299,7 +316,7 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = rows[:, None, None]
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     tokens = tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     if FIRST:
@@ -308,17 +325,17 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total2 = tl.zeros_like(total)
     # Codes are loaded one step ahead.
-    group = begin + tl.arange(0, BLOCK_G)[None, :, None]
-    code = _codes(codes_ptr, group, row, end, N)
+    g = tl.arange(0, BLOCK_G)[None, :, None]
+    code = _codes(codes_ptr, begin, g, row, N, BLOCK_G)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, group, row, end, N)
-    for first in range(begin, end, BLOCK_G):
-        k = first * 8 + tl.arange(0, BLOCK_G * 8)
-        x_ok = token_ok[:, None] & (k < end * 8)[None, :]
+        code2 = _codes(rest_ptr, begin, g, row, N, BLOCK_G)
+    for step in range(begin, end):
+        k = step * (8 * BLOCK_G) + tl.arange(0, 8 * BLOCK_G)
+        x_ok = token_ok[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
-        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
-        next_code = _codes(codes_ptr, group, row, end, N)
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g, row, N, BLOCK_G)
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G, 1))
         tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
         if FIRST:
@@ -327,7 +344,7 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
             total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
         code = next_code
         if BITS > 2:
-            next_code = _codes(rest_ptr, group, row, end, N)
+            next_code = _codes(rest_ptr, ahead, g, row, N, BLOCK_G)
             word = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G, 1))
             tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
             if FIRST:
@@ -358,12 +375,12 @@ def _dequantize(tables_ptr, codes_ptr, rest_ptr, w_ptr, first_row, rows_end, N, 
                 BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """w[n - first_row, :] = factor * Wq[n], rows first_row .. rows_end - 1."""
     row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
-    code = _codes(codes_ptr, group, row, K // 8, N)
+    step, g = tl.program_id(1), tl.arange(0, BLOCK_G)[None, :, None]
+    code = _codes(codes_ptr, step, g, row, N, BLOCK_G)
     word = _words(tables_ptr, code, 2, False, (BLOCK_N, BLOCK_G, 1))
     w = (_tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G) - ZERO) * 0.5
     if BITS > 2:
-        code = _codes(rest_ptr, group, row, K // 8, N)
+        code = _codes(rest_ptr, step, g, row, N, BLOCK_G)
         word = _words(tables_ptr, code, BITS - 2, False, (BLOCK_N, BLOCK_G, 1))
         rest = _tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G)
         w += residual * (rest - (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)) * 0.5

@@ -26,7 +26,7 @@ TOGETHER = {2: 4, 3: 2, 4: 2, 8: 1}  # fields that share a shift in _gemv
 PW = bodies.PW.value
 PLANE = 2 * PW  # inputs
 SET = bodies.SET.value
-INTEGER_TOKENS = 32  # of the body with integer MMAs
+INTEGER_TOKENS = 32  # of the body with integer MMAs; float32 keeps its own precision
 DEQUANTIZE_N = 32  # rows of a tile
 AT_ONCE = 2  # blocks of a step where weights are not grouped; rows are padded to it
 
@@ -112,11 +112,14 @@ class _Weight:
         M = x.shape[0]
         scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
         body, sets = "dot", self.sets()
+        integers = M <= INTEGER_TOKENS and sets and self.bits < 8 and x.dtype != torch.float32
         if M == 1:
             body = "integers" if sets and has_dp4a(x) else "gemv"
-        elif M <= INTEGER_TOKENS and sets and self.bits < 8:
+        elif integers:
             body = "integer_dot"
         config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
+        if config["body"] == "integer_dot" and not integers:
+            config = tuning.default("scalar.dot")
         body = config["body"]
         at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
@@ -127,7 +130,7 @@ class _Weight:
             "BLOCK_N": config["BLOCK_N"], **tuning.launch_options(config),
         }  # fmt: skip
         grid, per_split = (tiles, splits), each * at_once
-        if body == "integer_dot" and sets:
+        if body == "integer_dot":
             options["BLOCK_M"] = tuning.token_rows(config, M)
             self._integer_dot(x, partial, grid, per_split, options)
         elif body == "integers" and sets:

@@ -29,16 +29,16 @@ DEFAULTS: dict[str, Config] = {
         "num_stages": 1,
     },
     "e8p.gemv": {
-        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.integers": {
-        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_N": 128, "BLOCK_G": 32, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_G": 16, "SHARED": 0, "PROGRAMS": 2112,
-        "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_G": 32, "PROGRAMS": 1056, "num_warps": 4,
+        "num_stages": 1,
     },
     "e8p.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
@@ -111,6 +111,11 @@ def config(family: str, scheme: str, N: int, K: int, M: int, body: str) -> Confi
     found = _forced[-1] if _forced else _measured(device_name(), family, scheme, N, K, M)
     body = found["body"] if found else body
     return {**DEFAULTS[f"{family}.{body}"], **(found or {}), "body": body}
+
+
+def default(name: str) -> Config:
+    """The default config of ``family.body``."""
+    return {**DEFAULTS[name], "body": name.split(".")[1]}
 
 
 @contextmanager
