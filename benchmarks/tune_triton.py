@@ -42,6 +42,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (128, 256, 512), "BLOCK_G": (2, 4), "PROGRAMS": (1056, 2112),
         "num_warps": (4,), "num_stages": (1,),
     },
+    "additive.words_dot": {
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
+        "num_warps": (4, 8), "num_stages": (1,),
+    },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
         "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
@@ -122,6 +126,8 @@ def candidates(case: Case, thin: int) -> list[dict]:
             continue
         if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
             continue
+        if body == "words_dot" and M > 32:
+            continue
         if name.startswith("scalar.integer") and not fills_bytes(scheme):
             continue
         if body == "integer_dot" and (M > 32 or getattr(parse_scheme(scheme), "bits", 2) == 8):
@@ -131,7 +137,7 @@ def candidates(case: Case, thin: int) -> list[dict]:
             large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
             if large or (M > 1 and config["BLOCK_M"] < min(M, 64)):
                 continue
-            if body == "integer_dot" and config["BLOCK_M"] != token_block(M):
+            if body in ("integer_dot", "words_dot") and config["BLOCK_M"] != token_block(M):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
             if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:

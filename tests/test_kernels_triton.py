@@ -16,6 +16,8 @@ from aqlm_infer.ops import OperandError
 
 pytest.importorskip("triton")
 
+from aqlm_infer.triton_kernels import tuning
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16 as if its bits were integers, so bfloat16 needs a GPU; it is
 # also slow, so it runs the token counts that reach every body.
@@ -44,6 +46,24 @@ def test_matmul(scheme, N, K, dtype):
         assert torch.equal(y, quant(wide[:, 3 : 3 + K])), f"M={M}: two runs differ"
         expected = x.double() @ weight.T + layer.bias.double()
         assert_close(y.cpu(), expected, x, weight, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "N", "K"),
+    [("aqlm-1x8-g8", 63, 200), ("aqlm-2x6-g8", 64, 104), ("aqlm-2x8-g8", 130, 520),
+     ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 65, 136), ("aqlm-1x12-g8", 67, 264)],
+)  # fmt: skip
+@pytest.mark.parametrize("body", ["words_dot", "dot"])
+def test_both_bodies_of_few_tokens(scheme, N, K, body):
+    """Words gathered into registers (codebooks in shared memory where they fit), or into a tile."""
+    for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
+        layer = random_layer(scheme, N, K, dtype)
+        quant, weight = make(layer), layer.weight()
+        for M in (2, 16, 31):
+            x = random_input(M, K, dtype)
+            with tuning.forced({"body": body}):
+                y = quant(x.to(DEVICE))
+            assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
@@ -153,8 +173,8 @@ def test_operands_that_disagree_are_refused():
             layer.format, x, {**b, "packed_codes": packed}, values, bias, (40,), ""
         )
 
-    with pytest.raises(OperandError, match="packed has shape \\[640\\], expected \\[720\\]"):
-        matmul(x=torch.cat([x, x[:, :8]], 1))
+    with pytest.raises(OperandError, match="packed has shape \\[2560\\], expected \\[5120\\]"):
+        matmul(x=torch.cat([x, x, x, x, x[:, :8]], 1))
     with pytest.raises(OperandError, match="K=63 is not a multiple of 8"):
         matmul(x=x[:, :63])
     with pytest.raises(OperandError, match="bias has shape"):

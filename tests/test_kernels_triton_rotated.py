@@ -93,6 +93,8 @@ BYTES = (
     ("rtn-int8-g72", 5, 72),
     ("gptq-int4-g128", 33, 384),
     ("gptq-int8-g64", 17, 192),
+    ("gptq-int2-g128", 35, 640),
+    ("gptq-int2-g64", 33, 320),
 )
 
 
@@ -112,6 +114,21 @@ def test_both_bodies_of_one_token(scheme, N, K, dtype, body):
     with tuning.forced({"body": body}):
         y = quant(torch.zeros(1, K, dtype=dtype, device=DEVICE))
     assert torch.equal(y[0].cpu(), layer.bias)
+
+
+@pytest.mark.parametrize("body", ["integer_dot", "dot"])
+@pytest.mark.parametrize(("scheme", "N", "K"), [c for c in BYTES if "int8" not in c[0]])
+def test_both_bodies_of_few_tokens(scheme, N, K, body):
+    """Integers that go into registers, or a tile in the inputs' type."""
+    for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
+        layer = random_layer(scheme, N, K, dtype)
+        quant, weight = make(layer), layer.weight()
+        for M in (2, 16, 31):
+            x = random_input(M, K, dtype)
+            with tuning.forced({"body": body}):
+                y = quant(x.to(DEVICE))
+            expected = x.double() @ weight.T + layer.bias.double()
+            assert_close(y.cpu(), expected, x, weight, dtype)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)

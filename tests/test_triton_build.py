@@ -18,12 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar
 
-A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
+A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8, "CHUNKED": True}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
 CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
+        (additive._words_dot, {**A, "SHARED": True, "COPIES0": 8, "COPIES": 4, "ASM": True,
+                               "BLOCK_N": 64, "BLOCK_M": 16}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
@@ -83,7 +85,7 @@ print("compiled", len(CASES))
 
 @pytest.mark.parametrize(
     ("family", "arch", "count"),
-    [("additive", 90, 7), ("rotated", 80, 9), ("scalar", 90, 7)],
+    [("additive", 90, 8), ("rotated", 80, 9), ("scalar", 90, 7)],
 )
 def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -1,11 +1,13 @@
 """Additive codebooks (AQLM, arXiv 2401.06118) in Triton: the kernel bodies.
 
-Runtime layout: the canonical codes transposed to [B, K/g, N/og], so that neighbouring rows are
-neighbouring bytes. ``additive_ops`` chooses the body by the number of tokens M:
+Runtime layout: codes of rows' vectors of 8 (CHUNKED) as [B, chunks, N, 32]: the K/8 groups in
+chunks of 32, whose codes of a row lie together; groups past K have code 0. Others: the canonical
+codes transposed to [B, K/g, N/og]. ``additive_ops`` chooses the body by the number of tokens M:
 
     _tables, _lookup   one token: the 2^b partial dot products of every input vector and codebook,
                        then one table entry a code (2 bytes from L1 instead of a 16-byte word)
     _gemv              one token: words gathered and multiplied
+    _words_dot         words gathered straight into the operand of an MMA, CHUNKED alone
     _dot               words gathered into a tile of the weight, one ``tl.dot`` for all tokens
     _dequantize        a slice of the weight, for the device's GEMM
 
@@ -17,9 +19,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr):
+def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr,
+           CHUNKED: tl.constexpr):  # fmt: skip
     """Codebook b's codes, int32; 0 where not ok. IN and OUT count in groups and out groups."""
-    at = codes_ptr + (b * IN + group) * OUT + row // OG
+    if CHUNKED:
+        at = codes_ptr + ((b * ((IN + 31) // 32) + group // 32) * OUT + row) * 32 + group % 32
+    else:
+        at = codes_ptr + (b * IN + group) * OUT + row // OG
     code = tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
     return code & (ENTRIES - 1)
 
@@ -42,7 +48,7 @@ def _word(books_ptr, code, row, j, b, ENTRIES: tl.constexpr, OG: tl.constexpr, G
 @triton.jit
 def _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B: tl.constexpr,
           ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-          NATIVE: tl.constexpr):  # fmt: skip
+          CHUNKED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """The sums of B words: float32, or with one codebook or NATIVE the codebooks' type.
 
     code0 and code1 are the first two codebooks' codes. NATIVE, for two codebooks: a sum in their
@@ -55,19 +61,19 @@ def _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B: tl.
     if B > 1:
         total += _word(books_ptr, code1, row, j, 1, ENTRIES, OG, G, GP).to(total.dtype)
     for b in tl.static_range(2, B):
-        code = _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES, OG)
+        code = _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES, OG, CHUNKED)
         total += _word(books_ptr, code, row, j, b, ENTRIES, OG, G, GP).to(total.dtype)
     return total
 
 
 @triton.jit
 def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: tl.constexpr,
-                 OG: tl.constexpr):  # fmt: skip
+                 OG: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
     """The codes of the first two codebooks (twice the first of one)."""
-    code0 = _codes(codes_ptr, group, row, ok, 0, IN, OUT, ENTRIES, OG)
+    code0 = _codes(codes_ptr, group, row, ok, 0, IN, OUT, ENTRIES, OG, CHUNKED)
     code1 = code0
     if B > 1:
-        code1 = _codes(codes_ptr, group, row, ok, 1, IN, OUT, ENTRIES, OG)
+        code1 = _codes(codes_ptr, group, row, ok, 1, IN, OUT, ENTRIES, OG, CHUNKED)
     return code0, code1
 
 
@@ -75,7 +81,7 @@ def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: t
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
          GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-         NATIVE: tl.constexpr):  # fmt: skip
+         CHUNKED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups of x[m] . word sums[n].
 
     The weight is the second operand, [K, N], which Hopper's MMAs read from shared memory. As the
@@ -93,7 +99,7 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
     # Codes (of two codebooks) are loaded one step ahead.
     group = begin + tl.arange(0, BLOCK_G)[:, None, None]
     ok = (group < end) & row_ok
-    next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
+    next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
     for first in range(begin, end, BLOCK_G):
         code0 = next0
         code1 = next1 if B > 1 else next0
@@ -102,10 +108,10 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
         x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
         group = first + BLOCK_G + tl.arange(0, BLOCK_G)[:, None, None]
         ok = (group < end) & row_ok
-        next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
+        next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
         ok = (group - BLOCK_G < end) & row_ok
         tile = _tile(codes_ptr, books_ptr, code0, code1, group - BLOCK_G, row, ok, IN, OUT, j, B,
-                     ENTRIES, OG, G, GP, NATIVE)  # fmt: skip
+                     ENTRIES, OG, G, GP, CHUNKED, NATIVE)  # fmt: skip
         tile = tl.reshape(tile, (BLOCK_G * GP, BLOCK_N)).to(x_ptr.dtype.element_ty)
         total = tl.dot(x, tile, total, input_precision="ieee")
     at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
@@ -113,10 +119,11 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
 
 
 @triton.jit
-def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, IN, x_stride,
+def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, PADDED, x_stride,
             B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
             GROUPS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """tables[m, i, b, c] = x[m, i] . codebook[b, c] / unit[m], unit[m] = |x[m]| * widest.
+    """tables[m, i, b, c] = x[m, i] . codebook[b, c] / unit[m], unit[m] = |x[m]| * widest, of
+    PADDED groups i, zeros past K.
 
     The unit (largest |x| times largest codebook value) keeps every entry within +-G; without it,
     activation outliers would leave float16's range.
@@ -138,48 +145,85 @@ def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, IN, x_stride,
         other=0.0,
     ).to(tl.float32)
     begin = tl.program_id(0) * GROUPS
-    for i in range(begin, tl.minimum(begin + GROUPS, IN)):
-        x = tl.load(x_ptr + m * x_stride + i * G + j, mask=j < G, other=0.0)
+    for i in range(begin, tl.minimum(begin + GROUPS, PADDED)):
+        x_ok = (j < G) & (i * G + j < K)
+        x = tl.load(x_ptr + m * x_stride + i * G + j, mask=x_ok, other=0.0)
         products = tl.sum(book * x.to(tl.float32)[None, :], 1) / unit
-        at = ((m * IN + i) * B + b) * ENTRIES + entries
+        at = ((m * PADDED + i) * B + b) * ENTRIES + entries
         tl.store(tables_ptr + at, products.to(tables_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
-            B: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code]."""
+def _entry(tables_ptr, code, i, b, B: tl.constexpr, ENTRIES: tl.constexpr):
+    """Table entries, float32, of codes of codebook b's group i."""
+    entry = (i * B + b) * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
+    return tl.load(tables_ptr + entry).to(tl.float32)
+
+
+@triton.jit
+def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, PADDED, per_split, B: tl.constexpr,
+            ENTRIES: tl.constexpr, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code].
+
+    CHUNKED: per_split counts 8 groups, whose codes a thread loads at once.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split, m = tl.program_id(1), tl.program_id(2)
+    tables_ptr += m * PADDED * (B * ENTRIES)
     begin = split * per_split
-    end = tl.minimum(begin + per_split, IN)
     ok = rows < N
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(begin, end):
-        for b in tl.static_range(B):
-            code = tl.load(codes_ptr + (b * IN + i) * N + rows, mask=ok, other=0)
-            entry = ((m * IN + i) * B + b) * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
-            total += tl.load(tables_ptr + entry, mask=ok, other=0.0).to(tl.float32)
+    if CHUNKED:
+        chunks = (IN + 31) // 32
+        for eight in range(begin, tl.minimum(begin + per_split, PADDED // 8)):
+            for b in tl.static_range(B):
+                at = codes_ptr + ((b * chunks + eight // 4) * N + rows) * 32 + eight % 4 * 8
+                at = at[:, None] + tl.arange(0, 8)[None, :]
+                code = tl.load(at, mask=ok[:, None], other=0)
+                even, odd = tl.split(tl.reshape(code, (BLOCK_N, 2, 2, 2)))
+                code0, code2 = tl.split(even)
+                code1, code3 = tl.split(odd)
+                for half in tl.static_range(2):
+                    i = eight * 8 + 4 * half
+                    total += _entry(tables_ptr, tl.split(code0)[half], i, b, B, ENTRIES)
+                    total += _entry(tables_ptr, tl.split(code1)[half], i + 1, b, B, ENTRIES)
+                    total += _entry(tables_ptr, tl.split(code2)[half], i + 2, b, B, ENTRIES)
+                    total += _entry(tables_ptr, tl.split(code3)[half], i + 3, b, B, ENTRIES)
+    else:
+        for i in range(begin, tl.minimum(begin + per_split, IN)):
+            for b in tl.static_range(B):
+                code = tl.load(codes_ptr + (b * IN + i) * N + rows, mask=ok, other=0)
+                total += _entry(tables_ptr, code, i, b, B, ENTRIES)
     tl.store(partial_ptr + (split * M + m) * N + rows, total, mask=ok)
 
 
 @triton.jit
 def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
           B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1)."""
+          CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1).
+
+    CHUNKED: BLOCK_G divides 32. per_split counts BLOCK_G groups.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, IN)
+    end = tl.minimum(begin + per_split, (IN + BLOCK_G - 1) // BLOCK_G)
     j = tl.arange(0, GP)
+    A_CHUNK: tl.constexpr = 32 // BLOCK_G
     total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for first in range(begin, end, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        ok = (rows < N)[:, None] & (group < end)[None, :]
-        x_ok = (group < end)[:, None] & (j < G)[None, :]
+    for step in range(begin, end):
+        group = step * BLOCK_G + tl.arange(0, BLOCK_G)
+        ok = (rows < N)[:, None] & (group < IN)[None, :]
+        x_ok = (group < IN)[:, None] & (j < G)[None, :]
         x = tl.load(x_ptr + group[:, None] * G + j[None, :], mask=x_ok, other=0.0).to(tl.float32)
         for b in tl.static_range(B):
-            at = (b * IN + group[None, :]) * N + rows[:, None]
+            if CHUNKED:
+                chunk = b * ((IN + 31) // 32) + step // A_CHUNK
+                at = (chunk * N + rows[:, None]) * 32 + step % A_CHUNK * BLOCK_G
+                at += tl.arange(0, BLOCK_G)[None, :]
+                ok = (rows < N)[:, None]
+            else:
+                at = (b * IN + group[None, :]) * N + rows[:, None]
             code = tl.load(codes_ptr + at, mask=ok, other=0, eviction_policy="evict_first")
             entry = (b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))) * G
             entry = entry[:, :, None] + j[None, None, :]
@@ -194,17 +238,152 @@ def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
 
 
 @triton.jit
+def _four(at, SHARED: tl.constexpr):
+    """Four 32-bit words from each address. (Unlike a ``tl.load``, in any layout that is wanted.)"""
+    if SHARED:
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _share(book_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
+    """Copy a codebook to the shared address ``to``: copy c of word e is 16 (e COPIES + c) on."""
+    e = tl.arange(0, ENTRIES * COPIES)
+    w0, w1, w2, w3 = _four(book_ptr + e // COPIES * 8, False)
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
+        [to + e * 16, w0, w1, w2, w3], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shared_books(books_ptr, B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr,
+                  COPIES: tl.constexpr):  # fmt: skip
+    """The address of all codebooks in shared memory: COPIES0 of the first, COPIES of the others.
+
+    48 KB are what PTX lets a kernel declare.
+    """
+    base = tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b8 books[49152]; mov.u32 $0, books; }", "=r", [], tl.int32, False, 1
+    )
+    _share(books_ptr, base, ENTRIES, COPIES0)
+    for b in tl.static_range(1, B):
+        at = base + 16 * ENTRIES * (COPIES0 + (b - 1) * COPIES)
+        _share(books_ptr + b * (8 * ENTRIES), at, ENTRIES, COPIES)
+    tl.debug_barrier()
+    # Not pure, so that it stays behind the barrier, and with it all that read from its address.
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base], tl.int32, False, 1)
+
+
+@triton.jit
+def _add_pairs(a, b, TYPE: tl.constexpr):
+    """Sums of the two numbers in each word."""
+    if tl.float16 == TYPE:
+        return tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2; }", "=r,r,r",
+            [a, b], tl.int32, True, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves(word, TYPE: tl.constexpr):
+    """The two numbers in each word, last dimension 2 (they stay one register)."""
+    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16)).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, per_split,
+               B: tl.constexpr, ENTRIES: tl.constexpr, SHARED: tl.constexpr, COPIES0: tl.constexpr,
+               COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's chunks of x[m] . word sums[n], up to BLOCK_M tokens.
+
+    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
+    registers: a thread gathers words where the MMA wants them (a quarter of a chunk's groups of
+    its rows), so the weight is never in shared memory. Instead SHARED codebooks are there, in
+    copies for the lanes that read at once (COPIES0 of the first codebook, COPIES of the others): 8
+    copies have no bank conflicts. x and codebooks are of one 16-bit type.
+    """
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = (rows < N)[None, :, None]
+    tokens = tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    begin = tl.program_id(1) * per_split
+    chunks = (IN + 31) // 32
+    end = tl.minimum(begin + per_split, chunks)
+    base = 0
+    if SHARED:
+        base = _shared_books(books_ptr, B, ENTRIES, COPIES0, COPIES)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    t, row, q = tl.arange(0, 4)[:, None, None], rows[None, :, None], tl.arange(0, 8)[None, None, :]
+    lane = t + row % 2 * 4
+    code_at = codes_ptr + row * 32 + t * 8 + q
+    # The MMA takes the groups t * 8 + q of the threads t in turn.
+    i = tl.arange(0, 256)
+    i = i // 8 % 4 * 64 + i // 32 * 8 + i % 8
+    for chunk in range(begin, end):
+        k = chunk * 256 + i
+        x_ok = token_ok[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
+        if ASM:
+            w0 = tl.zeros_like(q + row + t)
+            w1 = w0
+            w2 = w0
+            w3 = w0
+            for b in tl.static_range(B):
+                code = tl.load(code_at + (b * chunks + chunk) * N * 32, mask=row_ok, other=0)
+                code = code.to(tl.int32) & (ENTRIES - 1)
+                if SHARED:
+                    first = 0 if b == 0 else COPIES0 + (b - 1) * COPIES
+                    copies = COPIES0 if b == 0 else COPIES
+                    at = base + 16 * ENTRIES * first + code * (16 * copies) + lane % copies * 16
+                    v0, v1, v2, v3 = _four(at, True)
+                else:
+                    v0, v1, v2, v3 = _four(books_ptr + (b * ENTRIES + code) * 8, False)
+                w0 = v0 if b == 0 else _add_pairs(w0, v0, TYPE)
+                w1 = v1 if b == 0 else _add_pairs(w1, v1, TYPE)
+                w2 = v2 if b == 0 else _add_pairs(w2, v2, TYPE)
+                w3 = v3 if b == 0 else _add_pairs(w3, v3, TYPE)
+            w = _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), TYPE)
+        else:
+            j = tl.arange(0, 8)[None, None, None, :]
+            w = tl.zeros((4, BLOCK_N, 8, 8), TYPE)
+            for b in tl.static_range(B):
+                code = tl.load(code_at + (b * chunks + chunk) * N * 32, mask=row_ok, other=0)
+                code = b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
+                w += tl.load(books_ptr + code[:, :, :, None] * 8 + j)
+            w = tl.reshape(w, (4, BLOCK_N, 8, 2, 2, 2))
+        tile = tl.reshape(tl.permute(w, (2, 0, 3, 4, 5, 1)), (256, BLOCK_N))
+        total = tl.dot(x, tile, total, input_precision="ieee")
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])
+
+
+@triton.jit
 def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K, IN, OUT,
                 B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
-                GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+                GP: tl.constexpr, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_G: tl.constexpr):  # fmt: skip
     """w[n - first_row, :] = scale[n] * word sums[n], rows first_row .. rows_end - 1."""
     row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
     group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
     ok = (row < rows_end) & (group < IN)
     j = tl.arange(0, GP)[None, None, :]
-    code0, code1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
+    code0, code1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
     w = _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B, ENTRIES, OG, G,
-              GP, False)  # fmt: skip
+              GP, CHUNKED, False)  # fmt: skip
     w = w.to(tl.float32) * tl.load(scales_ptr + row // OG, mask=row < rows_end, other=0.0).to(
         tl.float32
     )
