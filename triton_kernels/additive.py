@@ -154,47 +154,32 @@ def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, PADDED, x_str
 
 
 @triton.jit
-def _entry(tables_ptr, code, i, b, B: tl.constexpr, ENTRIES: tl.constexpr):
-    """Table entries, float32, of codes of codebook b's group i."""
-    entry = (i * B + b) * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
-    return tl.load(tables_ptr + entry).to(tl.float32)
-
-
-@triton.jit
 def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, PADDED, per_split, B: tl.constexpr,
-            ENTRIES: tl.constexpr, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            ENTRIES: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code].
 
-    CHUNKED: per_split counts 8 groups, whose codes a thread loads at once.
+    AT_ONCE: the codes of a row that a thread loads at once, from chunks; 1: not CHUNKED. per_split
+    counts AT_ONCE groups.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split, m = tl.program_id(1), tl.program_id(2)
     tables_ptr += m * PADDED * (B * ENTRIES)
     begin = split * per_split
-    ok = rows < N
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    if CHUNKED:
-        chunks = (IN + 31) // 32
-        for eight in range(begin, tl.minimum(begin + per_split, PADDED // 8)):
-            for b in tl.static_range(B):
-                at = codes_ptr + ((b * chunks + eight // 4) * N + rows) * 32 + eight % 4 * 8
-                at = at[:, None] + tl.arange(0, 8)[None, :]
-                code = tl.load(at, mask=ok[:, None], other=0)
-                even, odd = tl.split(tl.reshape(code, (BLOCK_N, 2, 2, 2)))
-                code0, code2 = tl.split(even)
-                code1, code3 = tl.split(odd)
-                for half in tl.static_range(2):
-                    i = eight * 8 + 4 * half
-                    total += _entry(tables_ptr, tl.split(code0)[half], i, b, B, ENTRIES)
-                    total += _entry(tables_ptr, tl.split(code1)[half], i + 1, b, B, ENTRIES)
-                    total += _entry(tables_ptr, tl.split(code2)[half], i + 2, b, B, ENTRIES)
-                    total += _entry(tables_ptr, tl.split(code3)[half], i + 3, b, B, ENTRIES)
-    else:
-        for i in range(begin, tl.minimum(begin + per_split, IN)):
-            for b in tl.static_range(B):
-                code = tl.load(codes_ptr + (b * IN + i) * N + rows, mask=ok, other=0)
-                total += _entry(tables_ptr, code, i, b, B, ENTRIES)
-    tl.store(partial_ptr + (split * M + m) * N + rows, total, mask=ok)
+    ok = (rows < N)[:, None]
+    i = tl.arange(0, AT_ONCE)[None, :]
+    A_CHUNK: tl.constexpr = 32 // AT_ONCE
+    total = tl.zeros((BLOCK_N, AT_ONCE), tl.float32)
+    for step in range(begin, tl.minimum(begin + per_split, PADDED // AT_ONCE)):
+        for b in tl.static_range(B):
+            if AT_ONCE > 1:
+                chunk = b * (PADDED // 32) + step // A_CHUNK
+                at = (chunk * N + rows[:, None]) * 32 + step % A_CHUNK * AT_ONCE + i
+            else:
+                at = (b * IN + step) * N + rows[:, None]
+            code = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32) & (ENTRIES - 1)
+            entry = tables_ptr + ((step * AT_ONCE + i) * B + b) * ENTRIES + code
+            total += tl.load(entry).to(tl.float32)
+    tl.store(partial_ptr + (split * M + m) * N + rows, tl.sum(total, 1), mask=rows < N)
 
 
 @triton.jit
@@ -305,15 +290,17 @@ def _halves(word, TYPE: tl.constexpr):
 @triton.jit
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, per_split,
                B: tl.constexpr, ENTRIES: tl.constexpr, SHARED: tl.constexpr, COPIES0: tl.constexpr,
-               COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_M: tl.constexpr):  # fmt: skip
+               COPIES: tl.constexpr, ASM: tl.constexpr, WIDTH: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's chunks of x[m] . word sums[n], up to BLOCK_M tokens.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
     registers: a thread gathers words where the MMA wants them (a quarter of a chunk's groups of
     its rows), so the weight is never in shared memory. Instead SHARED codebooks are there, in
     copies for the lanes that read at once (COPIES0 of the first codebook, COPIES of the others): 8
-    copies have no bank conflicts. x and codebooks are of one 16-bit type.
+    copies have no bank conflicts. x and codebooks are of one 16-bit type. WIDTH: how many
+    neighbouring inputs of the tile Triton gives to a thread, 8 or 4; with another one the tile
+    is shuffled.
     """
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -332,7 +319,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
     code_at = codes_ptr + row * 32 + t * 8 + q
     # The MMA takes the groups t * 8 + q of the threads t in turn.
     i = tl.arange(0, 256)
-    i = i // 8 % 4 * 64 + i // 32 * 8 + i % 8
+    i = i // WIDTH % 4 * 64 + i // 32 * 8 + i // (4 * WIDTH) % (8 // WIDTH) * WIDTH + i % WIDTH
     for chunk in range(begin, end):
         k = chunk * 256 + i
         x_ok = token_ok[:, None] & (k < K)[None, :]
@@ -365,7 +352,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
                 code = b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
                 w += tl.load(books_ptr + code[:, :, :, None] * 8 + j)
             w = tl.reshape(w, (4, BLOCK_N, 8, 2, 2, 2))
-        tile = tl.reshape(tl.permute(w, (2, 0, 3, 4, 5, 1)), (256, BLOCK_N))
+        w = tl.permute(w, (2, 0, 3, 4, 5, 1) if WIDTH == 8 else (2, 3, 0, 4, 5, 1))
+        tile = tl.reshape(w, (256, BLOCK_N))
         total = tl.dot(x, tile, total, input_precision="ieee")
     at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
     tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])

@@ -20,6 +20,7 @@ from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 CHUNK = 32  # groups of a row that lie together
+LOOKUPS = 8  # codes of a row that a thread loads at once
 WORDS_TOKENS = 32  # of the body that gathers into registers
 SHARED_WORDS = 3072  # codebook words of 16 bytes in shared memory
 
@@ -108,7 +109,8 @@ class _Part:
         wrap_triton(bodies._words_dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.K, self.in_groups,
             x.stride(0), each, B=self.B, ENTRIES=self.entries, SHARED=has_dp4a(x) and first > 0,
-            COPIES0=first, COPIES=others, ASM=has_dp4a(x), BLOCK_N=block_n,
+            COPIES0=first, COPIES=others, ASM=has_dp4a(x),
+            WIDTH=8 // self.codes.dtype.itemsize, BLOCK_N=block_n,
             BLOCK_M=tuning.token_rows(config, M), **tuning.launch_options(config),
         )  # fmt: skip
         return partial
@@ -145,12 +147,12 @@ class _Part:
             ENTRIES=self.entries, G=self.g, GP=self.gp, GROUPS=groups, CHUNK=1024,
         )  # fmt: skip
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        steps = padded // 8 if self.chunked else padded
-        each, splits = split(steps, config["PROGRAMS"] // tiles)
+        at_once = LOOKUPS if self.chunked else 1
+        each, splits = split(padded // at_once, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._lookup)[(tiles, splits, M)](
             tables, self.codes, partial, M, self.N, self.in_groups, padded, each, B=self.B,
-            ENTRIES=self.entries, CHUNKED=self.chunked, BLOCK_N=config["BLOCK_N"],
+            ENTRIES=self.entries, AT_ONCE=at_once, BLOCK_N=config["BLOCK_N"],
             **tuning.launch_options(config),
         )  # fmt: skip
         return partial, unit
