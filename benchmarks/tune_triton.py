@@ -55,11 +55,11 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1,),
     },
     "e8p.integers": {
-        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
-        "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (16, 32),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "COPIES": (0, 1),
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1, 3),
     },
     "e8p.dot": {
@@ -136,6 +136,8 @@ def candidates(case: Case, thin: int) -> list[dict]:
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
             if large or (M > 1 and config["BLOCK_M"] < min(M, 64)):
+                continue
+            if config.get("COPIES") and config.get("SHARED"):
                 continue
             if body in ("integer_dot", "words_dot") and config["BLOCK_M"] != token_block(M):
                 continue

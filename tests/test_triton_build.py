@@ -24,8 +24,8 @@ CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
-        (additive._words_dot, {**A, "SHARED": True, "COPIES0": 8, "COPIES": 4, "ASM": True, "WIDTH": 8,
-                               "BLOCK_N": 64, "BLOCK_M": 16}),
+        (additive._words_dot, {**A, "SHARED": True, "COPIES0": 8, "COPIES": 4, "ASM": True,
+                               "WIDTH": 8, "BLOCK_N": 64, "BLOCK_M": 16}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "AT_ONCE": 8, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
@@ -40,8 +40,10 @@ CASES = {
                     "SHARED": False, "FIRST": True}),
         (e8p._dequantize, {"BITS": 3, "BLOCK_N": 64, "BLOCK_G": 8}),
         (e8p._quantize, {"TILE": 32, "BLOCK": 128, "CHUNK_K": 4096}),
-        (e8p._integers, {"BITS": 2, "SHARED": True, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32}),
-        (e8p._integer_dot, {"BITS": 3, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32, "BLOCK_M": 16}),
+        (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": True, "ASM": True, "BLOCK_N": 64,
+                         "BLOCK_G": 32}),
+        (e8p._integer_dot, {"BITS": 3, "COPIES": True, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32,
+                            "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
                           "PRECISION": "tf32x3", "BLOCK_R": 16}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
@@ -133,6 +135,8 @@ def test_shipped_tables_name_known_bodies_and_options():
     for file in files:
         for family, rows in json.loads(file.read_text()).items():
             for row in rows:
-                assert row["us"] > 0 and (row["M"] == 1 or row["config"]["body"].endswith("dot")), row
+                assert row["us"] > 0 and (row["M"] == 1 or row["config"]["body"].endswith("dot")), (
+                    row
+                )
                 options = set(row["config"]) - {"body"}
                 assert options <= set(tuning.DEFAULTS[f"{family}.{row['config']['body']}"]), row

@@ -17,6 +17,8 @@ Split K writes partial sums [S, M, N] (``partial``).
 import triton
 import triton.language as tl
 
+from .shared import _declare, _load4, _ready, _share4
+
 
 @triton.jit
 def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr,
@@ -223,48 +225,15 @@ def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
 
 
 @triton.jit
-def _four(at, SHARED: tl.constexpr):
-    """Four 32-bit words from each address. (Unlike a ``tl.load``, in any layout that is wanted.)"""
-    if SHARED:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
-            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
-            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _share(book_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
-    """Copy a codebook to the shared address ``to``: copy c of word e is 16 (e COPIES + c) on."""
-    e = tl.arange(0, ENTRIES * COPIES)
-    w0, w1, w2, w3 = _four(book_ptr + e // COPIES * 8, False)
-    tl.inline_asm_elementwise(
-        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
-        [to + e * 16, w0, w1, w2, w3], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _shared_books(books_ptr, B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr,
                   COPIES: tl.constexpr):  # fmt: skip
-    """The address of all codebooks in shared memory: COPIES0 of the first, COPIES of the others.
-
-    48 KB are what PTX lets a kernel declare.
-    """
-    base = tl.inline_asm_elementwise(
-        "{ .shared .align 16 .b8 books[49152]; mov.u32 $0, books; }", "=r", [], tl.int32, False, 1
-    )
-    _share(books_ptr, base, ENTRIES, COPIES0)
+    """The address of all codebooks in shared memory: COPIES0 of the first, COPIES of the others."""
+    base = _declare()
+    _share4(books_ptr, base, ENTRIES, COPIES0)
     for b in tl.static_range(1, B):
         at = base + 16 * ENTRIES * (COPIES0 + (b - 1) * COPIES)
-        _share(books_ptr + b * (8 * ENTRIES), at, ENTRIES, COPIES)
-    tl.debug_barrier()
-    # Not pure, so that it stays behind the barrier, and with it all that read from its address.
-    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base], tl.int32, False, 1)
+        _share4(books_ptr + b * (8 * ENTRIES), at, ENTRIES, COPIES)
+    return _ready(base)
 
 
 @triton.jit
@@ -336,9 +305,9 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
                     first = 0 if b == 0 else COPIES0 + (b - 1) * COPIES
                     copies = COPIES0 if b == 0 else COPIES
                     at = base + 16 * ENTRIES * first + code * (16 * copies) + lane % copies * 16
-                    v0, v1, v2, v3 = _four(at, True)
+                    v0, v1, v2, v3 = _load4(at, True)
                 else:
-                    v0, v1, v2, v3 = _four(books_ptr + (b * ENTRIES + code) * 8, False)
+                    v0, v1, v2, v3 = _load4(books_ptr + (b * ENTRIES + code) * 8, False)
                 w0 = v0 if b == 0 else _add_pairs(w0, v0, TYPE)
                 w1 = v1 if b == 0 else _add_pairs(w1, v1, TYPE)
                 w2 = v2 if b == 0 else _add_pairs(w2, v2, TYPE)

@@ -16,13 +16,13 @@ from . import additive as bodies
 from . import tuning
 from .fields import has_dp4a
 from .partial import finish, split, unit_rows
+from .shared import BYTES
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 CHUNK = 32  # groups of a row that lie together
 LOOKUPS = 8  # codes of a row that a thread loads at once
 WORDS_TOKENS = 32  # of the body that gathers into registers
-SHARED_WORDS = 3072  # codebook words of 16 bytes in shared memory
 
 
 def chunked(in_group: int, out_group: int) -> bool:
@@ -37,7 +37,7 @@ def _padded(groups: int, in_chunks: bool) -> int:
 def _copies(books: int, entries: int) -> tuple[int, int]:
     """Copies of the first codebook and of the others in shared memory; (0, 0): they do not fit."""
     for first, others in ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
-        if entries * (first + (books - 1) * others) <= SHARED_WORDS:
+        if entries * (first + (books - 1) * others) <= BYTES // 16:
             return first, others
     return 0, 0
 

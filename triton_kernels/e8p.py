@@ -26,6 +26,7 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .shared import _declare, _load, _ready, _share
 
 ZERO = tl.constexpr(7.5)
 ZERO_OF_8_BIT_CODES = tl.constexpr(8.0)
@@ -61,6 +62,34 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
     else:
         word = tl.load(tables_ptr + ((code >> 8) & 255), eviction_policy="evict_last")
         return word ^ tl.load(tables_ptr + 256 + (code & 255), eviction_policy="evict_last")
+
+
+@triton.jit
+def _tables(tables_ptr, BITS: tl.constexpr):
+    """The address of the tables in shared memory: 32 copies of the magnitudes (16 at 3 bits), 16 of
+    the signs, 16 of the 8-bit residuals."""
+    base = _declare()
+    copies: tl.constexpr = 16 if BITS == 3 else 32
+    _share(tables_ptr, base, copies)
+    _share(tables_ptr + 256, base + 1024 * copies, 16)
+    if BITS == 3:
+        _share(tables_ptr + 512, base + 1024 * 32, 16)
+    return _ready(base)
+
+
+@triton.jit
+def _shared_words(base, code, BITS: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_G: tl.constexpr):  # fmt: skip
+    """``_words`` of codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
+    copies: tl.constexpr = 16 if BITS == 3 else 32
+    lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
+    lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
+    half = base + lane % 16 * 4
+    if KIND == 1:
+        return _load(half + 1024 * 32 + (code & 255) * 64, True)
+    else:
+        word = _load(base + lane % copies * 4 + ((code >> 8) & 255) * (4 * copies), True)
+        return word ^ _load(half + 1024 * copies + (code & 255) * 64, True)
 
 
 @triton.jit
@@ -162,10 +191,12 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILE: 
 @triton.jit
 def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups,
               per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
-              ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+              COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_G: tl.constexpr):  # fmt: skip
     """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
 
-    Sums of those are exact; four products take one instruction and four nibbles one mask.
+    Sums of those are exact; four products take one instruction and four nibbles one mask. COPIES:
+    tables are shared in copies (``shared``), SHARED: for each step.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
@@ -174,6 +205,9 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
     low = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     high2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    base = 0
+    if COPIES:
+        base = _tables(tables_ptr, BITS)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)
     code = _codes(codes_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
@@ -186,9 +220,14 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         next_code2 = next_code
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
-        word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
+        if COPIES:
+            word = _shared_words(base, code, BITS, 2, BLOCK_N, BLOCK_G)
+        else:
+            word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
-        if BITS > 2:
+        if BITS > 2 and COPIES:
+            second = _shared_words(base, code2, BITS, BITS - 2, BLOCK_N, BLOCK_G)
+        elif BITS > 2:
             second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         code = next_code
         code2 = next_code2
@@ -215,21 +254,18 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
 
 
 @triton.jit
-def _look_up(at):
-    """Words at these addresses. (Unlike a ``tl.load``, it has any layout that its user wants.)"""
-    return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1)
-
-
-@triton.jit
-def _integer_tile(tables_ptr, code, KIND: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+def _integer_tile(tables_ptr, base, code, BITS: tl.constexpr, KIND: tl.constexpr,
+                  COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_G: tl.constexpr):  # fmt: skip
     """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
     the thread that loaded a code has its nibbles where an MMA wants them."""
-    if ASM and KIND == 1:
-        word = _look_up(tables_ptr + 512 + (code & 255))
+    if COPIES:
+        word = _shared_words(base, code, BITS, KIND, BLOCK_N, BLOCK_G)
+    elif ASM and KIND == 1:
+        word = _load(tables_ptr + 512 + (code & 255), False)
     elif ASM:
-        word = _look_up(tables_ptr + ((code >> 8) & 255))
-        word = word ^ _look_up(tables_ptr + 256 + (code & 255))
+        word = _load(tables_ptr + ((code >> 8) & 255), False)
+        word = word ^ _load(tables_ptr + 256 + (code & 255), False)
     else:
         word = _words(tables_ptr, code, KIND, False, (BLOCK_N, BLOCK_G))
     word = tl.reshape(word, (BLOCK_N, 4, 1, BLOCK_G // 4))
@@ -240,8 +276,9 @@ def _integer_tile(tables_ptr, code, KIND: tl.constexpr, ASM: tl.constexpr, BLOCK
 
 @triton.jit
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
-                 groups, per_split, residual, sums, BITS: tl.constexpr, ASM: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                 groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
+                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of up to BLOCK_M tokens, of inputs rounded to 16 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
@@ -256,6 +293,9 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    base = 0
+    if COPIES:
+        base = _tables(tables_ptr, BITS)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)[None, :]
     code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)
@@ -273,11 +313,13 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
         next_code2 = next_code
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
-        tile = _integer_tile(tables_ptr, code, 2, ASM, BLOCK_N, BLOCK_G)
+        tile = _integer_tile(tables_ptr, base, code, BITS, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
         high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
         low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile = _integer_tile(tables_ptr, code2, BITS - 2, ASM, BLOCK_N, BLOCK_G)
+            tile = _integer_tile(
+                tables_ptr, base, code2, BITS, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G
+            )
             high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
             low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code

@@ -122,11 +122,13 @@ class _Weight:
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
+        copies = has_dp4a(x) and bool(config.get("COPIES"))
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](
                 inputs, sums, unit, *weight, partial, self.N, groups, each, self.residual,
-                sums.shape[1], SHARED=bool(config["SHARED"]), ASM=has_dp4a(x), **options,
+                sums.shape[1], SHARED=bool(config["SHARED"]), COPIES=copies, ASM=has_dp4a(x),
+                **options,
             )  # fmt: skip
         elif config["body"] == "gemv":
             pieces = triton.cdiv(groups * 8, PREPARED)
@@ -141,7 +143,7 @@ class _Weight:
             inputs, sums, unit = self._quantized(x, block_g)
             wrap_triton(bodies._integer_dot)[grid](
                 inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
-                each, self.residual, sums.shape[1], ASM=has_dp4a(x),
+                each, self.residual, sums.shape[1], COPIES=copies, ASM=has_dp4a(x),
                 BLOCK_M=tuning.token_rows(config, M), **options,
             )  # fmt: skip
         else:
