@@ -123,10 +123,28 @@ def test_agrees_with_the_cuda_kernels(scheme, N, K):
         pytest.skip(f"{scheme}: the CUDA kernels need in_group_size % 4 == 0")
     ours, cuda = make(layer), make(layer, kernel=None)
     assert cuda.kernel_id.startswith("cuda.")
-    for M in (1, 4, 33, 100):
+    for M in (1, 2, 7, 8, 9, 16, 17, 33, 128, 129):
         x = random_input(M, K, torch.float16)
         y = cuda(x.cuda()).double().cpu()
         assert_close(ours(x.cuda()).cpu(), y, x, layer.weight(), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 9, 70])
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
+def test_another_stream_and_another_device(scheme, M):
+    layer = random_layer(scheme, 130, 264, torch.float16)
+    x = random_input(M, layer.K, torch.float16).contiguous()
+    expected = make(layer)(x.cuda())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = make(layer)(x.cuda())
+    stream.synchronize()
+    assert torch.equal(y, expected)
+    if torch.cuda.device_count() == 1:
+        pytest.skip("one device only: the stream is checked, another device is not")
+    other = make(layer).to("cuda:1")(x.to("cuda:1"))  # while device 0 is the current one
+    assert other.device.index == 1 and torch.equal(other.cpu(), expected.cpu())
 
 
 @pytest.mark.gpu
