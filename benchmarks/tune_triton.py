@@ -43,7 +43,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
         "num_warps": (4, 8), "num_stages": (1,),
     },
     "additive.dot": {
@@ -126,20 +126,20 @@ def candidates(case: Case, thin: int) -> list[dict]:
             continue
         if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
             continue
-        if body == "words_dot" and M > 32:
-            continue
         if name.startswith("scalar.integer") and not fills_bytes(scheme):
             continue
-        if body == "integer_dot" and (M > 32 or getattr(parse_scheme(scheme), "bits", 2) == 8):
+        if body == "integer_dot" and getattr(parse_scheme(scheme), "bits", 2) == 8:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
-            if large or (M > 1 and config["BLOCK_M"] < min(M, 64)):
+            rows = 32 if body == "integer_dot" else 64
+            if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
-            if body in ("integer_dot", "words_dot") and config["BLOCK_M"] != token_block(M):
+            gathers = body in ("integer_dot", "words_dot")
+            if gathers and config["BLOCK_M"] != min(rows, token_block(M)):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
             if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:

@@ -59,7 +59,7 @@ def test_both_bodies_of_few_tokens(scheme, N, K, body):
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()
-        for M in (2, 16, 31):
+        for M in (2, 16, 31, 50):
             x = random_input(M, K, dtype)
             with tuning.forced({"body": body}):
                 y = quant(x.to(DEVICE))

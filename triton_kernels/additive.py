@@ -261,7 +261,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
                B: tl.constexpr, ENTRIES: tl.constexpr, SHARED: tl.constexpr, COPIES0: tl.constexpr,
                COPIES: tl.constexpr, ASM: tl.constexpr, WIDTH: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's chunks of x[m] . word sums[n], up to BLOCK_M tokens.
+    """partial[s, m, n] = sum over the split's chunks of x[m] . word sums[n], up to BLOCK_M tokens
+    (16, 32, or 64 as two tiles of 32).
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
     registers: a thread gathers words where the MMA wants them (a quarter of a chunk's groups of
@@ -274,15 +275,16 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = (rows < N)[None, :, None]
-    tokens = tl.arange(0, BLOCK_M)
-    token_ok = tokens < M
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    tokens = tl.arange(0, TOKENS)
     begin = tl.program_id(1) * per_split
     chunks = (IN + 31) // 32
     end = tl.minimum(begin + per_split, chunks)
     base = 0
     if SHARED:
         base = _shared_books(books_ptr, B, ENTRIES, COPIES0, COPIES)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
+    total2 = tl.zeros((TOKENS, BLOCK_N), tl.float32)
     t, row, q = tl.arange(0, 4)[:, None, None], rows[None, :, None], tl.arange(0, 8)[None, None, :]
     lane = t + row % 2 * 4
     code_at = codes_ptr + row * 32 + t * 8 + q
@@ -291,8 +293,13 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
     i = i // WIDTH % 4 * 64 + i // 32 * 8 + i // (4 * WIDTH) % (8 // WIDTH) * WIDTH + i % WIDTH
     for chunk in range(begin, end):
         k = chunk * 256 + i
-        x_ok = token_ok[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
+        x_at = x_ptr + tokens[:, None] * x_stride + k[None, :]
+        x_ok = (tokens < M)[:, None] & (k < K)[None, :]
+        x = tl.load(x_at, mask=x_ok, other=0.0)
+        x2 = x
+        if BLOCK_M > 32:
+            x_ok = (tokens < M - 32)[:, None] & (k < K)[None, :]
+            x2 = tl.load(x_at + 32 * x_stride, mask=x_ok, other=0.0)
         if ASM:
             w0 = tl.zeros_like(q + row + t)
             w1 = w0
@@ -324,8 +331,12 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
         w = tl.permute(w, (2, 0, 3, 4, 5, 1) if WIDTH == 8 else (2, 3, 0, 4, 5, 1))
         tile = tl.reshape(w, (256, BLOCK_N))
         total = tl.dot(x, tile, total, input_precision="ieee")
-    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
-    tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])
+        if BLOCK_M > 32:
+            total2 = tl.dot(x2, tile, total2, input_precision="ieee")
+    at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(at, total, mask=(rows < N)[None, :] & (tokens < M)[:, None])
+    if BLOCK_M > 32:
+        tl.store(at + 32 * N, total2, mask=(rows < N)[None, :] & (tokens < M - 32)[:, None])
 
 
 @triton.jit

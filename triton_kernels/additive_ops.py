@@ -22,7 +22,6 @@ from .slices import sliced_dx, sliced_matmul
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 CHUNK = 32  # groups of a row that lie together
 LOOKUPS = 8  # codes of a row that a thread loads at once
-WORDS_TOKENS = 32  # of the body that gathers into registers
 
 
 def chunked(in_group: int, out_group: int) -> bool:
@@ -63,7 +62,7 @@ class _Part:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
             # entries cost more than the products that they replace.
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
-        words = 1 < M <= WORDS_TOKENS and self.chunked and x.dtype.itemsize == 2
+        words = M > 1 and self.chunked and x.dtype.itemsize == 2
         words = words and x.dtype == self.codebooks.dtype
         if words and has_dp4a(x):
             body = "words_dot"
@@ -100,7 +99,7 @@ class _Part:
         return partial
 
     def words_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 32 tokens of the codebooks' type."""
+        """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
         M, block_n = x.shape[0], config["BLOCK_N"]
         tiles, chunks = triton.cdiv(self.N, block_n), triton.cdiv(self.in_groups, CHUNK)
         each, splits = split(chunks, config["PROGRAMS"] // tiles)

@@ -279,13 +279,13 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
                  groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
                  BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] of up to BLOCK_M tokens, of inputs rounded to 16 bits.
+    """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
     registers: nibbles go into it without shared memory.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.arange(0, BLOCK_M)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, groups // BLOCK_G)

@@ -24,7 +24,6 @@ from .products import rotated_dx, rotated_product
 PREPARED = 1024  # inputs of a program
 QUANTIZED = 128  # groups of a program
 CHUNK = bodies.CHUNK  # groups of a row that lie together
-INTEGER_TOKENS = 32  # of the body with integer MMAs; float32 keeps its own precision
 TABLE_BYTES = {2: 2048, 3: 3072, 4: 2048}
 
 
@@ -101,23 +100,22 @@ class _Weight:
         self.bits, self.residual, self.N, self.K = bits, residual, N, K
 
     def config(self, x: torch.Tensor) -> tuning.Config:
-        block, body = tuning.token_block(x.shape[0]), "dot"
-        integers = block <= INTEGER_TOKENS and x.dtype != torch.float32
-        if block == 1:
-            body = "integers" if has_dp4a(x) else "gemv"
-        elif integers:
-            body = "integer_dot"
+        block = tuning.token_block(x.shape[0])
+        # float32 keeps its own precision where MMAs have a type for it.
+        integers = block == 1 or x.dtype != torch.float32
+        body = "gemv" if block == 1 else "dot"
+        if integers and has_dp4a(x):
+            body = "integers" if block == 1 else "integer_dot"
         config = tuning.config("e8p", f"{self.bits}bit", self.N, self.K, block, body)
-        if config["body"] == "integer_dot" and not integers:
-            return tuning.default("e8p.dot")
-        return config
+        return config if integers else tuning.default("e8p.dot")
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens, float32."""
         M, groups, config = x.shape[0], _groups(self.K), self.config(x)
         block_g, block_n = config["BLOCK_G"], config["BLOCK_N"]
         tiles = triton.cdiv(self.N, block_n)
-        each, splits = split(groups // block_g, config["PROGRAMS"] // tiles)
+        tokens = triton.cdiv(M, tuning.DOT_ROWS) if config["body"] == "integer_dot" else 1
+        each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
@@ -141,10 +139,10 @@ class _Weight:
             )  # fmt: skip
         elif config["body"] == "integer_dot":
             inputs, sums, unit = self._quantized(x, block_g)
-            wrap_triton(bodies._integer_dot)[grid](
+            wrap_triton(bodies._integer_dot)[(*grid, tokens)](
                 inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
                 each, self.residual, sums.shape[1], COPIES=copies, ASM=has_dp4a(x),
-                BLOCK_M=tuning.token_rows(config, M), **options,
+                BLOCK_M=min(tuning.DOT_ROWS, tuning.token_rows(config, M)), **options,
             )  # fmt: skip
         else:
             wrap_triton(bodies._dot)[grid](

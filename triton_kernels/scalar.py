@@ -289,7 +289,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
                  ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] of up to BLOCK_M tokens, of inputs rounded to 16 bits, for 2 and 4 bits.
+    """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits, for 2 and 4 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
     registers: codes go from the load into it without shared memory. When GROUPED, C sets share a
@@ -298,7 +298,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
     SETS: tl.constexpr = 8 // BITS
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    tokens = tl.arange(0, BLOCK_M)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)

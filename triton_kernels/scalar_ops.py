@@ -26,7 +26,6 @@ TOGETHER = {2: 4, 3: 2, 4: 2, 8: 1}  # fields that share a shift in _gemv
 PW = bodies.PW.value
 PLANE = 2 * PW  # inputs
 SET = bodies.SET.value
-INTEGER_TOKENS = 32  # of the body with integer MMAs; float32 keeps its own precision
 DEQUANTIZE_N = 32  # rows of a tile
 AT_ONCE = 2  # blocks of a step where weights are not grouped; rows are padded to it
 
@@ -109,21 +108,13 @@ class _Weight:
         """Partial sums [S, M, N] of at most 64 tokens, float32."""
         if self.grouped and self.G % PLANE:
             return self._dequantized(x)
-        M = x.shape[0]
-        scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
-        body, sets = "dot", self.sets()
-        integers = M <= INTEGER_TOKENS and sets and self.bits < 8 and x.dtype != torch.float32
-        if M == 1:
-            body = "integers" if sets and has_dp4a(x) else "gemv"
-        elif integers:
-            body = "integer_dot"
-        config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
-        if config["body"] == "integer_dot" and not integers:
-            config = tuning.default("scalar.dot")
-        body = config["body"]
+        M, config = x.shape[0], self.config(x)
+        body, tokens = config["body"], 1
+        if body == "integer_dot":
+            tokens = triton.cdiv(M, tuning.DOT_ROWS)
         at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // tiles)
+        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         options = {
             "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
@@ -131,9 +122,9 @@ class _Weight:
         }  # fmt: skip
         grid, per_split = (tiles, splits), each * at_once
         if body == "integer_dot":
-            options["BLOCK_M"] = tuning.token_rows(config, M)
-            self._integer_dot(x, partial, grid, per_split, options)
-        elif body == "integers" and sets:
+            options["BLOCK_M"] = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            self._integer_dot(x, partial, (*grid, tokens), per_split, options)
+        elif body == "integers":
             self._integers(x, partial, grid, per_split, {"NB": at_once, **options})
         elif M == 1:
             self._gemv(x, partial, grid, per_split, {"NB": at_once, **options})
@@ -142,6 +133,19 @@ class _Weight:
             options |= {"NB": at_once, "FIRST": bool(config["FIRST"])}
             self._dot(x, partial, grid, per_split, config["BLOCK_K"], options)
         return partial
+
+    def config(self, x: torch.Tensor) -> tuning.Config:
+        M, sets = x.shape[0], self.sets()
+        # float32 keeps its own precision where MMAs have a type for it.
+        integers = sets > 0 and (M == 1 or (self.bits < 8 and x.dtype != torch.float32))
+        body = "gemv" if M == 1 else "dot"
+        if integers and has_dp4a(x):
+            body = "integers" if M == 1 else "integer_dot"
+        scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
+        config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
+        if config["body"].startswith("integer") and not integers:
+            return tuning.default("scalar.gemv" if M == 1 else "scalar.dot")
+        return config
 
     def _quantized(self, x: torch.Tensor, tile: bool):
         """What ``_quantize`` makes of x: bytes in words, sums and units, and its C."""

@@ -62,6 +62,10 @@ DEFAULTS: dict[str, Config] = {
 DOT_TOKENS = 64
 """The most tokens of a decode body; more of them multiply with a decoded weight."""
 
+DOT_ROWS = 32
+"""The most tokens of a program whose MMAs take the weight from registers (64 would be Hopper's,
+which take it from shared memory)."""
+
 _forced: list[Config] = []
 
 
