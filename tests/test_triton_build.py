@@ -18,16 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar
 
-A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8, "CHUNKED": True}
+A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
 CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
-        (additive._words_dot, {**A, "SHARED": True, "COPIES0": 8, "COPIES": 4, "ASM": True,
+        (additive._words_dot, {**A, "COPIES0": 8, "COPIES": 2, "BYTES": 40960, "ASM": True,
                                "WIDTH": 8, "BLOCK_N": 64, "BLOCK_M": 16}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
-        (additive._lookup, {**A, "AT_ONCE": 8, "BLOCK_N": 512}),
+        (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
         (partial._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "SCALES": True, "BIAS": True,
                            "BLOCK": 256}),

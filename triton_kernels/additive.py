@@ -1,13 +1,12 @@
 """Additive codebooks (AQLM, arXiv 2401.06118) in Triton: the kernel bodies.
 
-Runtime layout: codes of rows' vectors of 8 (CHUNKED) as [B, chunks, N, 32]: the K/8 groups in
-chunks of 32, whose codes of a row lie together; groups past K have code 0. Others: the canonical
-codes transposed to [B, K/g, N/og]. ``additive_ops`` chooses the body by the number of tokens M:
+Runtime layout: the canonical codes transposed to [B, K/g, N/og], so that neighbouring rows are
+neighbouring bytes. ``additive_ops`` chooses the body by the number of tokens M:
 
     _tables, _lookup   one token: the 2^b partial dot products of every input vector and codebook,
                        then one table entry a code (2 bytes from L1 instead of a 16-byte word)
     _gemv              one token: words gathered and multiplied
-    _words_dot         words gathered straight into the operand of an MMA, CHUNKED alone
+    _words_dot         words gathered straight into the operand of an MMA (NVIDIA, vectors of 8)
     _dot               words gathered into a tile of the weight, one ``tl.dot`` for all tokens
     _dequantize        a slice of the weight, for the device's GEMM
 
@@ -17,17 +16,13 @@ Split K writes partial sums [S, M, N] (``partial``).
 import triton
 import triton.language as tl
 
-from .shared import _declare, _load4, _ready, _share4
+from .shared import _declare, _load4, _load_byte, _load_half, _ready, _share4
 
 
 @triton.jit
-def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr,
-           CHUNKED: tl.constexpr):  # fmt: skip
+def _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES: tl.constexpr, OG: tl.constexpr):
     """Codebook b's codes, int32; 0 where not ok. IN and OUT count in groups and out groups."""
-    if CHUNKED:
-        at = codes_ptr + ((b * ((IN + 31) // 32) + group // 32) * OUT + row) * 32 + group % 32
-    else:
-        at = codes_ptr + (b * IN + group) * OUT + row // OG
+    at = codes_ptr + (b * IN + group) * OUT + row // OG
     code = tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
     return code & (ENTRIES - 1)
 
@@ -50,7 +45,7 @@ def _word(books_ptr, code, row, j, b, ENTRIES: tl.constexpr, OG: tl.constexpr, G
 @triton.jit
 def _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B: tl.constexpr,
           ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-          CHUNKED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+          NATIVE: tl.constexpr):  # fmt: skip
     """The sums of B words: float32, or with one codebook or NATIVE the codebooks' type.
 
     code0 and code1 are the first two codebooks' codes. NATIVE, for two codebooks: a sum in their
@@ -63,19 +58,19 @@ def _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B: tl.
     if B > 1:
         total += _word(books_ptr, code1, row, j, 1, ENTRIES, OG, G, GP).to(total.dtype)
     for b in tl.static_range(2, B):
-        code = _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES, OG, CHUNKED)
+        code = _codes(codes_ptr, group, row, ok, b, IN, OUT, ENTRIES, OG)
         total += _word(books_ptr, code, row, j, b, ENTRIES, OG, G, GP).to(total.dtype)
     return total
 
 
 @triton.jit
 def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: tl.constexpr,
-                 OG: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
+                 OG: tl.constexpr):  # fmt: skip
     """The codes of the first two codebooks (twice the first of one)."""
-    code0 = _codes(codes_ptr, group, row, ok, 0, IN, OUT, ENTRIES, OG, CHUNKED)
+    code0 = _codes(codes_ptr, group, row, ok, 0, IN, OUT, ENTRIES, OG)
     code1 = code0
     if B > 1:
-        code1 = _codes(codes_ptr, group, row, ok, 1, IN, OUT, ENTRIES, OG, CHUNKED)
+        code1 = _codes(codes_ptr, group, row, ok, 1, IN, OUT, ENTRIES, OG)
     return code0, code1
 
 
@@ -83,7 +78,7 @@ def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: t
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
          GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-         CHUNKED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+         NATIVE: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups of x[m] . word sums[n].
 
     The weight is the second operand, [K, N], which Hopper's MMAs read from shared memory. As the
@@ -101,7 +96,7 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
     # Codes (of two codebooks) are loaded one step ahead.
     group = begin + tl.arange(0, BLOCK_G)[:, None, None]
     ok = (group < end) & row_ok
-    next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
+    next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
     for first in range(begin, end, BLOCK_G):
         code0 = next0
         code1 = next1 if B > 1 else next0
@@ -110,10 +105,10 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
         x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
         group = first + BLOCK_G + tl.arange(0, BLOCK_G)[:, None, None]
         ok = (group < end) & row_ok
-        next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
+        next0, next1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
         ok = (group - BLOCK_G < end) & row_ok
         tile = _tile(codes_ptr, books_ptr, code0, code1, group - BLOCK_G, row, ok, IN, OUT, j, B,
-                     ENTRIES, OG, G, GP, CHUNKED, NATIVE)  # fmt: skip
+                     ENTRIES, OG, G, GP, NATIVE)  # fmt: skip
         tile = tl.reshape(tile, (BLOCK_G * GP, BLOCK_N)).to(x_ptr.dtype.element_ty)
         total = tl.dot(x, tile, total, input_precision="ieee")
     at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
@@ -121,11 +116,10 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
 
 
 @triton.jit
-def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, PADDED, x_stride,
+def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, IN, x_stride,
             B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
             GROUPS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """tables[m, i, b, c] = x[m, i] . codebook[b, c] / unit[m], unit[m] = |x[m]| * widest, of
-    PADDED groups i, zeros past K.
+    """tables[m, i, b, c] = x[m, i] . codebook[b, c] / unit[m], unit[m] = |x[m]| * widest.
 
     The unit (largest |x| times largest codebook value) keeps every entry within +-G; without it,
     activation outliers would leave float16's range.
@@ -147,70 +141,48 @@ def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, PADDED, x_str
         other=0.0,
     ).to(tl.float32)
     begin = tl.program_id(0) * GROUPS
-    for i in range(begin, tl.minimum(begin + GROUPS, PADDED)):
-        x_ok = (j < G) & (i * G + j < K)
-        x = tl.load(x_ptr + m * x_stride + i * G + j, mask=x_ok, other=0.0)
+    for i in range(begin, tl.minimum(begin + GROUPS, IN)):
+        x = tl.load(x_ptr + m * x_stride + i * G + j, mask=j < G, other=0.0)
         products = tl.sum(book * x.to(tl.float32)[None, :], 1) / unit
-        at = ((m * PADDED + i) * B + b) * ENTRIES + entries
+        at = ((m * IN + i) * B + b) * ENTRIES + entries
         tl.store(tables_ptr + at, products.to(tables_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, PADDED, per_split, B: tl.constexpr,
-            ENTRIES: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code].
-
-    AT_ONCE: the codes of a row that a thread loads at once, from chunks; 1: not CHUNKED. per_split
-    counts AT_ONCE groups.
-    """
+def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
+            B: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split, m = tl.program_id(1), tl.program_id(2)
-    tables_ptr += m * PADDED * (B * ENTRIES)
     begin = split * per_split
-    ok = (rows < N)[:, None]
-    i = tl.arange(0, AT_ONCE)[None, :]
-    A_CHUNK: tl.constexpr = 32 // AT_ONCE
-    total = tl.zeros((BLOCK_N, AT_ONCE), tl.float32)
-    for step in range(begin, tl.minimum(begin + per_split, PADDED // AT_ONCE)):
+    end = tl.minimum(begin + per_split, IN)
+    ok = rows < N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for i in range(begin, end):
         for b in tl.static_range(B):
-            if AT_ONCE > 1:
-                chunk = b * (PADDED // 32) + step // A_CHUNK
-                at = (chunk * N + rows[:, None]) * 32 + step % A_CHUNK * AT_ONCE + i
-            else:
-                at = (b * IN + step) * N + rows[:, None]
-            code = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32) & (ENTRIES - 1)
-            entry = tables_ptr + ((step * AT_ONCE + i) * B + b) * ENTRIES + code
-            total += tl.load(entry).to(tl.float32)
-    tl.store(partial_ptr + (split * M + m) * N + rows, tl.sum(total, 1), mask=rows < N)
+            code = tl.load(codes_ptr + (b * IN + i) * N + rows, mask=ok, other=0)
+            entry = ((m * IN + i) * B + b) * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
+            total += tl.load(tables_ptr + entry, mask=ok, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + (split * M + m) * N + rows, total, mask=ok)
 
 
 @triton.jit
 def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
           B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-          CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1).
-
-    CHUNKED: BLOCK_G divides 32. per_split counts BLOCK_G groups.
-    """
+          BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, (IN + BLOCK_G - 1) // BLOCK_G)
+    end = tl.minimum(begin + per_split, IN)
     j = tl.arange(0, GP)
-    A_CHUNK: tl.constexpr = 32 // BLOCK_G
     total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for step in range(begin, end):
-        group = step * BLOCK_G + tl.arange(0, BLOCK_G)
-        ok = (rows < N)[:, None] & (group < IN)[None, :]
-        x_ok = (group < IN)[:, None] & (j < G)[None, :]
+    for first in range(begin, end, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        ok = (rows < N)[:, None] & (group < end)[None, :]
+        x_ok = (group < end)[:, None] & (j < G)[None, :]
         x = tl.load(x_ptr + group[:, None] * G + j[None, :], mask=x_ok, other=0.0).to(tl.float32)
         for b in tl.static_range(B):
-            if CHUNKED:
-                chunk = b * ((IN + 31) // 32) + step // A_CHUNK
-                at = (chunk * N + rows[:, None]) * 32 + step % A_CHUNK * BLOCK_G
-                at += tl.arange(0, BLOCK_G)[None, :]
-                ok = (rows < N)[:, None]
-            else:
-                at = (b * IN + group[None, :]) * N + rows[:, None]
+            at = (b * IN + group[None, :]) * N + rows[:, None]
             code = tl.load(codes_ptr + at, mask=ok, other=0, eviction_policy="evict_first")
             entry = (b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))) * G
             entry = entry[:, :, None] + j[None, None, :]
@@ -226,9 +198,9 @@ def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
 
 @triton.jit
 def _shared_books(books_ptr, B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr,
-                  COPIES: tl.constexpr):  # fmt: skip
+                  COPIES: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
     """The address of all codebooks in shared memory: COPIES0 of the first, COPIES of the others."""
-    base = _declare()
+    base = _declare(BYTES)
     _share4(books_ptr, base, ENTRIES, COPIES0)
     for b in tl.static_range(1, B):
         at = base + 16 * ENTRIES * (COPIES0 + (b - 1) * COPIES)
@@ -257,42 +229,53 @@ def _halves(word, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _word4(books_ptr, base, code, lane, b: tl.constexpr, ENTRIES: tl.constexpr,
+           COPIES0: tl.constexpr, COPIES: tl.constexpr):  # fmt: skip
+    """Codebook b's words of 8 numbers as four 32-bit words, from shared copies where there are."""
+    if COPIES0 > 0:
+        first: tl.constexpr = 0 if b == 0 else COPIES0 + (b - 1) * COPIES
+        copies: tl.constexpr = COPIES0 if b == 0 else COPIES
+        return _load4(base + 16 * ENTRIES * first + lane % copies * 16 + code * (16 * copies), True)
+    else:
+        return _load4(books_ptr + (b * ENTRIES + code) * 8, False)
+
+
+@triton.jit
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, per_split,
-               B: tl.constexpr, ENTRIES: tl.constexpr, SHARED: tl.constexpr, COPIES0: tl.constexpr,
-               COPIES: tl.constexpr, ASM: tl.constexpr, WIDTH: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's chunks of x[m] . word sums[n], up to BLOCK_M tokens
-    (16, 32, or 64 as two tiles of 32).
+               B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr, COPIES: tl.constexpr,
+               BYTES: tl.constexpr, ASM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum over the split's steps of 32 groups of x[m] . word sums[n], of up to
+    BLOCK_M tokens (16, 32, or 64 as two tiles of 32); vectors of 8, x and codebooks of one 16-bit
+    type.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
-    registers: a thread gathers words where the MMA wants them (a quarter of a chunk's groups of
-    its rows), so the weight is never in shared memory. Instead SHARED codebooks are there, in
-    copies for the lanes that read at once (COPIES0 of the first codebook, COPIES of the others): 8
-    copies have no bank conflicts. x and codebooks are of one 16-bit type. WIDTH: how many
-    neighbouring inputs of the tile Triton gives to a thread, 8 or 4; with another one the tile
-    is shuffled.
+    registers: a thread loads the codes and gathers the words that the MMA takes from it (a quarter
+    of a step's groups of its rows), so the weight is never in shared memory. Codebooks may be:
+    COPIES0 of the first, COPIES of the others, for the lanes that read at once; 8 have no bank
+    conflicts. WIDTH: how many neighbouring inputs of the tile Triton gives to a thread, 8 or 4;
+    with another one the tile is shuffled.
     """
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = (rows < N)[None, :, None]
     TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
     tokens = tl.arange(0, TOKENS)
     begin = tl.program_id(1) * per_split
-    chunks = (IN + 31) // 32
-    end = tl.minimum(begin + per_split, chunks)
+    end = tl.minimum(begin + per_split, (IN + 31) // 32)
     base = 0
-    if SHARED:
-        base = _shared_books(books_ptr, B, ENTRIES, COPIES0, COPIES)
+    if COPIES0 > 0:
+        base = _shared_books(books_ptr, B, ENTRIES, COPIES0, COPIES, BYTES)
     total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
     total2 = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    t, row, q = tl.arange(0, 4)[:, None, None], rows[None, :, None], tl.arange(0, 8)[None, None, :]
-    lane = t + row % 2 * 4
-    code_at = codes_ptr + row * 32 + t * 8 + q
+    t, q = tl.arange(0, 4)[:, None, None], tl.arange(0, 8)[None, None, :]
+    n = tl.arange(0, BLOCK_N)[None, :, None]
+    row = tl.minimum(tl.program_id(0) * BLOCK_N + n, N - 1)
+    lane = t + n % 2 * 4
     # The MMA takes the groups t * 8 + q of the threads t in turn.
     i = tl.arange(0, 256)
     i = i // WIDTH % 4 * 64 + i // 32 * 8 + i // (4 * WIDTH) % (8 // WIDTH) * WIDTH + i % WIDTH
-    for chunk in range(begin, end):
-        k = chunk * 256 + i
+    for step in range(begin, end):
+        k = step * 256 + i
         x_at = x_ptr + tokens[:, None] * x_stride + k[None, :]
         x_ok = (tokens < M)[:, None] & (k < K)[None, :]
         x = tl.load(x_at, mask=x_ok, other=0.0)
@@ -300,33 +283,27 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
         if BLOCK_M > 32:
             x_ok = (tokens < M - 32)[:, None] & (k < K)[None, :]
             x2 = tl.load(x_at + 32 * x_stride, mask=x_ok, other=0.0)
+        # Groups past K repeat the last one, and meet inputs of 0.
+        at = codes_ptr + tl.minimum(step * 32 + t * 8 + q, IN - 1) * N + row
         if ASM:
-            w0 = tl.zeros_like(q + row + t)
-            w1 = w0
-            w2 = w0
-            w3 = w0
-            for b in tl.static_range(B):
-                code = tl.load(code_at + (b * chunks + chunk) * N * 32, mask=row_ok, other=0)
-                code = code.to(tl.int32) & (ENTRIES - 1)
-                if SHARED:
-                    first = 0 if b == 0 else COPIES0 + (b - 1) * COPIES
-                    copies = COPIES0 if b == 0 else COPIES
-                    at = base + 16 * ENTRIES * first + code * (16 * copies) + lane % copies * 16
-                    v0, v1, v2, v3 = _load4(at, True)
-                else:
-                    v0, v1, v2, v3 = _load4(books_ptr + (b * ENTRIES + code) * 8, False)
-                w0 = v0 if b == 0 else _add_pairs(w0, v0, TYPE)
-                w1 = v1 if b == 0 else _add_pairs(w1, v1, TYPE)
-                w2 = v2 if b == 0 else _add_pairs(w2, v2, TYPE)
-                w3 = v3 if b == 0 else _add_pairs(w3, v3, TYPE)
+            wide: tl.constexpr = codes_ptr.dtype.element_ty == tl.int16
+            code = (_load_half(at) if wide else _load_byte(at)) & (ENTRIES - 1)
+            w0, w1, w2, w3 = _word4(books_ptr, base, code, lane, 0, ENTRIES, COPIES0, COPIES)
+            for b in tl.static_range(1, B):
+                code = _load_half(at + b * IN * N) if wide else _load_byte(at + b * IN * N)
+                code = code & (ENTRIES - 1)
+                v0, v1, v2, v3 = _word4(books_ptr, base, code, lane, b, ENTRIES, COPIES0, COPIES)
+                w0 = _add_pairs(w0, v0, TYPE)
+                w1 = _add_pairs(w1, v1, TYPE)
+                w2 = _add_pairs(w2, v2, TYPE)
+                w3 = _add_pairs(w3, v3, TYPE)
             w = _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), TYPE)
         else:
             j = tl.arange(0, 8)[None, None, None, :]
             w = tl.zeros((4, BLOCK_N, 8, 8), TYPE)
             for b in tl.static_range(B):
-                code = tl.load(code_at + (b * chunks + chunk) * N * 32, mask=row_ok, other=0)
-                code = b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))
-                w += tl.load(books_ptr + code[:, :, :, None] * 8 + j)
+                code = tl.load(at + b * IN * N).to(tl.int32) & (ENTRIES - 1)
+                w += tl.load(books_ptr + (b * ENTRIES + code)[:, :, :, None] * 8 + j)
             w = tl.reshape(w, (4, BLOCK_N, 8, 2, 2, 2))
         w = tl.permute(w, (2, 0, 3, 4, 5, 1) if WIDTH == 8 else (2, 3, 0, 4, 5, 1))
         tile = tl.reshape(w, (256, BLOCK_N))
@@ -342,16 +319,15 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
 @triton.jit
 def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K, IN, OUT,
                 B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
-                GP: tl.constexpr, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_G: tl.constexpr):  # fmt: skip
+                GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """w[n - first_row, :] = scale[n] * word sums[n], rows first_row .. rows_end - 1."""
     row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
     group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
     ok = (row < rows_end) & (group < IN)
     j = tl.arange(0, GP)[None, None, :]
-    code0, code1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG, CHUNKED)
+    code0, code1 = _first_codes(codes_ptr, group, row, ok, IN, OUT, B, ENTRIES, OG)
     w = _tile(codes_ptr, books_ptr, code0, code1, group, row, ok, IN, OUT, j, B, ENTRIES, OG, G,
-              GP, CHUNKED, False)  # fmt: skip
+              GP, False)  # fmt: skip
     w = w.to(tl.float32) * tl.load(scales_ptr + row // OG, mask=row < rows_end, other=0.0).to(
         tl.float32
     )

@@ -16,29 +16,19 @@ from . import additive as bodies
 from . import tuning
 from .fields import has_dp4a
 from .partial import finish, split, unit_rows
-from .shared import BYTES
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
-CHUNK = 32  # groups of a row that lie together
-LOOKUPS = 8  # codes of a row that a thread loads at once
 
 
-def chunked(in_group: int, out_group: int) -> bool:
-    """Whether codes are stored in chunks: those whose words a thread gathers for an MMA."""
-    return (in_group, out_group) == (8, 1)
-
-
-def _padded(groups: int, in_chunks: bool) -> int:
-    return CHUNK * triton.cdiv(groups, CHUNK) if in_chunks else groups
-
-
-def _copies(books: int, entries: int) -> tuple[int, int]:
-    """Copies of the first codebook and of the others in shared memory; (0, 0): they do not fit."""
-    for first, others in ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
-        if entries * (first + (books - 1) * others) <= BYTES // 16:
-            return first, others
-    return 0, 0
+def _copies(books: int, entries: int, tokens: int) -> tuple[int, int, int]:
+    """Copies of the first codebook and of the others in shared memory, and its bytes; zeros: they
+    do not fit. (8 KB are left for 16 tokens' inputs, 16 for 32.)"""
+    size = {16: 40960, 32: 32768}.get(tokens, 0)
+    for first, others in ((8, 8), (8, 2), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
+        if 16 * entries * (first + (books - 1) * others) <= size:
+            return first, others, size
+    return 0, 0, 0
 
 
 class _Part:
@@ -48,11 +38,9 @@ class _Part:
         self.codes, self.codebooks, self.scales, self.K = codes, codebooks, scales, K
         self.B, self.entries, self.og, self.g = codebooks.shape
         self.gp = max(triton.next_power_of_2(self.g), 1)
-        self.in_groups, self.out_groups = K // self.g, scales.shape[0]
+        self.in_groups, self.out_groups = codes.shape[1], codes.shape[2]
         self.N = self.out_groups * self.og
-        self.chunked = chunked(self.g, self.og)
         self.sizes = {"B": self.B, "ENTRIES": self.entries, "OG": self.og, "G": self.g}
-        self.sizes |= {"GP": self.gp, "CHUNKED": self.chunked}
 
     def config(self, x: torch.Tensor) -> tuning.Config:
         M = x.shape[0]
@@ -62,7 +50,7 @@ class _Part:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
             # entries cost more than the products that they replace.
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
-        words = M > 1 and self.chunked and x.dtype.itemsize == 2
+        words = M > 1 and (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         words = words and x.dtype == self.codebooks.dtype
         if words and has_dp4a(x):
             body = "words_dot"
@@ -92,25 +80,26 @@ class _Part:
         each, splits = split(steps, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, 1, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._gemv)[(tiles, splits)](
-            x, self.codes, self.codebooks, partial, self.N, self.in_groups, each,
-            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, CHUNKED=self.chunked,
-            BLOCK_N=config["BLOCK_N"], BLOCK_G=block_g, **tuning.launch_options(config),
+            x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
+            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, BLOCK_N=config["BLOCK_N"],
+            BLOCK_G=block_g, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 
     def words_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
-        M, block_n = x.shape[0], config["BLOCK_N"]
-        tiles, chunks = triton.cdiv(self.N, block_n), triton.cdiv(self.in_groups, CHUNK)
-        each, splits = split(chunks, config["PROGRAMS"] // tiles)
+        M, block_n, block_m = x.shape[0], config["BLOCK_N"], tuning.token_rows(config, x.shape[0])
+        tiles, steps = triton.cdiv(self.N, block_n), triton.cdiv(self.in_groups, 32)
+        each, splits = split(steps, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
-        first, others = _copies(self.B, self.entries)
+        first = others = size = 0
+        if has_dp4a(x) and config["COPIES"]:
+            first, others, size = _copies(self.B, self.entries, block_m)
         wrap_triton(bodies._words_dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.K, self.in_groups,
-            x.stride(0), each, B=self.B, ENTRIES=self.entries, SHARED=has_dp4a(x) and first > 0,
-            COPIES0=first, COPIES=others, ASM=has_dp4a(x),
-            WIDTH=8 // self.codes.dtype.itemsize, BLOCK_N=block_n,
-            BLOCK_M=tuning.token_rows(config, M), **tuning.launch_options(config),
+            x.stride(0), each, B=self.B, ENTRIES=self.entries, COPIES0=first, COPIES=others,
+            BYTES=size, ASM=has_dp4a(x), WIDTH=8 // self.codes.dtype.itemsize, BLOCK_N=block_n,
+            BLOCK_M=block_m, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 
@@ -125,7 +114,7 @@ class _Part:
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.in_groups, self.out_groups,
-            x.stride(0), each * block_g, **self.sizes, BLOCK_N=config["BLOCK_N"],
+            x.stride(0), each * block_g, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
             BLOCK_G=block_g, BLOCK_M=tuning.token_rows(config, M),
             NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype,
             **tuning.launch_options(config),
@@ -135,24 +124,23 @@ class _Part:
     def lookup(self, x: torch.Tensor, widest: torch.Tensor, config: tuning.Config):
         """Partial sums [S, M, N] in units [M] of one or two tokens."""
         M = x.shape[0]
-        padded = _padded(self.in_groups, self.chunked)
         # float16 tables are half the bytes; float32 input keeps float32 sums.
         dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
-        tables = torch.empty((M, padded, self.B, self.entries), dtype=dtype, device=x.device)
+        tables = torch.empty(
+            (M, self.in_groups, self.B, self.entries), dtype=dtype, device=x.device
+        )
         unit = torch.empty(M, dtype=torch.float32, device=x.device)
         groups = config["GROUPS"]
-        wrap_triton(bodies._tables)[(triton.cdiv(padded, groups), self.B, M)](
-            x, self.codebooks, widest, tables, unit, self.K, padded, x.stride(0), B=self.B,
+        wrap_triton(bodies._tables)[(triton.cdiv(self.in_groups, groups), self.B, M)](
+            x, self.codebooks, widest, tables, unit, self.K, self.in_groups, x.stride(0), B=self.B,
             ENTRIES=self.entries, G=self.g, GP=self.gp, GROUPS=groups, CHUNK=1024,
         )  # fmt: skip
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        at_once = LOOKUPS if self.chunked else 1
-        each, splits = split(padded // at_once, config["PROGRAMS"] // tiles)
+        each, splits = split(self.in_groups, config["PROGRAMS"] // tiles)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._lookup)[(tiles, splits, M)](
-            tables, self.codes, partial, M, self.N, self.in_groups, padded, each, B=self.B,
-            ENTRIES=self.entries, AT_ONCE=at_once, BLOCK_N=config["BLOCK_N"],
-            **tuning.launch_options(config),
+            tables, self.codes, partial, M, self.N, self.in_groups, each, B=self.B,
+            ENTRIES=self.entries, BLOCK_N=config["BLOCK_N"], **tuning.launch_options(config),
         )  # fmt: skip
         return partial, unit
 
@@ -162,7 +150,7 @@ class _Part:
         grid = (triton.cdiv(out.shape[0], DEQUANTIZE_N), triton.cdiv(self.in_groups, block_g))
         wrap_triton(bodies._dequantize)[grid](
             self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
-            self.in_groups, self.out_groups, **self.sizes, BLOCK_N=DEQUANTIZE_N,
+            self.in_groups, self.out_groups, **self.sizes, GP=self.gp, BLOCK_N=DEQUANTIZE_N,
             BLOCK_G=block_g, num_warps=4,
         )  # fmt: skip
 
@@ -170,8 +158,7 @@ class _Part:
 def _parts(codes, codebooks, scales, K: int, partitions: list[int]):
     """The fused parts with their first rows. ``codes`` is the flat runtime tensor."""
     books, og, ig = codebooks.shape[0] // len(partitions), codebooks.shape[2], codebooks.shape[3]
-    groups = _padded(K // ig, chunked(ig, og))
-    expected = books * groups * (sum(partitions) // og)
+    expected = books * (K // ig) * (sum(partitions) // og)
     if codes.dim() != 1 or codes.numel() != expected:
         raise OperandError(
             f"packed has shape {list(codes.shape)}, expected [{expected}] codes"
@@ -179,33 +166,27 @@ def _parts(codes, codebooks, scales, K: int, partitions: list[int]):
         )
     offset = row = 0
     for p, rows in enumerate(partitions):
-        size, first = books * groups * (rows // og), row // og
-        yield row, _Part(codes[offset : offset + size], codebooks[p * books : (p + 1) * books],
-                         scales[first : first + rows // og], K)  # fmt: skip
+        groups = rows // og
+        size = books * (K // ig) * groups
+        part = codes[offset : offset + size].view(books, K // ig, groups)
+        first = row // og
+        yield row, _Part(part, codebooks[p * books : (p + 1) * books],
+                         scales[first : first + groups], K)  # fmt: skip
         offset, row = offset + size, row + rows
 
 
-def pack(codes: torch.Tensor, in_group: int, out_group: int, partitions: list[int]) -> torch.Tensor:
-    """Canonical codes [O, I, B] -> the flat runtime tensor of ``additive``, part after part."""
-    if not chunked(in_group, out_group):
-        parts = codes.split([rows // out_group for rows in partitions])
-        return torch.cat([part.permute(2, 1, 0).reshape(-1) for part in parts])
-    groups = codes.shape[1]
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, _padded(groups, True) - groups))
-    parts = codes.unflatten(1, (-1, CHUNK)).split(list(partitions))
-    return torch.cat([part.permute(3, 1, 0, 2).reshape(-1) for part in parts])
+def pack(codes: torch.Tensor, out_group_size: int, partitions: list[int]) -> torch.Tensor:
+    """Canonical codes [O, I, B] -> the flat runtime tensor: [B, I, O] part after part."""
+    parts = codes.split([rows // out_group_size for rows in partitions])
+    return torch.cat([part.permute(2, 1, 0).reshape(-1) for part in parts])
 
 
-def unpack(packed, in_groups: int, books: int, in_group: int, out_group: int, partitions):
+def unpack(packed, in_groups: int, books: int, out_group_size: int, partitions: list[int]):
     """The canonical codes [O, I, B], bit for bit what ``pack`` was given."""
-    groups = [rows // out_group for rows in partitions]
-    in_chunks = chunked(in_group, out_group)
-    padded = _padded(in_groups, in_chunks)
-    parts = zip(packed.split([books * padded * g for g in groups]), groups, strict=True)
-    if not in_chunks:
-        return torch.cat([p.view(books, padded, g).permute(2, 1, 0) for p, g in parts]).contiguous()
-    rows = [p.view(books, -1, g, CHUNK).permute(2, 1, 3, 0).flatten(1, 2) for p, g in parts]
-    return torch.cat(rows)[:, :in_groups].contiguous()
+    groups = [rows // out_group_size for rows in partitions]
+    parts = packed.split([books * in_groups * g for g in groups])
+    shaped = [p.view(books, in_groups, g) for p, g in zip(parts, groups, strict=True)]
+    return torch.cat([p.permute(2, 1, 0) for p in shaped]).contiguous()
 
 
 @triton_op("aqlm_infer_triton::additive_matmul", mutates_args={})

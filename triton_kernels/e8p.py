@@ -66,30 +66,26 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 
 @triton.jit
 def _tables(tables_ptr, BITS: tl.constexpr):
-    """The address of the tables in shared memory: 32 copies of the magnitudes (16 at 3 bits), 16 of
-    the signs, 16 of the 8-bit residuals."""
-    base = _declare()
-    copies: tl.constexpr = 16 if BITS == 3 else 32
-    _share(tables_ptr, base, copies)
-    _share(tables_ptr + 256, base + 1024 * copies, 16)
+    """The address of the tables in shared memory: 16 copies, 8 of the 8-bit residuals."""
+    base = _declare(40960 if BITS == 3 else 32768)
+    _share(tables_ptr, base, 16)
+    _share(tables_ptr + 256, base + 16384, 16)
     if BITS == 3:
-        _share(tables_ptr + 512, base + 1024 * 32, 16)
+        _share(tables_ptr + 512, base + 32768, 8)
     return _ready(base)
 
 
 @triton.jit
-def _shared_words(base, code, BITS: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_G: tl.constexpr):  # fmt: skip
+def _shared_words(base, code, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
     """``_words`` of codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
-    copies: tl.constexpr = 16 if BITS == 3 else 32
     lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
     lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
-    half = base + lane % 16 * 4
     if KIND == 1:
-        return _load(half + 1024 * 32 + (code & 255) * 64, True)
+        return _load(base + lane % 8 * 4 + 32768 + (code & 255) * 32, True)
     else:
-        word = _load(base + lane % copies * 4 + ((code >> 8) & 255) * (4 * copies), True)
-        return word ^ _load(half + 1024 * copies + (code & 255) * 64, True)
+        own = base + lane % 16 * 4
+        word = _load(own + ((code >> 8) & 255) * 64, True)
+        return word ^ _load(own + 16384 + (code & 255) * 64, True)
 
 
 @triton.jit
@@ -221,12 +217,12 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
         if COPIES:
-            word = _shared_words(base, code, BITS, 2, BLOCK_N, BLOCK_G)
+            word = _shared_words(base, code, 2, BLOCK_N, BLOCK_G)
         else:
             word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
         if BITS > 2 and COPIES:
-            second = _shared_words(base, code2, BITS, BITS - 2, BLOCK_N, BLOCK_G)
+            second = _shared_words(base, code2, BITS - 2, BLOCK_N, BLOCK_G)
         elif BITS > 2:
             second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         code = next_code
@@ -254,13 +250,12 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
 
 
 @triton.jit
-def _integer_tile(tables_ptr, base, code, BITS: tl.constexpr, KIND: tl.constexpr,
-                  COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_G: tl.constexpr):  # fmt: skip
+def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
     the thread that loaded a code has its nibbles where an MMA wants them."""
     if COPIES:
-        word = _shared_words(base, code, BITS, KIND, BLOCK_N, BLOCK_G)
+        word = _shared_words(base, code, KIND, BLOCK_N, BLOCK_G)
     elif ASM and KIND == 1:
         word = _load(tables_ptr + 512 + (code & 255), False)
     elif ASM:
@@ -313,13 +308,11 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
         next_code2 = next_code
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
-        tile = _integer_tile(tables_ptr, base, code, BITS, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
         high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
         low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile = _integer_tile(
-                tables_ptr, base, code2, BITS, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G
-            )
+            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G)
             high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
             low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code

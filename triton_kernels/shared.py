@@ -1,9 +1,12 @@
 """Tables in shared memory that last for the whole kernel, in copies for the lanes of a warp.
 
 Triton has no shared memory of the kernel's own: ``tl.gather`` copies its table at every call and
-waits twice for all warps. PTX lets inline assembly declare some (48 KB), whose addresses are
-integers; loads from them are elementwise, so unlike those of ``tl.load`` they run in whatever
-layout the result is wanted, such as the operand of an MMA. NVIDIA alone.
+waits twice for all warps. PTX lets inline assembly declare some, whose addresses are integers.
+With what Triton takes itself it must stay within 48 KB: beyond, launches fail ("invalid argument"),
+because Triton asks for more only when its own share is larger.
+
+Loads by inline assembly are elementwise, so unlike those of ``tl.load`` they run in whatever layout
+the result is wanted, such as the operand of an MMA. NVIDIA alone.
 
 Lanes that read different words of a bank wait for each other. So a table has copies: copy c of
 word e is at word e COPIES + c, and a lane reads copy ``lane % COPIES``.
@@ -12,14 +15,44 @@ word e is at word e COPIES + c, and a lane reads copy ``lane % COPIES``.
 import triton
 import triton.language as tl
 
-BYTES = 49152
+
+@triton.jit
+def _declare(BYTES: tl.constexpr):
+    """The address of so many bytes (32 or 40 KB), int32. Once a kernel."""
+    tl.static_assert(BYTES == 32768 or BYTES == 40960)
+    if BYTES == 32768:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 t[40960]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+        )
 
 
 @triton.jit
-def _declare():
-    """The address of 48 KB, int32. Once a kernel."""
+def _load_byte(at):
+    """The unsigned byte at each pointer, int32."""
     return tl.inline_asm_elementwise(
-        "{ .shared .align 16 .b8 tables[49152]; mov.u32 $0, tables; }", "=r", [], tl.int32, False, 1
+        "{ .reg .u16 b; ld.global.nc.u8 b, [$1]; cvt.u32.u16 $0, b; }",
+        "=r,l",
+        [at],
+        tl.int32,
+        True,
+        1,
+    )
+
+
+@triton.jit
+def _load_half(at):
+    """The unsigned 16 bits at each pointer, int32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u16 b; ld.global.nc.u16 b, [$1]; cvt.u32.u16 $0, b; }",
+        "=r,l",
+        [at],
+        tl.int32,
+        True,
+        1,
     )
 
 

@@ -69,9 +69,7 @@ def run(operator: Callable, *args):
 
 
 def _repack(format: AdditiveFormat, tensors: Tensors, partitions: Partitions, precision: str):
-    codes = kernels("additive").pack(
-        tensors["codes"], format.in_group_size, format.out_group_size, list(partitions)
-    )
+    codes = kernels("additive").pack(tensors["codes"], format.out_group_size, list(partitions))
     books = tensors["codebooks"].detach().float().unflatten(0, (len(partitions), -1))
     return {"packed_codes": codes, "widest": books.abs().flatten(1).amax(1)}
 
@@ -81,7 +79,6 @@ def _unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions
         buffers["packed_codes"],
         K // format.in_group_size,
         format.num_codebooks,
-        format.in_group_size,
         format.out_group_size,
         list(partitions),
     )
