@@ -42,21 +42,29 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (128, 256, 512), "BLOCK_G": (2, 4), "PROGRAMS": (1056, 2112),
         "num_warps": (4,), "num_stages": (1,),
     },
+    "additive.words_dot": {
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+    },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
         "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.gemv": {
-        "BLOCK_N": (1024,), "BLOCK_G": (2,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
+        "BLOCK_N": (64,), "BLOCK_G": (32,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
         "num_stages": (1,),
     },
     "e8p.integers": {
-        "BLOCK_N": (512, 1024, 2048), "BLOCK_G": (2, 4), "SHARED": (0, 1), "PROGRAMS": (1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+    },
+    "e8p.integer_dot": {
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1, 3),
     },
     "e8p.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (16, 32), "FIRST": (1, 0),
-        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
+        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4, 8), "num_stages": (1,),
     },
     "scalar.gemv": {
         "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
@@ -66,6 +74,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
         "num_stages": (1,),
     },
+    "scalar.integer_dot": {
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
+        "num_warps": (2, 4, 8), "num_stages": (1, 2, 3),
+    },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
         "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
@@ -74,6 +86,11 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
 
 Case = tuple[str, int, int, int]
 """Scheme, N, K, M."""
+
+
+def token_block(M: int) -> int:
+    """Tokens of a tile: 16, 32 or 64."""
+    return kernels("additive").tuning.token_block(M)
 
 
 def family_of(scheme: str) -> str:
@@ -93,10 +110,10 @@ def row_scheme(scheme: str) -> str:
 
 
 def fills_bytes(scheme: str) -> bool:
-    """Whether a scalar scheme has fields that fill bytes, and groups of whole blocks."""
+    """Whether a scalar scheme has fields that fill bytes, and groups of whole sets of 64."""
     format = parse_scheme(scheme)
     grouped = isinstance(format, ScalarFormat)
-    return format.bits != 3 and not (grouped and format.group_size % (512 // format.bits))
+    return format.bits != 3 and not (grouped and format.group_size % 64)
 
 
 def candidates(case: Case, thin: int) -> list[dict]:
@@ -105,20 +122,27 @@ def candidates(case: Case, thin: int) -> list[dict]:
     found = []
     for name, grid in GRIDS.items():
         family, body = name.split(".")
-        if family != family_of(scheme) or (M > 1) != (body == "dot"):
+        if family != family_of(scheme) or (M > 1) != body.endswith("dot"):
             continue
         if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
             continue
-        if name == "scalar.integers" and not fills_bytes(scheme):
+        if name.startswith("scalar.integer") and not fills_bytes(scheme):
+            continue
+        if body == "integer_dot" and getattr(parse_scheme(scheme), "bits", 2) == 8:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
-            dot = body == "dot"
-            if large or (dot and config["BLOCK_M"] < min(M, 64)):
+            rows = 32 if body == "integer_dot" else 64
+            if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
                 continue
-            # The first operand of Hopper's MMAs has 64 rows: few tokens are the second one.
-            if M <= 16 and "FIRST" in config and config["FIRST"] != (config["BLOCK_M"] == 16):
+            if config.get("COPIES") and config.get("SHARED"):
+                continue
+            gathers = body in ("integer_dot", "words_dot")
+            if gathers and config["BLOCK_M"] != min(rows, token_block(M)):
+                continue
+            # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
+            if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
                 continue
             found.append(config)
     return found[::thin]

@@ -16,6 +16,8 @@ from aqlm_infer.ops import OperandError
 
 pytest.importorskip("triton")
 
+from aqlm_infer.triton_kernels import tuning
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16 as if its bits were integers, so bfloat16 needs a GPU; it is
 # also slow, so it runs the token counts that reach every body.
@@ -44,6 +46,24 @@ def test_matmul(scheme, N, K, dtype):
         assert torch.equal(y, quant(wide[:, 3 : 3 + K])), f"M={M}: two runs differ"
         expected = x.double() @ weight.T + layer.bias.double()
         assert_close(y.cpu(), expected, x, weight, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "N", "K"),
+    [("aqlm-1x8-g8", 63, 200), ("aqlm-2x6-g8", 64, 104), ("aqlm-2x8-g8", 130, 520),
+     ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 65, 136), ("aqlm-1x12-g8", 67, 264)],
+)  # fmt: skip
+@pytest.mark.parametrize("body", ["words_dot", "dot"])
+def test_both_bodies_of_few_tokens(scheme, N, K, body):
+    """Words gathered into registers from shared memory where codebooks fit, or into a tile."""
+    for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
+        layer = random_layer(scheme, N, K, dtype)
+        quant, weight = make(layer), layer.weight()
+        for M in (2, 16, 31, 50):
+            x = random_input(M, K, dtype)
+            with tuning.forced({"body": body}):
+                y = quant(x.to(DEVICE))
+            assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
@@ -103,10 +123,28 @@ def test_agrees_with_the_cuda_kernels(scheme, N, K):
         pytest.skip(f"{scheme}: the CUDA kernels need in_group_size % 4 == 0")
     ours, cuda = make(layer), make(layer, kernel=None)
     assert cuda.kernel_id.startswith("cuda.")
-    for M in (1, 4, 33, 100):
+    for M in (1, 2, 7, 8, 9, 16, 17, 33, 128, 129):
         x = random_input(M, K, torch.float16)
         y = cuda(x.cuda()).double().cpu()
         assert_close(ours(x.cuda()).cpu(), y, x, layer.weight(), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 9, 70])
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
+def test_another_stream_and_another_device(scheme, M):
+    layer = random_layer(scheme, 130, 264, torch.float16)
+    x = random_input(M, layer.K, torch.float16).contiguous()
+    expected = make(layer)(x.cuda())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = make(layer)(x.cuda())
+    stream.synchronize()
+    assert torch.equal(y, expected)
+    if torch.cuda.device_count() == 1:
+        pytest.skip("one device only: the stream is checked, another device is not")
+    other = make(layer).to("cuda:1")(x.to("cuda:1"))  # while device 0 is the current one
+    assert other.device.index == 1 and torch.equal(other.cpu(), expected.cpu())
 
 
 @pytest.mark.gpu

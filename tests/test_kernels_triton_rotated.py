@@ -93,6 +93,8 @@ BYTES = (
     ("rtn-int8-g72", 5, 72),
     ("gptq-int4-g128", 33, 384),
     ("gptq-int8-g64", 17, 192),
+    ("gptq-int2-g128", 35, 640),
+    ("gptq-int2-g64", 33, 320),
 )
 
 
@@ -112,6 +114,21 @@ def test_both_bodies_of_one_token(scheme, N, K, dtype, body):
     with tuning.forced({"body": body}):
         y = quant(torch.zeros(1, K, dtype=dtype, device=DEVICE))
     assert torch.equal(y[0].cpu(), layer.bias)
+
+
+@pytest.mark.parametrize("body", ["integer_dot", "dot"])
+@pytest.mark.parametrize(("scheme", "N", "K"), [c for c in BYTES if "int8" not in c[0]])
+def test_both_bodies_of_few_tokens(scheme, N, K, body):
+    """Integers that go into registers, or a tile in the inputs' type."""
+    for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
+        layer = random_layer(scheme, N, K, dtype)
+        quant, weight = make(layer), layer.weight()
+        for M in (2, 16, 31, 50):
+            x = random_input(M, K, dtype)
+            with tuning.forced({"body": body}):
+                y = quant(x.to(DEVICE))
+            expected = x.double() @ weight.T + layer.bias.double()
+            assert_close(y.cpu(), expected, x, weight, dtype)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)
@@ -205,9 +222,9 @@ def test_activations_beyond_float16_products():
 def test_operands_that_disagree_are_refused():
     e8p = random_layer("quip-e8p-2bit", 64, 128, torch.float16)
     packed = OPERATORS.e8p_pack(e8p.tensors["Qidxs"], 2).to(DEVICE)
-    x = random_input(2, 192, torch.float16).to(DEVICE)
+    x = random_input(2, 320, torch.float16).to(DEVICE)
     h = torch.empty(0, dtype=torch.int8, device=DEVICE)
-    with pytest.raises(OperandError, match="expected uint8 \\[5120\\] for N=64, K=192 at 2 bits"):
+    with pytest.raises(OperandError, match="expected uint8 \\[10240\\] for N=64, K=320 at 2 bits"):
         OPERATORS.e8p_matmul(x, packed, None, None, h, 2, 1.0, 64, 0, 0, "exact")
     with pytest.raises(OperandError, match="N=64, K=100: E8P needs multiples of 16 and 64"):
         OPERATORS.e8p_matmul(x[:, :100], packed, None, None, h, 2, 1.0, 64, 0, 0, "exact")
@@ -233,7 +250,7 @@ def test_says_why_not():
 def test_agrees_with_the_cuda_kernels(scheme, N, K, dtype):
     layer = random_layer(scheme, N, K, dtype)
     ours, cuda = make(layer), make(layer, triton_id(layer.format).replace("triton", "cuda"))
-    for M in (1, 4, 33, 100):
+    for M in (1, 2, 7, 8, 9, 16, 17, 33, 128, 129):
         x = random_input(M, K, dtype)
         y = cuda(x.cuda()).double().cpu()
         assert_close(ours(x.cuda()).cpu(), y, x, layer.weight(), dtype)

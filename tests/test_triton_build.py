@@ -24,6 +24,8 @@ CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
+        (additive._words_dot, {**A, "COPIES0": 8, "COPIES": 2, "BYTES": 40960, "ASM": True,
+                               "WIDTH": 8, "BLOCK_N": 64, "BLOCK_M": 16}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
@@ -37,8 +39,11 @@ CASES = {
         (e8p._dot, {"BITS": 4, "EXACT": False, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16,
                     "SHARED": False, "FIRST": True}),
         (e8p._dequantize, {"BITS": 3, "BLOCK_N": 64, "BLOCK_G": 8}),
-        (e8p._quantize, {"BLOCK": 128, "CHUNK": 4096}),
-        (e8p._integers, {"BITS": 2, "SHARED": True, "ASM": True, "BLOCK_N": 512, "BLOCK_G": 2}),
+        (e8p._quantize, {"TILE": 32, "BLOCK": 128, "CHUNK_K": 4096}),
+        (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": True, "ASM": True, "BLOCK_N": 64,
+                         "BLOCK_G": 32}),
+        (e8p._integer_dot, {"BITS": 3, "COPIES": True, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32,
+                            "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
                           "PRECISION": "tf32x3", "BLOCK_R": 16}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
@@ -50,9 +55,11 @@ CASES = {
         (scalar._dot, {**S, "EVEN": False, "EXACT": False, "FIRST": False, "BLOCK_N": 64,
                        "BLOCK_M": 32}),
         (scalar._dequantize, {"BITS": 3, "ZEROS": True, "ALIGNED": True, "BLOCK_N": 16}),
-        (scalar._quantize, {"BITS": 4, "GROUPED": False, "CHUNK": 4096}),
-        (scalar._integers, {"BITS": 4, "NB": 1, "GROUPED": True, "ZEROS": True, "ASM": True,
-                            "BLOCK_N": 64}),
+        (scalar._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILE": True, "CHUNK": 4096}),
+        (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
+                            "ASM": True, "BLOCK_N": 64}),
+        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "ASM": True,
+                               "BLOCK_N": 64, "BLOCK_M": 16}),
     ],
 }[sys.argv[1]]
 TYPES = {
@@ -67,8 +74,10 @@ for body, constants in CASES:
     types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
     if body is additive._lookup:
         types["tables_ptr"] = "*fp16"
-    if body.__name__ in ("_integers", "_quantize"):
-        types["x_ptr" if body.__name__ == "_integers" else "out_ptr"] = "*i32"
+    if body.__name__ == "_quantize":
+        types["out_ptr"] = "*i32"
+    elif body.__name__.startswith("_integer"):
+        types["x_ptr"] = "*i32" if body.__name__ == "_integers" else "*i8"
     at = {(body.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(fn=body, signature=types, constexprs=at)
     assert triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32)).asm["cubin"]
@@ -78,7 +87,7 @@ print("compiled", len(CASES))
 
 @pytest.mark.parametrize(
     ("family", "arch", "count"),
-    [("additive", 90, 7), ("rotated", 80, 8), ("scalar", 90, 6)],
+    [("additive", 90, 8), ("rotated", 80, 9), ("scalar", 90, 7)],
 )
 def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -126,6 +135,8 @@ def test_shipped_tables_name_known_bodies_and_options():
     for file in files:
         for family, rows in json.loads(file.read_text()).items():
             for row in rows:
-                assert row["us"] > 0 and (row["M"] == 1 or row["config"]["body"] == "dot"), row
+                assert row["us"] > 0 and (row["M"] == 1 or row["config"]["body"].endswith("dot")), (
+                    row
+                )
                 options = set(row["config"]) - {"body"}
                 assert options <= set(tuning.DEFAULTS[f"{family}.{row['config']['body']}"]), row

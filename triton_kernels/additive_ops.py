@@ -14,10 +14,21 @@ from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
 from . import tuning
+from .fields import has_dp4a
 from .partial import finish, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
+
+
+def _copies(books: int, entries: int, tokens: int) -> tuple[int, int, int]:
+    """Copies of the first codebook and of the others in shared memory, and its bytes; zeros: they
+    do not fit. (8 KB are left for 16 tokens' inputs, 16 for 32.)"""
+    size = {16: 40960, 32: 32768}.get(tokens, 0)
+    for first, others in ((8, 8), (8, 2), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
+        if 16 * entries * (first + (books - 1) * others) <= size:
+            return first, others, size
+    return 0, 0, 0
 
 
 class _Part:
@@ -31,22 +42,32 @@ class _Part:
         self.N = self.out_groups * self.og
         self.sizes = {"B": self.B, "ENTRIES": self.entries, "OG": self.og, "G": self.g}
 
-    def config(self, M: int) -> tuning.Config:
+    def config(self, x: torch.Tensor) -> tuning.Config:
+        M = x.shape[0]
         scheme = f"{self.B}x{self.entries.bit_length() - 1}-g{self.g}"
         body = "dot"
         if M == 1 and self.og == 1:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
             # entries cost more than the products that they replace.
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
-        return tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
+        words = M > 1 and (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
+        words = words and x.dtype == self.codebooks.dtype
+        if words and has_dp4a(x):
+            body = "words_dot"
+        config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
+        if config["body"] == "words_dot" and not words:
+            return tuning.default("additive.dot")
+        return config
 
     def matmul(self, x, widest, bias, y) -> None:
         """Fill y [M, N] with the product of at most 64 tokens."""
-        config, unit = self.config(x.shape[0]), None
+        config, unit = self.config(x), None
         if config["body"] == "lookup":
             partial, unit = self.lookup(x, widest, config)
         elif config["body"] == "gemv":
             partial = self.gemv(x, config)
+        elif config["body"] == "words_dot":
+            partial = self.words_dot(x, config)
         else:
             partial = self.dot(x, config)
         finish(partial, y, scales=self.scales, out_group=self.og, unit=unit, bias=bias)
@@ -62,6 +83,23 @@ class _Part:
             x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
             B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, BLOCK_N=config["BLOCK_N"],
             BLOCK_G=block_g, **tuning.launch_options(config),
+        )  # fmt: skip
+        return partial
+
+    def words_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
+        """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
+        M, block_n, block_m = x.shape[0], config["BLOCK_N"], tuning.token_rows(config, x.shape[0])
+        tiles, steps = triton.cdiv(self.N, block_n), triton.cdiv(self.in_groups, 32)
+        each, splits = split(steps, config["PROGRAMS"] // tiles)
+        partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
+        first = others = size = 0
+        if has_dp4a(x) and config["COPIES"]:
+            first, others, size = _copies(self.B, self.entries, block_m)
+        wrap_triton(bodies._words_dot)[(tiles, splits)](
+            x, self.codes, self.codebooks, partial, M, self.N, self.K, self.in_groups,
+            x.stride(0), each, B=self.B, ENTRIES=self.entries, COPIES0=first, COPIES=others,
+            BYTES=size, ASM=has_dp4a(x), WIDTH=8 // self.codes.dtype.itemsize, BLOCK_N=block_n,
+            BLOCK_M=block_m, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 

@@ -1,7 +1,10 @@
 """E8P (QuIP#, arXiv 2402.04396) in Triton: the kernel bodies.
 
-Runtime layout, ``e8p_pack``'s: tables of 256 words, then the codes transposed to [K/8, N], then the
-residual codes alike. A 16-bit code becomes a word of eight nibbles u, one a weight, as
+Runtime layout, ``e8p_pack``'s: tables of 256 words, then the codes as [chunks, N, 32]: K/8 groups
+of 8 inputs in chunks of 32 (64 bytes a row, four threads' loads), then the residual codes alike.
+Groups past K have code 0 and meet inputs of 0.
+
+A 16-bit code becomes a word of eight nibbles u, one a weight, as
 MAGNITUDES[code >> 8] ^ SIGNS[code & 255]: nibble j of the lower half for element 2j, of the upper
 half for 2j + 1; the weight is (u - 7.5)/2. A residual code makes a second word alike, or is
 RESIDUALS[code] with nibbles n for the values (n - 8)/2. From there on ``fields`` makes numbers.
@@ -11,26 +14,31 @@ import triton
 import triton.language as tl
 
 from .fields import (
+    _byte_fields,
+    _bytes,
     _code_pairs,
     _dot4,
     _in_place,
     _pairs,
+    _row_sums,
     _sixteen_bits,
     _total,
     _unit,
     _unplaced,
 )
+from .shared import _declare, _load, _ready, _share
 
 ZERO = tl.constexpr(7.5)
 ZERO_OF_8_BIT_CODES = tl.constexpr(8.0)
+CHUNK = 32  # groups
 
 
 @triton.jit
-def _codes(codes_ptr, group, rows, end, N):
-    """The codes of groups below ``end`` and rows below N, int32; group and rows are broadcast."""
-    ok = (rows < N) & (group < end)
-    at = codes_ptr + group * N + rows
-    return tl.load(at, mask=ok, other=0, eviction_policy="evict_first").to(tl.int32)
+def _codes(codes_ptr, step, g, rows, N, BLOCK_G: tl.constexpr):
+    """The codes of groups step * BLOCK_G + g, int32, for rows below N; g and rows are broadcast."""
+    A_CHUNK: tl.constexpr = 32 // BLOCK_G
+    at = codes_ptr + (step // A_CHUNK * N + rows) * 32 + step % A_CHUNK * BLOCK_G + g
+    return tl.load(at, mask=rows < N, other=0, eviction_policy="evict_first").to(tl.int32)
 
 
 @triton.jit
@@ -57,8 +65,32 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 
 
 @triton.jit
-def _prepare(x_ptr, out_ptr, sums_ptr, K, BLOCK: tl.constexpr):
-    """One token's inputs as ``_gemv`` wants them, float32 [8, K/8]: by element of their group.
+def _tables(tables_ptr, BITS: tl.constexpr):
+    """The address of the tables in shared memory: 16 copies, 8 of the 8-bit residuals."""
+    base = _declare(40960 if BITS == 3 else 32768)
+    _share(tables_ptr, base, 16)
+    _share(tables_ptr + 256, base + 16384, 16)
+    if BITS == 3:
+        _share(tables_ptr + 512, base + 32768, 8)
+    return _ready(base)
+
+
+@triton.jit
+def _shared_words(base, code, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
+    """``_words`` of codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
+    lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
+    lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
+    if KIND == 1:
+        return _load(base + lane % 8 * 4 + 32768 + (code & 255) * 32, True)
+    else:
+        own = base + lane % 16 * 4
+        word = _load(own + ((code >> 8) & 255) * 64, True)
+        return word ^ _load(own + 16384 + (code & 255) * 64, True)
+
+
+@triton.jit
+def _prepare(x_ptr, out_ptr, sums_ptr, K, groups, BLOCK: tl.constexpr):
+    """One token's inputs as ``_gemv`` wants them, float32 [8, groups]: by element of their group.
 
     They are multiplied by what their nibble's place divides by (two share a shift). sums[p] are
     the sums of x and of what was written.
@@ -67,7 +99,7 @@ def _prepare(x_ptr, out_ptr, sums_ptr, K, BLOCK: tl.constexpr):
     k = p * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     scaled = x * _unplaced(k % 8 // 2, 4, 2)
-    tl.store(out_ptr + k % 8 * (K // 8) + k // 8, scaled, mask=k < K)
+    tl.store(out_ptr + k % 8 * groups + k // 8, scaled, mask=k // 8 < groups)
     tl.store(sums_ptr + 2 * p, tl.sum(x, 0))
     tl.store(sums_ptr + 2 * p + 1, tl.sum(scaled, 0))
 
@@ -82,20 +114,19 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for first in range(begin, end, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        group_ok = group < end
-        code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+    g = tl.arange(0, BLOCK_G)
+    for step in range(begin, end):
+        code = _codes(codes_ptr, step, g[None, :], rows[:, None], N, BLOCK_G)
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
         if BITS > 2:
-            code = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
+            code = _codes(rest_ptr, step, g[None, :], rows[:, None], N, BLOCK_G)
             second = _words(tables_ptr, code, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         for j in tl.static_range(8):
             # Nibble j of the lower half holds element 2j, of the upper half 2j + 1.
-            x = tl.load(x_ptr + (2 * (j % 4) + j // 4) * groups + group, mask=group_ok, other=0.0)
+            x = tl.load(x_ptr + (2 * (j % 4) + j // 4) * groups + step * BLOCK_G + g)
             value = _in_place(word, one, 16 * (j // 4), j % 4, 4, 2)
             if BITS > 2:
                 value += residual * _in_place(second, one, 16 * (j // 4), j % 4, 4, 2)
@@ -112,17 +143,21 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """One token's inputs as ``_integers`` wants them: 16 bits in units of unit, as signed bytes.
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILE: tl.constexpr,
+              BLOCK: tl.constexpr, CHUNK_K: tl.constexpr):  # fmt: skip
+    """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    out is int32 [2, 2, K/8]: the nibbles at even places of a word (or odd), high bytes (or low), of
-    each group, in the order of its nibbles. sums[p] is the sum of all of a program's 16-bit inputs.
+    out is int32: the nibbles at even places of a word (or odd), high bytes (or low), of each group,
+    in the order of its nibbles: [even or odd, high or low, groups] for one token, or for a tile of
+    TILE groups [high or low, M, groups / TILE, TILE / 4, 4, even or odd]: a thread's TILE / 4
+    neighbouring groups in turn with those of three others, as in an MMA's operand. sums[m, p] is
+    the sum of a program's 16-bit inputs.
     """
-    unit = _unit(x_ptr, K, CHUNK)
-    p = tl.program_id(0)
-    groups = K // 8
+    p, m = tl.program_id(0), tl.program_id(1)
+    x_ptr += m * x_stride
+    unit = _unit(x_ptr, K, CHUNK_K)
     group = p * BLOCK + tl.arange(0, BLOCK)
-    inside = tl.minimum(group, groups - 1)
+    ok = group < groups
     total = tl.zeros((BLOCK,), tl.int32)
     for odd in tl.static_range(2):
         high4 = tl.zeros((BLOCK,), tl.int32)
@@ -130,58 +165,72 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BLOCK: tl.constexpr, CHUNK:
         for b in tl.static_range(4):
             # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
             element = 2 * (2 * (b % 2) + odd) + b // 2
-            x = tl.load(x_ptr + inside * 8 + element).to(tl.float32)
-            high, low = _sixteen_bits(x, unit)
+            x = tl.load(x_ptr + group * 8 + element, mask=group * 8 < K, other=0.0)
+            high, low = _sixteen_bits(x.to(tl.float32), unit)
             total += 256 * high + low
             high4 |= (high & 255) << (8 * b)
             low4 |= (low & 255) << (8 * b)
-        tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=group < groups)
-        tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=group < groups)
-    total = tl.where(group < groups, total, 0).to(tl.float32)
-    tl.store(sums_ptr + 2 * p, tl.sum(total, 0))
-    tl.store(sums_ptr + 2 * p + 1, 0.0)
+        if TILE > 0:
+            g = group % TILE
+            place = group - g + g % (TILE // 4) * 4 + g // (TILE // 4)
+            at = out_ptr + 2 * (m * groups + place) + odd
+            tl.store(at, high4, mask=ok)
+            tl.store(at + 2 * M * groups, low4, mask=ok)
+        else:
+            tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=ok)
+            tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=ok)
+    tl.store(sums_ptr + m * tl.num_programs(0) + p, tl.sum(total.to(tl.float32), 0))
     if p == 0:
-        tl.store(unit_ptr, unit)
+        tl.store(unit_ptr + m, unit)
 
 
 @triton.jit
 def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups,
               per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
-              ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+              COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_G: tl.constexpr):  # fmt: skip
     """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
 
-    Sums of those are exact; four products take one instruction and four nibbles one mask.
+    Sums of those are exact; four products take one instruction and four nibbles one mask. COPIES:
+    tables are shared in copies (``shared``), SHARED: for each step.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     high = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     high2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
+    base = 0
+    if COPIES:
+        base = _tables(tables_ptr, BITS)
     # Codes are loaded one step ahead.
-    group = begin + tl.arange(0, BLOCK_G)
-    code = _codes(codes_ptr, group[None, :], rows[:, None], end, N)
+    g = tl.arange(0, BLOCK_G)
+    code = _codes(codes_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, group[None, :], rows[:, None], end, N)
-    for first in range(begin, end, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        group_ok = group < end
-        next_code = _codes(codes_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
+        code2 = _codes(rest_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
+    for step in range(begin, end):
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
         next_code2 = next_code
         if BITS > 2:
-            next_code2 = _codes(rest_ptr, group[None, :] + BLOCK_G, rows[:, None], end, N)
-        word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
+            next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
+        if COPIES:
+            word = _shared_words(base, code, 2, BLOCK_N, BLOCK_G)
+        else:
+            word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
-        if BITS > 2:
+        if BITS > 2 and COPIES:
+            second = _shared_words(base, code2, BITS - 2, BLOCK_N, BLOCK_G)
+        elif BITS > 2:
             second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         code = next_code
         code2 = next_code2
         for odd in tl.static_range(2):
-            x_at = x_ptr + 2 * odd * groups + group
-            x_high = tl.load(x_at, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
-            x_low = tl.load(x_at + groups, mask=group_ok, other=0)[None, :] + tl.zeros_like(word)
+            x_at = x_ptr + 2 * odd * groups + step * BLOCK_G + g
+            x_high = tl.load(x_at)[None, :] + tl.zeros_like(word)
+            x_low = tl.load(x_at + groups)[None, :] + tl.zeros_like(word)
             nibbles = (word >> (4 * odd)) & 0x0F0F0F0F
             high = _dot4(nibbles, x_high, high, ASM)
             low = _dot4(nibbles, x_low, low, ASM)
@@ -195,10 +244,89 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         y += residual * (tl.sum(high2, 1).to(tl.float32) * 256 + tl.sum(low2, 1).to(tl.float32))
         center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
     if tl.program_id(1) == 0:
-        total_x, _ = _total(sums_ptr, sums, 128)
-        y -= center * total_x
+        y -= center * tl.sum(_row_sums(sums_ptr, tl.zeros((1,), tl.int32), 0, 0, sums, 128), 0)
     y *= 0.5 * tl.load(unit_ptr)
     tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=rows < N)
+
+
+@triton.jit
+def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
+    the thread that loaded a code has its nibbles where an MMA wants them."""
+    if COPIES:
+        word = _shared_words(base, code, KIND, BLOCK_N, BLOCK_G)
+    elif ASM and KIND == 1:
+        word = _load(tables_ptr + 512 + (code & 255), False)
+    elif ASM:
+        word = _load(tables_ptr + ((code >> 8) & 255), False)
+        word = word ^ _load(tables_ptr + 256 + (code & 255), False)
+    else:
+        word = _words(tables_ptr, code, KIND, False, (BLOCK_N, BLOCK_G))
+    word = tl.reshape(word, (BLOCK_N, 4, 1, BLOCK_G // 4))
+    odd = tl.arange(0, 2)[None, None, :, None]
+    nibbles = _bytes(_byte_fields(word, 4 * odd, 4, ASM))
+    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (8 * BLOCK_G, BLOCK_N))
+
+
+@triton.jit
+def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
+                 groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
+                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits.
+
+    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
+    registers: nibbles go into it without shared memory.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    base = 0
+    if COPIES:
+        base = _tables(tables_ptr, BITS)
+    # Codes are loaded one step ahead.
+    g = tl.arange(0, BLOCK_G)[None, :]
+    code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)
+    code2 = code
+    if BITS > 2:
+        code2 = _codes(rest_ptr, begin, g, rows[:, None], N, BLOCK_G)
+    x_at = x_ptr + tokens[:, None] * (8 * groups) + tl.arange(0, 8 * BLOCK_G)[None, :]
+    for step in range(begin, end):
+        x_high = tl.load(x_at + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0)
+        x_low = tl.load(
+            x_at + M * groups * 8 + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0
+        )
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g, rows[:, None], N, BLOCK_G)
+        next_code2 = next_code
+        if BITS > 2:
+            next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
+        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+        high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
+        low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
+        if BITS > 2:
+            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+            high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
+            low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
+        code = next_code
+        code2 = next_code2
+    y = high.to(tl.float32) * 256 + low.to(tl.float32)
+    center = ZERO * 1.0
+    if BITS > 2:
+        y += residual * (high2.to(tl.float32) * 256 + low2.to(tl.float32))
+        center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
+    inside = tl.minimum(tokens, M - 1)
+    total_x = _row_sums(sums_ptr, inside, sums, 0, tl.where(tl.program_id(1) == 0, sums, 0), 32)
+    y = (y - center * total_x[:, None]) * (0.5 * tl.load(unit_ptr + inside))[:, None]
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, y, mask=(rows < N)[None, :] & token_ok[:, None])
 
 
 @triton.jit
@@ -210,7 +338,7 @@ def _tile(word, one, EXACT: tl.constexpr, TYPE: tl.constexpr, R: tl.constexpr, P
 
 
 @triton.jit
-def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, groups, x_stride,
+def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K, groups, x_stride,
          per_split, residual, one, BITS: tl.constexpr, EXACT: tl.constexpr, SHARED: tl.constexpr,
          FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
          BLOCK_M: tl.constexpr):  # fmt: skip
@@ -223,7 +351,7 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = rows[:, None, None]
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups)
+    end = tl.minimum(begin + per_split, groups // BLOCK_G)
     tokens = tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     if FIRST:
@@ -232,17 +360,17 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total2 = tl.zeros_like(total)
     # Codes are loaded one step ahead.
-    group = begin + tl.arange(0, BLOCK_G)[None, :, None]
-    code = _codes(codes_ptr, group, row, end, N)
+    g = tl.arange(0, BLOCK_G)[None, :, None]
+    code = _codes(codes_ptr, begin, g, row, N, BLOCK_G)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, group, row, end, N)
-    for first in range(begin, end, BLOCK_G):
-        k = first * 8 + tl.arange(0, BLOCK_G * 8)
-        x_ok = token_ok[:, None] & (k < end * 8)[None, :]
+        code2 = _codes(rest_ptr, begin, g, row, N, BLOCK_G)
+    for step in range(begin, end):
+        k = step * (8 * BLOCK_G) + tl.arange(0, 8 * BLOCK_G)
+        x_ok = token_ok[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=x_ok, other=0.0)
-        group = first + BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
-        next_code = _codes(codes_ptr, group, row, end, N)
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _codes(codes_ptr, ahead, g, row, N, BLOCK_G)
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G, 1))
         tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
         if FIRST:
@@ -251,7 +379,7 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, gr
             total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
         code = next_code
         if BITS > 2:
-            next_code = _codes(rest_ptr, group, row, end, N)
+            next_code = _codes(rest_ptr, ahead, g, row, N, BLOCK_G)
             word = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G, 1))
             tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
             if FIRST:
@@ -282,12 +410,12 @@ def _dequantize(tables_ptr, codes_ptr, rest_ptr, w_ptr, first_row, rows_end, N, 
                 BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """w[n - first_row, :] = factor * Wq[n], rows first_row .. rows_end - 1."""
     row = (first_row + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
-    group = (tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G))[None, :, None]
-    code = _codes(codes_ptr, group, row, K // 8, N)
+    step, g = tl.program_id(1), tl.arange(0, BLOCK_G)[None, :, None]
+    code = _codes(codes_ptr, step, g, row, N, BLOCK_G)
     word = _words(tables_ptr, code, 2, False, (BLOCK_N, BLOCK_G, 1))
     w = (_tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G) - ZERO) * 0.5
     if BITS > 2:
-        code = _codes(rest_ptr, group, row, K // 8, N)
+        code = _codes(rest_ptr, step, g, row, N, BLOCK_G)
         word = _words(tables_ptr, code, BITS - 2, False, (BLOCK_N, BLOCK_G, 1))
         rest = _tile(word, 0, True, tl.float32, BLOCK_N, BLOCK_G)
         w += residual * (rest - (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)) * 0.5

@@ -23,6 +23,7 @@ from .products import rotated_dx, rotated_product
 
 PREPARED = 1024  # inputs of a program
 QUANTIZED = 128  # groups of a program
+CHUNK = bodies.CHUNK  # groups of a row that lie together
 TABLE_BYTES = {2: 2048, 3: 3072, 4: 2048}
 
 
@@ -39,39 +40,56 @@ def _tables() -> torch.Tensor:
     return torch.where(table >= 1 << 31, table - (1 << 32), table).to(torch.int32)
 
 
+def _chunked(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K/8] -> [chunks, N, CHUNK]."""
+    N, groups = codes.shape
+    padded = torch.zeros((N, _groups(8 * groups)), dtype=dtype, device=codes.device)
+    padded[:, :groups] = codes.to(dtype)
+    return padded.view(N, -1, CHUNK).transpose(0, 1)
+
+
 def e8p_pack(Qidxs: torch.Tensor, bits: int) -> torch.Tensor:
-    """Canonical Qidxs -> uint8: the tables, then codes [K/8, N], then residual codes alike."""
+    """Canonical Qidxs -> uint8: the tables, then codes [chunks, N, 32], then residual codes."""
     codes, residual = E8PFormat(bits).unpack_codes(Qidxs)
     count = TABLE_BYTES[bits] // 4
-    parts = [_tables()[:count].to(Qidxs.device), codes.t().to(torch.int16)]
+    parts = [_tables()[:count].to(Qidxs.device), _chunked(codes, torch.int16)]
     if residual is not None:
-        parts.append(residual.t().to(torch.int16 if bits == 4 else torch.uint8))
+        parts.append(_chunked(residual, torch.int16 if bits == 4 else torch.uint8))
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
 
 
 def e8p_unpack(packed: torch.Tensor, bits: int, N: int, K: int) -> torch.Tensor:
     """The canonical Qidxs, bit for bit what :func:`e8p_pack` was given."""
     _, codes, rest = _views(packed, bits, N, K)
-    codes = (codes.t().int() & 0xFFFF).contiguous()
-    residual = None if bits == 2 else rest.t().int().contiguous() & (0xFFFF if bits == 4 else 255)
-    return E8PFormat(bits).pack_codes(codes, residual)["Qidxs"]
+
+    def canonical(chunks: torch.Tensor, mask: int) -> torch.Tensor:
+        return (chunks.transpose(0, 1).reshape(N, -1)[:, : K // 8].int() & mask).contiguous()
+
+    residual = None if bits == 2 else canonical(rest, 0xFFFF if bits == 4 else 255)
+    return E8PFormat(bits).pack_codes(canonical(codes, 0xFFFF), residual)["Qidxs"]
+
+
+def _groups(K: int) -> int:
+    """Groups of 8 inputs, in whole chunks."""
+    return CHUNK * triton.cdiv(K, 8 * CHUNK)
 
 
 def _views(packed: torch.Tensor, bits: int, N: int, K: int):
-    """Tables, codes [K/8, N] and residual codes (at 2 bits the codes) inside ``packed``."""
-    table, size = TABLE_BYTES[bits], N * K // 4
-    expected = table + N * K * bits // 8
+    """Tables, codes [chunks, N, 32] and residual codes (at 2 bits the codes) inside ``packed``."""
+    groups = _groups(K)
+    table, size = TABLE_BYTES[bits], 2 * N * groups
+    expected = table + N * groups * bits
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
         raise OperandError(
             f"packed is {packed.dtype} {list(packed.shape)}, expected uint8 [{expected}]"
             f" for N={N}, K={K} at {bits} bits"
         )
-    codes = packed[table : table + size].view(torch.int16).view(K // 8, N)
+    codes = packed[table : table + size].view(torch.int16).view(-1, N, CHUNK)
     if bits == 2:
         return packed[:table].view(torch.int32), codes, codes
     rest = packed[table + size :]
     rest = rest.view(torch.int16) if bits == 4 else rest
-    return packed[:table].view(torch.int32), codes, rest.view(K // 8, N)
+    return packed[:table].view(torch.int32), codes, rest.view(-1, N, CHUNK)
 
 
 class _Weight:
@@ -82,50 +100,71 @@ class _Weight:
         self.bits, self.residual, self.N, self.K = bits, residual, N, K
 
     def config(self, x: torch.Tensor) -> tuning.Config:
-        block, body = tuning.token_block(x.shape[0]), "dot"
-        if block == 1:
-            body = "integers" if has_dp4a(x) else "gemv"
-        return tuning.config("e8p", f"{self.bits}bit", self.N, self.K, block, body)
+        block = tuning.token_block(x.shape[0])
+        # float32 keeps its own precision where MMAs have a type for it.
+        integers = block == 1 or x.dtype != torch.float32
+        body = "gemv" if block == 1 else "dot"
+        if integers and has_dp4a(x):
+            body = "integers" if block == 1 else "integer_dot"
+        config = tuning.config("e8p", f"{self.bits}bit", self.N, self.K, block, body)
+        return config if integers else tuning.default("e8p.dot")
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens, float32."""
-        M, groups, config = x.shape[0], self.K // 8, self.config(x)
+        M, groups, config = x.shape[0], _groups(self.K), self.config(x)
         block_g, block_n = config["BLOCK_G"], config["BLOCK_N"]
         tiles = triton.cdiv(self.N, block_n)
-        each, splits = split(triton.cdiv(groups, block_g), config["PROGRAMS"] // tiles)
+        tokens = triton.cdiv(M, tuning.DOT_ROWS) if config["body"] == "integer_dot" else 1
+        each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
-        options["SHARED"] = bool(config["SHARED"])
         options |= tuning.launch_options(config)
+        weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
+        copies = has_dp4a(x) and bool(config.get("COPIES"))
         if config["body"] == "integers":
-            pieces = triton.cdiv(groups, QUANTIZED)
-            inputs = torch.empty((4, groups), dtype=torch.int32, device=x.device)
-            sums = torch.empty((pieces, 2), dtype=torch.float32, device=x.device)
-            unit = torch.empty(1, dtype=torch.float32, device=x.device)
-            wrap_triton(bodies._quantize)[(pieces,)](
-                x, inputs, sums, unit, self.K, BLOCK=QUANTIZED, CHUNK=4096, num_warps=8
-            )
-            wrap_triton(bodies._integers)[(tiles, splits)](
-                inputs, sums, unit, self.tables, self.codes, self.rest, partial, self.N, groups,
-                each * block_g, self.residual, pieces, ASM=has_dp4a(x), **options,
+            inputs, sums, unit = self._quantized(x, 0)
+            wrap_triton(bodies._integers)[grid](
+                inputs, sums, unit, *weight, partial, self.N, groups, each, self.residual,
+                sums.shape[1], SHARED=bool(config["SHARED"]), COPIES=copies, ASM=has_dp4a(x),
+                **options,
             )  # fmt: skip
         elif config["body"] == "gemv":
-            pieces = triton.cdiv(self.K, PREPARED)
+            pieces = triton.cdiv(groups * 8, PREPARED)
             inputs = torch.empty((8, groups), dtype=torch.float32, device=x.device)
             sums = torch.empty((pieces, 2), dtype=torch.float32, device=x.device)
-            wrap_triton(bodies._prepare)[(pieces,)](x, inputs, sums, self.K, BLOCK=PREPARED)
-            wrap_triton(bodies._gemv)[(tiles, splits)](
-                inputs, sums, self.tables, self.codes, self.rest, partial, self.N, groups,
-                each * block_g, self.residual, one_of(torch.float32), pieces, **options,
+            wrap_triton(bodies._prepare)[(pieces,)](x, inputs, sums, self.K, groups, BLOCK=PREPARED)
+            wrap_triton(bodies._gemv)[grid](
+                inputs, sums, *weight, partial, self.N, groups, each, self.residual,
+                one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
+            )  # fmt: skip
+        elif config["body"] == "integer_dot":
+            inputs, sums, unit = self._quantized(x, block_g)
+            wrap_triton(bodies._integer_dot)[(*grid, tokens)](
+                inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
+                each, self.residual, sums.shape[1], COPIES=copies, ASM=has_dp4a(x),
+                BLOCK_M=min(tuning.DOT_ROWS, tuning.token_rows(config, M)), **options,
             )  # fmt: skip
         else:
-            exact = exact_type(x.dtype, 4)
-            wrap_triton(bodies._dot)[(tiles, splits)](
-                x, self.tables, self.codes, self.rest, group_sums(x, self.K), partial, M, self.N,
-                groups, x.stride(0), each * block_g, self.residual, one_of(x.dtype), EXACT=exact,
+            wrap_triton(bodies._dot)[grid](
+                x, *weight, group_sums(x, self.K), partial, M, self.N, self.K, groups,
+                x.stride(0), each, self.residual, one_of(x.dtype),
+                EXACT=exact_type(x.dtype, 4), SHARED=bool(config["SHARED"]),
                 FIRST=bool(config["FIRST"]), BLOCK_M=tuning.token_rows(config, M), **options,
             )  # fmt: skip
         return partial
+
+    def _quantized(self, x: torch.Tensor, tile: int):
+        """What ``_quantize`` makes of x for a tile of this many groups: bytes, sums and units."""
+        M, groups = x.shape[0], _groups(self.K)
+        pieces = triton.cdiv(groups, QUANTIZED)
+        inputs = torch.empty((M, 4, groups), dtype=torch.int32, device=x.device)
+        sums = torch.empty((M, pieces), dtype=torch.float32, device=x.device)
+        unit = torch.empty(M, dtype=torch.float32, device=x.device)
+        wrap_triton(bodies._quantize)[(pieces, M)](
+            x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILE=tile, BLOCK=QUANTIZED,
+            CHUNK_K=4096, num_warps=8,
+        )  # fmt: skip
+        return inputs, sums, unit
 
     def dequantize(self, first: int, out: torch.Tensor, factor: float = 1.0) -> None:
         """Fill ``out`` [rows, K] with ``factor`` times the rows from ``first`` on."""

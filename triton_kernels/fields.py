@@ -79,6 +79,18 @@ def _total(sums_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _row_sums(sums_ptr, m, stride, begin, end, BLOCK: tl.constexpr):
+    """Sums over begin .. end - 1 of the rows m [R] of sums [.., stride], in order."""
+    total = tl.zeros_like(m).to(tl.float32)
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        sums = tl.load(sums_ptr + m[:, None] * stride + at[None, :], mask=(at < end)[None, :],
+                       other=0.0)  # fmt: skip
+        total += tl.sum(sums, 1)
+    return total
+
+
+@triton.jit
 def _pairs(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
     """1 + q/2^b in a 16-bit type of fields j of both halves of a word, last dimension 2.
 
@@ -99,6 +111,28 @@ def _code_pairs(word, j, BITS: tl.constexpr):
     """The codes of fields j of both halves of a word, int32, last dimension 2."""
     mask: tl.constexpr = (1 << BITS) - 1
     return tl.join((word >> (BITS * j)) & mask, (word >> (BITS * j + 16)) & mask)
+
+
+@triton.jit
+def _byte_fields(word, place, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The fields of BITS at bit ``place`` of each byte. ASM hides the mask from LLVM, which would
+    not see bytes of one word in the topmost fields any more (``_bytes``)."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    if BITS == 8:
+        return word
+    elif ASM:
+        moved = word >> place
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,n", [moved, MASK], tl.int32, True, 1
+        )
+    else:
+        return (word >> place) & MASK
+
+
+@triton.jit
+def _bytes(word):
+    """The four bytes of each word as int8, two last dimensions of 2 (they stay one register)."""
+    return tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24)).to(tl.int8)
 
 
 @triton.jit

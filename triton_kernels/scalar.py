@@ -1,10 +1,12 @@
 """Scalar grids (2, 3, 4 and 8-bit codes) in Triton: the kernel bodies.
 
 Runtime layout, ``scalar_pack``'s: 32-bit words [N, blocks, W, 16] of two 16-bit halves. A block is
-P planes of 32 neighbouring inputs; field j of the halves of word i holds the codes of plane j,
-inputs 2i and 2i + 1. 2, 4 and 8 bits: W = 1 word, P = 16/b planes. 3 bits: W = 3 words, P = 16:
-four planes in the low 12 bits of each half, and four more in the top 4 bits of the three together.
-Kernels take NB blocks at once: 2 where groups allow it, because 16 words are half a cache line.
+P planes of 32 neighbouring inputs; a field of the halves of word i holds the codes of a plane's
+inputs 2i and 2i + 1. 2, 4 and 8 bits: W = 1 word, P = 16/b planes; field s of each byte is a set
+of two planes: 2s in the lower bytes of the halves, 2s + 1 in the upper ones. 3 bits: W = 3 words,
+P = 16: four planes in the low 12 bits of each half, and four more in the top 4 bits of the three
+together. Kernels take NB blocks at once: 2 where groups allow it, because 16 words are half a cache
+line.
 
 With scale s and zero z a group's sum is s (sum of q x - z sum of x); ``fields`` gives 1 + q 2^-s.
 """
@@ -13,11 +15,13 @@ import triton
 import triton.language as tl
 
 from .fields import (
+    _byte_fields,
+    _bytes,
     _code_pairs,
     _dot4,
     _in_place,
-    _moved,
     _pairs,
+    _row_sums,
     _sixteen_bits,
     _total,
     _unit,
@@ -25,6 +29,7 @@ from .fields import (
 )
 
 PW = tl.constexpr(16)  # words of a plane
+SET = tl.constexpr(64)  # inputs of two planes
 
 
 @triton.jit
@@ -92,7 +97,9 @@ def _prepare(x_ptr, out_ptr, sums_ptr, K, BITS: tl.constexpr, C: tl.constexpr,
     k = chunk * (2 * C * PW) + t
     x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     plane = chunk * C + t // (2 * PW)
-    scaled = x * _unplaced(plane % P % FIELDS, BITS, TOGETHER)
+    plane_in = plane % P
+    field = plane_in % FIELDS if BITS == 3 else plane_in // 2 + plane_in % 2 * (P // 2)
+    scaled = x * _unplaced(field, BITS, TOGETHER)
     tl.store(out_ptr + (2 * plane + t % 2) * PW + t % (2 * PW) // 2, scaled)
     tl.store(sums_ptr + 2 * chunk, tl.sum(x, 0))
     tl.store(sums_ptr + 2 * chunk + 1, tl.sum(scaled, 0))
@@ -107,7 +114,6 @@ def _gemv(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K, 
     x and sums are ``_prepare``'s for the same C: when GROUPED, C planes share a scale and NB is 1.
     """
     P: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-    FIELDS: tl.constexpr = 4 if BITS == 3 else P
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     i = tl.arange(0, NB * PW)
@@ -128,7 +134,10 @@ def _gemv(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K, 
                 word = _word_of(word0, word1, word2, rest, j, BITS)
                 for half in tl.static_range(2):
                     x = tl.load(x_at + (2 * j + half) * PW)
-                    value = _in_place(word, one, 16 * half, j % FIELDS, BITS, TOGETHER)
+                    value = _in_place(
+                        word, one, 16 * half, j % 4 if BITS == 3 else j // 2 + j % 2 * (P // 2),
+                        BITS, TOGETHER,
+                    )  # fmt: skip
                     part += value * x[None, :]
             if GROUPED:
                 group = tl.minimum((block * P + first) * (2 * PW) // G, groups - 1)
@@ -152,57 +161,68 @@ def _gemv(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K, 
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, K, BITS: tl.constexpr, GROUPED: tl.constexpr,
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, blocks, BITS: tl.constexpr,
+              C: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
               CHUNK: tl.constexpr):  # fmt: skip
-    """One token's inputs as ``_integers`` wants them: 16 bits in units of unit, as signed bytes.
+    """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    The unit is one for all inputs, or when GROUPED one a block: an outlier then costs the other
-    blocks no precision.
+    A chunk is C sets of a block. The unit is one for all inputs of a token, or when GROUPED one a
+    chunk: an outlier then costs the others no precision. sums[m, chunk] are sums of 16-bit inputs.
 
-    out is int32 [blocks, 8 / BITS, 2, PW]: for each field of a byte, high bytes (or low) of the
-    inputs of a word's four bytes. sums[block] is the sum of the 16-bit inputs.
+    out holds, for each set and word, the inputs of the word's four bytes: int32 [blocks, sets, high
+    or low, PW] for one token, or with TILE [high or low, M, blocks, chunks, 2 C, 4, 2]: in the
+    order in which a thread of an MMA takes bytes, eight of one word (or of two, where C is 1).
     """
-    P: tl.constexpr = 16 // BITS
     SETS: tl.constexpr = 8 // BITS
-    block = tl.program_id(0)
-    if GROUPED:
-        first = block * (P * 2 * PW)
-        unit = _unit(x_ptr + first, tl.minimum(K - first, P * 2 * PW), P * 2 * PW)
-        tl.store(unit_ptr + block, unit)
-    else:
+    block, m = tl.program_id(0), tl.program_id(1)
+    x_ptr += m * x_stride
+    unit = 1.0
+    if not GROUPED:
         unit = _unit(x_ptr, K, CHUNK)
         if block == 0:
-            tl.store(unit_ptr, unit)
+            tl.store(unit_ptr + m, unit)
     i = tl.arange(0, PW)
-    total = tl.zeros((PW,), tl.int32)
-    for s in tl.static_range(SETS):
-        high4 = tl.zeros((PW,), tl.int32)
-        low4 = tl.zeros((PW,), tl.int32)
-        for b in tl.static_range(4):
-            k = (block * P + s + SETS * (b % 2)) * (2 * PW) + 2 * i + b // 2
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            high, low = _sixteen_bits(x, unit)
-            total += 256 * high + low
-            high4 |= (high & 255) << (8 * b)
-            low4 |= (low & 255) << (8 * b)
-        at = out_ptr + ((block * SETS + s) * 2) * PW + i
-        tl.store(at, high4)
-        tl.store(at + PW, low4)
-    tl.store(sums_ptr + 2 * block, tl.sum(total.to(tl.float32), 0))
-    tl.store(sums_ptr + 2 * block + 1, 0.0)
+    for c in tl.static_range(SETS // C):
+        first = (block * SETS + c * C) * SET
+        chunk = (m * blocks + block) * (SETS // C) + c
+        if GROUPED:
+            unit = _unit(x_ptr + first, tl.minimum(K - first, C * SET), C * SET)
+            tl.store(unit_ptr + chunk, unit)
+        total = tl.zeros((PW,), tl.int32)
+        for s in tl.static_range(C):
+            high4 = tl.zeros((PW,), tl.int32)
+            low4 = tl.zeros((PW,), tl.int32)
+            for b in tl.static_range(4):
+                k = first + s * SET + b % 2 * (2 * PW) + 2 * i + b // 2
+                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+                high, low = _sixteen_bits(x, unit)
+                total += 256 * high + low
+                high4 |= (high & 255) << (8 * b)
+                low4 |= (low & 255) << (8 * b)
+            if TILE:
+                # Word i is the (i % 4)-th of the four that thread i // 4 reads at once.
+                u = i % 4 * C + s
+                at = chunk * (C * PW) + u // 2 * 8 + i // 4 * 2 + u % 2
+                tl.store(out_ptr + at, high4)
+                tl.store(out_ptr + M * blocks * (SETS * PW) + at, low4)
+            else:
+                at = out_ptr + ((block * SETS + c * C + s) * 2) * PW + i
+                tl.store(at, high4)
+                tl.store(at + PW, low4)
+        tl.store(sums_ptr + chunk, tl.sum(total.to(tl.float32), 0))
 
 
 @triton.jit
 def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K,
-              blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, GROUPED: tl.constexpr,
-              ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+              blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
+              GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
     """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
 
     Sums of those are exact; four products take one instruction and four fields one mask. 2, 4 and 8
-    bits. When GROUPED, groups are whole blocks and NB is 1.
+    bits. When GROUPED, C sets share a scale and NB is 1.
     """
     SETS: tl.constexpr = 8 // BITS
-    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     i = tl.arange(0, NB * PW)
@@ -219,31 +239,111 @@ def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, parti
         )
         x_at = x_ptr + (block + i // PW) * (2 * SETS * PW) + i % PW
         for s in tl.static_range(SETS):
-            fields = _moved(word, -BITS * s)
-            if BITS < 8:
-                fields = fields & MASK
+            fields = _byte_fields(word, BITS * s, BITS, False)
             x_high = tl.load(x_at + 2 * s * PW)[None, :] + tl.zeros_like(word)
             x_low = tl.load(x_at + (2 * s + 1) * PW)[None, :] + tl.zeros_like(word)
             high = _dot4(fields, x_high, high, ASM)
             low = _dot4(fields, x_low, low, ASM)
-        if GROUPED:
-            group = tl.minimum(block * (16 // BITS * 2 * PW) // G, groups - 1)
-            scale, zero = _scale_and_zero(
-                scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
-            )
-            scale *= tl.load(unit_ptr + block)
-            total += scale[:, None] * (high * 256 + low).to(tl.float32)
-            offset += scale * zero * tl.load(sums_ptr + 2 * block)
-            high = tl.zeros_like(high)
-            low = tl.zeros_like(low)
+            if GROUPED and s % C == C - 1:
+                group = tl.minimum((block * SETS + s) * SET // G, groups - 1)
+                scale, zero = _scale_and_zero(
+                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+                )
+                chunk = block * (SETS // C) + s // C
+                scale *= tl.load(unit_ptr + chunk)
+                total += scale[:, None] * (high * 256 + low).to(tl.float32)
+                offset += scale * zero * tl.load(sums_ptr + chunk)
+                high = tl.zeros_like(high)
+                low = tl.zeros_like(low)
     if GROUPED:
         y = tl.sum(total, 1) - offset
     else:
         scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
-        total_x, _ = _total(sums_ptr + 2 * begin, end - begin, 128)
+        total_x = tl.sum(_row_sums(sums_ptr, tl.zeros((1,), tl.int32), 0, begin, end, 128), 0)
         y = tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)
         y = scale * (y - zero * total_x) * tl.load(unit_ptr)
     tl.store(partial_ptr + tl.program_id(1) * N + rows, y, mask=row_ok)
+
+
+@triton.jit
+def _integer_tile(word, first: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The codes of sets first .. first + C - 1 of words [BLOCK_N, PW], int8 [C * SET, BLOCK_N].
+
+    In ``_quantize``'s order: the thread that loaded a word has its codes where an MMA wants them.
+    """
+    if C == 1:
+        word = tl.reshape(word, (BLOCK_N, 4, 2, 2))
+        codes = _bytes(_byte_fields(word, BITS * first, BITS, ASM))
+        codes = tl.permute(codes, (2, 1, 3, 4, 5, 0))
+    else:
+        word = tl.reshape(word, (BLOCK_N, 4, 1, 1, 4))
+        s = tl.reshape(first + tl.arange(0, C), (1, 1, C // 2, 2, 1))
+        codes = _bytes(_byte_fields(word, BITS * s, BITS, ASM))
+        codes = tl.permute(codes, (4, 2, 1, 3, 5, 6, 0))
+    return tl.reshape(codes, (C * SET, BLOCK_N))
+
+
+@triton.jit
+def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
+                 blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
+                 ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits, for 2 and 4 bits.
+
+    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
+    registers: codes go from the load into it without shared memory. When GROUPED, C sets share a
+    scale.
+    """
+    SETS: tl.constexpr = 8 // BITS
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < N
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    i = tl.arange(0, PW)
+    k = tl.arange(0, C * SET)
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Words are loaded one step ahead.
+    at = words_ptr + rows[:, None] * (blocks * PW) + i[None, :]
+    next_word = tl.load(at + begin * PW, mask=row_ok[:, None], other=0)
+    for block in range(begin, end):
+        word = next_word
+        ahead = rows[:, None] < tl.where(block + 1 < end, N, 0)
+        next_word = tl.load(at + (block + 1) * PW, mask=ahead, other=0)
+        for first in tl.static_range(0, SETS, C):
+            x_at = x_ptr + tokens[:, None] * (blocks * SETS * SET)
+            x_at += (block * SETS + first) * SET + k[None, :]
+            x_high = tl.load(x_at, mask=token_ok[:, None], other=0)
+            x_low = tl.load(x_at + M * blocks * (SETS * SET), mask=token_ok[:, None], other=0)
+            tile = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
+            high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
+            low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
+            if GROUPED:
+                group = tl.minimum((block * SETS + first) * SET // G, groups - 1)
+                scale, zero = _scale_and_zero(
+                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
+                )
+                chunk = (tokens * blocks + block) * (SETS // C) + first // C
+                unit = tl.load(unit_ptr + chunk, mask=token_ok, other=0.0)
+                sums = tl.load(sums_ptr + chunk, mask=token_ok, other=0.0)
+                part = (high * 256 + low).to(tl.float32) - zero[None, :] * sums[:, None]
+                total += scale[None, :] * (unit[:, None] * part)
+                high = tl.zeros_like(high)
+                low = tl.zeros_like(low)
+    if not GROUPED:
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+        inside = tl.minimum(tokens, M - 1)
+        sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
+        unit = tl.load(unit_ptr + inside)
+        total = high.to(tl.float32) * 256 + low.to(tl.float32) - zero[None, :] * sums[:, None]
+        total *= scale[None, :] * unit[:, None]
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, total, mask=row_ok[None, :] & token_ok[:, None])
 
 
 @triton.jit
@@ -292,7 +392,8 @@ def _dot(x_ptr, words_ptr, scales_ptr, zeros_ptr, sums_ptr, partial_ptr, M, N, K
             ok = token_ok[:, None] if EVEN else token_ok[:, None] & (k < K)[None, :]
             x = tl.load(x_ptr + tokens[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
             word = _word_of(word0, word1, word2, rest, first, BITS)
-            j = (first % (4 if BITS == 3 else P) + tl.arange(0, C))[None, :, None]
+            j = first + tl.arange(0, C)
+            j = (j % 4 if BITS == 3 else j // 2 + j % 2 * (P // 2))[None, :, None]
             if EXACT:
                 tile = _code_pairs(word, j, BITS).to(TYPE)
             else:
@@ -348,7 +449,8 @@ def _dequantize(words_ptr, scales_ptr, zeros_ptr, w_ptr, first_row, rows_end, K,
     )
     for j in tl.static_range(P):
         word = _word_of(word0, word1, word2, rest, j, BITS)
-        code = _code_pairs(word, j % (4 if BITS == 3 else P), BITS).to(tl.float32)
+        code = _code_pairs(word, j % 4 if BITS == 3 else j // 2 + j % 2 * (P // 2), BITS)
+        code = code.to(tl.float32)
         code = tl.reshape(code, (BLOCK_N, 2 * PW))
         k = (block * P + j) * (2 * PW) + tl.arange(0, 2 * PW)
         ok = row_ok[:, None] & (k < K)[None, :]

@@ -25,6 +25,7 @@ FIELDS = {2: 8, 3: 4, 4: 4, 8: 2}  # of a 16-bit half of a word
 TOGETHER = {2: 4, 3: 2, 4: 2, 8: 1}  # fields that share a shift in _gemv
 PW = bodies.PW.value
 PLANE = 2 * PW  # inputs
+SET = bodies.SET.value
 DEQUANTIZE_N = 32  # rows of a tile
 AT_ONCE = 2  # blocks of a step where weights are not grouped; rows are padded to it
 
@@ -59,9 +60,10 @@ def scalar_unpack(packed: torch.Tensor, bits: int, N: int, K: int) -> torch.Tens
 
 
 def _places(bits: int, device: torch.device) -> torch.Tensor:
-    """Bit of each field of each half, [fields, 1, 2]."""
-    fields = bits * torch.arange(FIELDS[bits], device=device)
-    return fields[:, None, None] + torch.tensor([0, 16], device=device)
+    """Bit of each plane of a word, in each half: [planes, 1, 2]."""
+    plane = torch.arange(FIELDS[bits], device=device)
+    field = plane if bits == 3 else plane // 2 + plane % 2 * (8 // bits)
+    return (bits * field)[:, None, None] + torch.tensor([0, 16], device=device)
 
 
 def _words(packed: torch.Tensor, bits: int, N: int, K: int) -> torch.Tensor:
@@ -92,42 +94,86 @@ class _Weight:
         shared = self.G // PLANE
         return min(most, shared & -shared)
 
-    def fills_bytes(self) -> bool:
-        """Whether ``_integers`` takes the weight: groups are whole blocks, and sums of bytes by
-        bytes stay within 32 bits."""
-        whole = not self.grouped or self.G % (PLANES[self.bits] * PLANE) == 0
-        return whole and self.bits != 3 and self.K <= 65536
+    def sets(self) -> int:
+        """Sets of a block that share a scale, for the bodies with integers; 0: they cannot run.
+
+        Fields must fill bytes, groups be whole sets, and sums of bytes by bytes fit 32 bits.
+        """
+        count = 8 // self.bits
+        if self.bits == 3 or self.K > 65536 or (self.grouped and self.G % SET):
+            return 0
+        return self.planes(2 * count) // 2
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens, float32."""
         if self.grouped and self.G % PLANE:
             return self._dequantized(x)
-        M = x.shape[0]
-        scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
-        body = "dot"
-        if M == 1:
-            body = "integers" if self.fills_bytes() and has_dp4a(x) else "gemv"
-        config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
-        at_once = 1 if self.grouped else AT_ONCE
+        M, config = x.shape[0], self.config(x)
+        body, tokens = config["body"], 1
+        if body == "integer_dot":
+            tokens = triton.cdiv(M, tuning.DOT_ROWS)
+        at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // tiles)
+        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         options = {
-            "BITS": self.bits, "NB": at_once, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
+            "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
             "BLOCK_N": config["BLOCK_N"], **tuning.launch_options(config),
         }  # fmt: skip
         grid, per_split = (tiles, splits), each * at_once
-        if config["body"] == "integers" and self.fills_bytes():
-            self._integers(x, partial, grid, per_split, options)
+        if body == "integer_dot":
+            options["BLOCK_M"] = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            self._integer_dot(x, partial, (*grid, tokens), per_split, options)
+        elif body == "integers":
+            self._integers(x, partial, grid, per_split, {"NB": at_once, **options})
         elif M == 1:
-            self._gemv(x, partial, grid, per_split, options)
+            self._gemv(x, partial, grid, per_split, {"NB": at_once, **options})
         else:
-            options["BLOCK_M"], options["FIRST"] = (
-                tuning.token_rows(config, M),
-                bool(config["FIRST"]),
-            )
+            options["BLOCK_M"] = tuning.token_rows(config, M)
+            options |= {"NB": at_once, "FIRST": bool(config["FIRST"])}
             self._dot(x, partial, grid, per_split, config["BLOCK_K"], options)
         return partial
+
+    def config(self, x: torch.Tensor) -> tuning.Config:
+        M, sets = x.shape[0], self.sets()
+        # float32 keeps its own precision where MMAs have a type for it.
+        integers = sets > 0 and (M == 1 or (self.bits < 8 and x.dtype != torch.float32))
+        body = "gemv" if M == 1 else "dot"
+        if integers and has_dp4a(x):
+            body = "integers" if M == 1 else "integer_dot"
+        scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
+        config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
+        if config["body"].startswith("integer") and not integers:
+            return tuning.default("scalar.gemv" if M == 1 else "scalar.dot")
+        return config
+
+    def _quantized(self, x: torch.Tensor, tile: bool):
+        """What ``_quantize`` makes of x: bytes in words, sums and units, and its C."""
+        M, count, sets = x.shape[0], 8 // self.bits, self.sets()
+        chunks = self.blocks * (count // sets)
+        inputs = torch.empty((2, M, self.blocks * count * PW), dtype=torch.int32, device=x.device)
+        sums = torch.empty((M, chunks), dtype=torch.float32, device=x.device)
+        unit = torch.empty((M, chunks if self.grouped else 1), dtype=torch.float32, device=x.device)
+        wrap_triton(bodies._quantize)[(self.blocks, M)](
+            x, inputs, sums, unit, M, self.K, x.stride(0), self.blocks, BITS=self.bits, C=sets,
+            GROUPED=self.grouped, TILE=tile, CHUNK=4096, num_warps=1 if self.grouped else 8,
+        )  # fmt: skip
+        return inputs, sums, unit, sets
+
+    def _integers(self, x, partial, grid, per_split: int, options: dict) -> None:
+        inputs, sums, unit, sets = self._quantized(x, False)
+        wrap_triton(bodies._integers)[grid](
+            inputs, sums, unit, self.words, self.scales, self.zeros, partial, self.N, self.K,
+            self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), **options,
+        )  # fmt: skip
+
+    def _integer_dot(self, x, partial, grid, per_split: int, options: dict) -> None:
+        inputs, sums, unit, sets = self._quantized(x, True)
+        wrap_triton(bodies._integer_dot)[grid](
+            inputs.view(torch.int8), sums, unit, self.words, self.scales, self.zeros, partial,
+            x.shape[0], self.N, self.K, self.blocks, per_split, self.G, C=sets,
+            ASM=has_dp4a(x), **options,
+        )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:
         C, together = self.planes(PLANES[self.bits]), TOGETHER[self.bits]
@@ -141,28 +187,6 @@ class _Weight:
             inputs, sums, self.words, self.scales, self.zeros, partial, self.N, self.K,
             self.blocks, per_split, self.G, one_of(torch.float32), C=C, TOGETHER=together,
             **options,
-        )  # fmt: skip
-
-    def _integers(self, x, partial, grid, per_split: int, options: dict) -> None:
-        inputs = torch.empty(
-            (self.blocks, 8 // self.bits, 2, PW), dtype=torch.int32, device=x.device
-        )
-        sums = torch.empty((self.blocks, 2), dtype=torch.float32, device=x.device)
-        unit = torch.empty(self.blocks, dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(self.blocks,)](
-            x,
-            inputs,
-            sums,
-            unit,
-            self.K,
-            BITS=self.bits,
-            GROUPED=self.grouped,
-            CHUNK=4096,
-            num_warps=8,
-        )
-        wrap_triton(bodies._integers)[grid](
-            inputs, sums, unit, self.words, self.scales, self.zeros, partial, self.N, self.K,
-            self.blocks, per_split, self.G, ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _dot(self, x, partial, grid, per_split: int, block_k: int, options: dict) -> None:

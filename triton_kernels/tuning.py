@@ -24,16 +24,23 @@ DEFAULTS: dict[str, Config] = {
         "BLOCK_N": 256, "BLOCK_G": 4, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
+    "additive.words_dot": {
+        "BLOCK_M": 16, "BLOCK_N": 64, "COPIES": 1, "PROGRAMS": 528, "num_warps": 4, "num_stages": 1,
+    },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.gemv": {
-        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.integers": {
-        "BLOCK_N": 1024, "BLOCK_G": 2, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_N": 128, "BLOCK_G": 32, "SHARED": 1, "COPIES": 0, "PROGRAMS": 2112, "num_warps": 4,
+        "num_stages": 1,
+    },
+    "e8p.integer_dot": {
+        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_G": 32, "COPIES": 1, "PROGRAMS": 528, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.dot": {
@@ -42,6 +49,9 @@ DEFAULTS: dict[str, Config] = {
     },
     "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
+    "scalar.integer_dot": {
+        "BLOCK_M": 16, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+    },
     "scalar.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
@@ -51,6 +61,10 @@ DEFAULTS: dict[str, Config] = {
 
 DOT_TOKENS = 64
 """The most tokens of a decode body; more of them multiply with a decoded weight."""
+
+DOT_ROWS = 32
+"""The most tokens of a program whose MMAs take the weight from registers (64 would be Hopper's,
+which take it from shared memory)."""
 
 _forced: list[Config] = []
 
@@ -104,6 +118,11 @@ def config(family: str, scheme: str, N: int, K: int, M: int, body: str) -> Confi
     found = _forced[-1] if _forced else _measured(device_name(), family, scheme, N, K, M)
     body = found["body"] if found else body
     return {**DEFAULTS[f"{family}.{body}"], **(found or {}), "body": body}
+
+
+def default(name: str) -> Config:
+    """The default config of ``family.body``."""
+    return {**DEFAULTS[name], "body": name.split(".")[1]}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -54,6 +55,19 @@ def kernels(family: str) -> ModuleType:
     return _LOADED[family]
 
 
+def run(operator: Callable, *args):
+    """Call a Triton operator on its first argument's device: launches go to the current one."""
+    device = args[0].device
+    if (
+        device.type != "cuda"
+        or torch.compiler.is_compiling()
+        or device.index == torch.cuda.current_device()
+    ):
+        return operator(*args)
+    with torch.cuda.device(device):
+        return operator(*args)
+
+
 def _repack(format: AdditiveFormat, tensors: Tensors, partitions: Partitions, precision: str):
     codes = kernels("additive").pack(tensors["codes"], format.out_group_size, list(partitions))
     books = tensors["codebooks"].detach().float().unflatten(0, (len(partitions), -1))
@@ -72,16 +86,18 @@ def _unpack(format: AdditiveFormat, buffers: Buffers, N: int, K: int, partitions
 
 
 def _matmul(format: Format, x, buffers: Buffers, values: Tensors, bias, partitions, precision):
-    return kernels("additive").additive_matmul(
+    return run(
+        kernels("additive").additive_matmul,
         x, buffers["packed_codes"], values["codebooks"], values["scales"], bias,
         buffers["widest"], list(partitions),
     )  # fmt: skip
 
 
 def _dequantize(format: Format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
-    return kernels("additive").additive_dequantize(
-        buffers["packed_codes"], values["codebooks"], values["scales"], K, list(partitions)
-    )
+    return run(
+        kernels("additive").additive_dequantize,
+        buffers["packed_codes"], values["codebooks"], values["scales"], K, list(partitions),
+    )  # fmt: skip
 
 
 def why_not_here(problem: Problem, largest: int) -> str | None:

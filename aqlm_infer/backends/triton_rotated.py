@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from ..formats import E8PFormat, QuipFormat, ScalarFormat
 from . import rotated, scalar
 from .registry import Kernel, Problem, register
-from .triton import interpreted, kernels, why_not_here
+from .triton import interpreted, kernels, run, why_not_here
 
 
 def _operator(family: str, name: str) -> Callable:
     def operator(*args):
-        return getattr(kernels(family), name)(*args)
+        return run(getattr(kernels(family), name), *args)
 
     return operator
 

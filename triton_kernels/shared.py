@@ -1,0 +1,116 @@
+"""Tables in shared memory that last for the whole kernel, in copies for the lanes of a warp.
+
+Triton has no shared memory of the kernel's own: ``tl.gather`` copies its table at every call and
+waits twice for all warps. PTX lets inline assembly declare some, whose addresses are integers.
+With what Triton takes itself it must stay within 48 KB: beyond, launches fail ("invalid argument"),
+because Triton asks for more only when its own share is larger.
+
+Loads by inline assembly are elementwise, so unlike those of ``tl.load`` they run in whatever layout
+the result is wanted, such as the operand of an MMA. NVIDIA alone.
+
+Lanes that read different words of a bank wait for each other. So a table has copies: copy c of
+word e is at word e COPIES + c, and a lane reads copy ``lane % COPIES``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _declare(BYTES: tl.constexpr):
+    """The address of so many bytes (32 or 40 KB), int32. Once a kernel."""
+    tl.static_assert(BYTES == 32768 or BYTES == 40960)
+    if BYTES == 32768:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 t[40960]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def _load_byte(at):
+    """The unsigned byte at each pointer, int32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u16 b; ld.global.nc.u8 b, [$1]; cvt.u32.u16 $0, b; }",
+        "=r,l",
+        [at],
+        tl.int32,
+        True,
+        1,
+    )
+
+
+@triton.jit
+def _load_half(at):
+    """The unsigned 16 bits at each pointer, int32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u16 b; ld.global.nc.u16 b, [$1]; cvt.u32.u16 $0, b; }",
+        "=r,l",
+        [at],
+        tl.int32,
+        True,
+        1,
+    )
+
+
+@triton.jit
+def _ready(base):
+    """``base`` when all warps have written their share of tables.
+
+    Its move is not pure, so it stays behind the barrier, and with it all that needs its result.
+    """
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base], tl.int32, False, 1)
+
+
+@triton.jit
+def _store4(at, w0, w1, w2, w3):
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
+        [at, w0, w1, w2, w3], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _share(table_ptr, to, COPIES: tl.constexpr):
+    """Copy a table of 256 words to the shared address ``to``; COPIES is a multiple of 4."""
+    e = tl.arange(0, 64 * COPIES)
+    word = tl.load(table_ptr + e // (COPIES // 4))
+    _store4(to + e * 16, word, word, word, word)
+
+
+@triton.jit
+def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
+    """Copy a table of entries of four words to the shared address ``to``."""
+    e = tl.arange(0, ENTRIES * COPIES)
+    w0, w1, w2, w3 = _load4(table_ptr + e // COPIES * 8, False)
+    _store4(to + e * 16, w0, w1, w2, w3)
+
+
+@triton.jit
+def _load(at, SHARED: tl.constexpr):
+    """A word from each shared address, or else from each pointer."""
+    if SHARED:
+        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [at], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1
+        )
+
+
+@triton.jit
+def _load4(at, SHARED: tl.constexpr):
+    """Four neighbouring words from each shared address, or else from each pointer."""
+    if SHARED:
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
