@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .moments import Moments
 from .report import BlockResult, LayerResult
 from .sharing import shared_options
 from .stream import BlockStream, set_parameter
-from .tune import TunedBlock, TuneOptions, tune_block
+from .tune import BlockTuner, TunedBlock, TuneOptions
 from .windows import digest
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -100,6 +101,8 @@ class Job:
         """Quantize all blocks; the inputs of the next one stay on the CPU."""
         results = []
         hidden = self.stream.embed(self.windows, self.batch)
+        tune = self.settings.tune
+        dense = hidden if tune is not None and tune.dense_path else None
         count = len(self.stream.blocks)
         head, _ = self.stream.head()
         total = count + (head in self.chosen)
@@ -108,8 +111,10 @@ class Job:
                 kept = self.read(index)
                 self.reused += kept is not None
                 with self.stream.block(index) as block:
+                    if dense is not None:
+                        dense = self.forward(index, block, dense)
                     if kept is None:
-                        result, tensors = self.quantize(index, block, hidden, bar)
+                        result, tensors = self.quantize(index, block, hidden, dense, bar)
                         self.write(index, tensors, result)
                     else:
                         tensors, result = kept
@@ -158,9 +163,18 @@ class Job:
         return torch.cat(outputs)
 
     def quantize(
-        self, index: int, block: nn.Module, hidden: torch.Tensor, bar: tqdm
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        dense: torch.Tensor | None,
+        bar: tqdm,
     ) -> tuple[BlockResult, dict[str, torch.Tensor]]:
-        """Quantize one block: its report, and its stored tensors by their names inside it."""
+        """Quantize one block: its report, and its stored tensors by their names inside it.
+
+        ``hidden`` are its inputs; ``dense`` the outputs that it is tuned towards, None for those of
+        the dense block on ``hidden``.
+        """
         start, layers = time.perf_counter(), self.layers_of(index)
         moments = Moments(block, list(layers))
         with moments.watching():
@@ -181,7 +195,9 @@ class Job:
         plain = {n: p for n, p in block.named_parameters() if n.rpartition(".")[0] not in layers}
         plain |= {n: p for n, p in block.named_parameters() if n.endswith(".bias")}
         if self.settings.tune is not None and layers:
-            done, plain, tuned = self.tune(index, block, done, plain, hidden, targets)
+            if dense is not None:
+                targets = dense
+            done, plain, tuned = self.tune(index, block, done, plain, hidden, targets, bar)
         tensors = {f"{n}.{k}": t for n, (_, values) in done.items() for k, t in values.items()}
         tensors |= {n: p.detach().to(self.dtype) for n, p in plain.items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
@@ -225,26 +241,30 @@ class Job:
         seconds = time.perf_counter() - start
         return tensors, LayerResult(full, format.id, N, K, bits, error, seconds, notes)
 
-    @torch.enable_grad()
-    def tune(self, index, block, done, plain, hidden, targets):
+    def tune(self, index, block, done, plain, hidden, targets, bar):
         """Fine-tune the block's values; returns layers, plain tensors and the report."""
-        tuned = TunedBlock(block, done, self.settings.tune)
-        report = tune_block(
-            self.stream,
-            index,
-            tuned,
-            hidden,
-            targets,
-            self.settings.tune,
-            batch=self.batch,
-            seed=self.settings.seed,
-        )
-        with torch.no_grad():
-            better = {}
-            for name, (format, _) in done.items():
-                N, K = block.get_submodule(name).weight.shape
-                better[name] = (format, stored(format, tuned.tensors(name), N, K, self.dtype))
-            return better, {**plain, **tuned.plain()}, report
+        options = self.settings.tune
+
+        def progress(epoch: int, error: float) -> None:
+            bar.set_postfix_str(f"fine-tuning {epoch}/{options.epochs}: {error:.5f}")
+
+        with ExitStack() as stack:
+            following = []
+            for after in range(index + 1, min(index + 1 + options.ahead, len(self.stream.blocks))):
+                with self.stream.block(after) as module:
+                    targets = self.forward(after, module, targets)
+                following.append(stack.enter_context(self.stream.block(after, torch.float32)))
+            tuned = TunedBlock(block, done, options)
+            tuner = BlockTuner(
+                self.stream, index, tuned, following, hidden, targets, options, self.batch
+            )
+            with torch.enable_grad():
+                report = tuner.train(self.settings.seed, progress)
+        better = {}
+        for name, (format, _) in done.items():
+            N, K = block.get_submodule(name).weight.shape
+            better[name] = (format, stored(format, tuned.tensors(name), N, K, self.dtype))
+        return better, {**plain, **tuned.plain()}, report
 
     def place(self, block: nn.Module, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the block the weights that its stored tensors stand for."""

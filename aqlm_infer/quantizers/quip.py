@@ -93,10 +93,10 @@ class QuipQuantizer(Quantizer):
         if hessian is None:
             hessian = torch.eye(K, dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(self.seed)
-        plain = regularise(hessian.to(device), K, self.damping)
+        plain = regularise(hessian.to(device), K, self.damping).matrix
         wide = weight.double()
         energy = column_energy(wide) if self.energy is None else self.energy
-        scaling = balance(energy, plain.matrix) if self.rescale else torch.ones_like(wide[0])
+        scaling = balance(energy, plain) if self.rescale else torch.ones_like(wide[0])
         extra: dict[str, torch.Tensor] = {}
         if self.format.rotation == "kronecker":
             sides = {"U": random_kronecker(N, generator), "V": random_kronecker(K, generator)}
@@ -121,12 +121,14 @@ class QuipQuantizer(Quantizer):
             def inverse_in(x):
                 return into.apply(x, transpose=True)
 
-        turned = rotate(wide, plain.matrix, su, sv, inverse_out, inverse_in)
-        curvature = regularise(turned.hessian, K, self.damping)
+        turned = rotate(wide, plain, su, sv, inverse_out, inverse_in)
+        del plain  # each of these [K, K] matrices takes 6.6 GB in a 70B model
+        curvature, wide = regularise(turned.hessian, K, self.damping), turned.weight
+        del turned
         spread = self.spread or SPREADS[self.format.bits]
-        scale = float((spread * turned.weight.square().mean().sqrt()).float()) or 1.0
+        scale = float((spread * wide.square().mean().sqrt()).float()) or 1.0
         rounder = UniformRounder(N, K, self.format.bits, scale, device)
-        rounded = feedback_round(turned.weight, curvature, rounder)
-        greedy_passes(turned.weight, rounded, curvature, rounder, self.passes)
+        rounded = feedback_round(wide, curvature, rounder)
+        greedy_passes(wide, rounded, curvature, rounder, self.passes)
         values = {"SU": su.float(), "SV": sv.float(), "Wscale": torch.tensor(scale).to(device)}
         return {**self.format.pack_codes(rounder.codes), **values, **extra}
