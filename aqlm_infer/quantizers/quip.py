@@ -10,7 +10,7 @@ from ..formats.rotation import Hadamard, kronecker_sizes, kronecker_transform
 from ..formats.scalar import QuipFormat
 from .base import Quantizer, QuantizerError, check_weight
 from .hessian import DAMPING, regularise
-from .ldlq import Rounder, feedback_round, greedy_passes
+from .ldlq import GridRounder, feedback_round, greedy_passes
 from .rotate import balance, column_energy, random_signs, rotate
 
 SPREADS = {2: 1.6, 3: 2.1, 4: 2.6}
@@ -19,10 +19,8 @@ SPREADS = {2: 1.6, 3: 2.1, 4: 2.6}
 Published: 2.4 at every width, which at 2 bits doubles the error (docs/notes/quantizers.md)."""
 
 
-class UniformRounder(Rounder):
+class UniformRounder(GridRounder):
     """One column at a time onto codes 0..2^b-1 of [-scale, scale]."""
-
-    size = 1
 
     def __init__(self, N: int, K: int, bits: int, scale: float, device):
         self.top, self.scale = (1 << bits) - 1, scale
