@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from ..formats import Format
 from ..quantizers import quantizer_for
 from ..quantizers.hessian import HessianWarning, relative_loss
 from ..version import __version__
 from .moments import Moments
+from .progress import ProgressBar
 from .report import BlockResult, LayerResult
 from .sharing import shared_options
 from .stream import BlockStream, set_parameter
@@ -96,6 +96,11 @@ class Job:
         prefix = self.stream.block_name(index) + "."
         return {n.removeprefix(prefix): f for n, f in self.chosen.items() if n.startswith(prefix)}
 
+    def weights(self) -> int:
+        """Weights of all layers to quantize."""
+        layers = [self.stream.model.get_submodule(name) for name in self.chosen]
+        return sum(layer.out_features * layer.in_features for layer in layers)
+
     @torch.no_grad()
     def run(self) -> list[BlockResult]:
         """Quantize all blocks; the inputs of the next one stay on the CPU."""
@@ -106,8 +111,9 @@ class Job:
         count = len(self.stream.blocks)
         head, _ = self.stream.head()
         total = count + (head in self.chosen)
-        with tqdm(total=total, desc="quantize", unit="block", disable=not self.progress) as bar:
+        with ProgressBar(total, self.weights(), self.progress) as bar:
             for index in range(count):
+                bar.block(index)
                 kept = self.read(index)
                 self.reused += kept is not None
                 with self.stream.block(index) as block:
@@ -118,15 +124,17 @@ class Job:
                         self.write(index, tensors, result)
                     else:
                         tensors, result = kept
+                        bar.reused(result.weights)
                     if index + 1 < total:
                         self.place(block, index, tensors)
                         hidden = self.forward(index, block, hidden)
                 results.append(result)
-                bar.update()
             if head in self.chosen:
-                bar.set_postfix_str(head)
+                bar.block(count)
+                bar.begin(head)
                 results.append(self.head(count, head, hidden))
-                bar.update()
+                layer = results[-1].layers[0]
+                bar.layer(head, results[-1].weights, layer.relative_error)
         return results
 
     def head(self, index: int, name: str, hidden: torch.Tensor) -> BlockResult:
@@ -168,7 +176,7 @@ class Job:
         block: nn.Module,
         hidden: torch.Tensor,
         dense: torch.Tensor | None,
-        bar: tqdm,
+        bar: ProgressBar,
     ) -> tuple[BlockResult, dict[str, torch.Tensor]]:
         """Quantize one block: its report, and its stored tensors by their names inside it.
 
@@ -182,7 +190,7 @@ class Job:
         done: dict[str, tuple[Format, dict[str, torch.Tensor]]] = {}
         reports = []
         for position, (name, format) in enumerate(layers.items()):
-            bar.set_postfix_str(f"{name} {reports[-1].relative_error:.4f}" if reports else name)
+            bar.begin(name)
             rest = list(layers)[position + 1 :]
             last = all(moments.leader(n) != moments.leader(name) for n in rest)
             full = f"{self.stream.block_name(index)}.{name}"
@@ -191,6 +199,7 @@ class Job:
             tensors, report = self.layer(full, name, format, block, moments, last, shared)
             done[name] = (format, tensors)
             reports.append(report)
+            bar.layer(name, report.N * report.K, report.relative_error)
         tuned = None
         plain = {n: p for n, p in block.named_parameters() if n.rpartition(".")[0] not in layers}
         plain |= {n: p for n, p in block.named_parameters() if n.endswith(".bias")}
@@ -246,7 +255,7 @@ class Job:
         options = self.settings.tune
 
         def progress(epoch: int, error: float) -> None:
-            bar.set_postfix_str(f"fine-tuning {epoch}/{options.epochs}: {error:.5f}")
+            bar.tuning(epoch, options.epochs, error)
 
         with ExitStack() as stack:
             following = []

@@ -36,6 +36,11 @@ class BlockResult:
     error_after: float | None = None
     epochs: int = 0
 
+    @property
+    def weights(self) -> int:
+        """Of the quantized layers."""
+        return sum(layer.N * layer.K for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class CalibratedReport:
