@@ -106,8 +106,6 @@ class Job:
         """Quantize all blocks; the inputs of the next one stay on the CPU."""
         results = []
         hidden = self.stream.embed(self.windows, self.batch)
-        tune = self.settings.tune
-        dense = hidden if tune is not None and tune.dense_path else None
         count = len(self.stream.blocks)
         head, _ = self.stream.head()
         total = count + (head in self.chosen)
@@ -117,10 +115,8 @@ class Job:
                 kept = self.read(index)
                 self.reused += kept is not None
                 with self.stream.block(index) as block:
-                    if dense is not None:
-                        dense = self.forward(index, block, dense)
                     if kept is None:
-                        result, tensors = self.quantize(index, block, hidden, dense, bar)
+                        result, tensors = self.quantize(index, block, hidden, bar)
                         self.write(index, tensors, result)
                     else:
                         tensors, result = kept
@@ -171,18 +167,9 @@ class Job:
         return torch.cat(outputs)
 
     def quantize(
-        self,
-        index: int,
-        block: nn.Module,
-        hidden: torch.Tensor,
-        dense: torch.Tensor | None,
-        bar: ProgressBar,
+        self, index: int, block: nn.Module, hidden: torch.Tensor, bar: ProgressBar
     ) -> tuple[BlockResult, dict[str, torch.Tensor]]:
-        """Quantize one block: its report, and its stored tensors by their names inside it.
-
-        ``hidden`` are its inputs; ``dense`` the outputs that it is tuned towards, None for those of
-        the dense block on ``hidden``.
-        """
+        """Quantize one block: its report, and its stored tensors by their names inside it."""
         start, layers = time.perf_counter(), self.layers_of(index)
         moments = Moments(block, list(layers))
         with moments.watching():
@@ -204,8 +191,6 @@ class Job:
         plain = {n: p for n, p in block.named_parameters() if n.rpartition(".")[0] not in layers}
         plain |= {n: p for n, p in block.named_parameters() if n.endswith(".bias")}
         if self.settings.tune is not None and layers:
-            if dense is not None:
-                targets = dense
             done, plain, tuned = self.tune(index, block, done, plain, hidden, targets, bar)
         tensors = {f"{n}.{k}": t for n, (_, values) in done.items() for k, t in values.items()}
         tensors |= {n: p.detach().to(self.dtype) for n, p in plain.items()}

@@ -18,6 +18,10 @@ from ..formats import Format
 from ..training.modes import reproducible
 from .stream import BlockStream
 
+TOKENS = 4096
+"""Most tokens that run through a block at once: in float32, with all that their gradients need,
+4096 take 3.5 GB in a block of Llama-3-70B."""
+
 TRAINED = {"codebooks": "codebooks", "scales": "others", "SU": "others", "SV": "others"}
 """Canonical tensors that train, and whose learning rate they take."""
 
@@ -35,9 +39,6 @@ class TuneOptions:
         patience: epochs without improvement before it ends.
         ahead: dense blocks after the tuned one that its outputs pass through before they are
             compared; fewer at the end of the model.
-        dense_path: compare with the dense model's own hidden states, so that a block makes up for
-            the errors of the blocks before it; False: with the dense block's outputs on the inputs
-            that the quantized blocks produce.
         per_token: errors count relative to the energy of each token rather than of all: what the
             next block's norm makes of them.
     """
@@ -49,7 +50,6 @@ class TuneOptions:
     held_out: float = 0.125
     patience: int = 2
     ahead: int = 0
-    dense_path: bool = False
     per_token: bool = False
 
 
@@ -138,20 +138,31 @@ class TunedBlock:
         own = dict(self.block.named_parameters())
         return {name: self.value(name) for name in self.parameters if name in own}
 
+    def decode(self, name: str) -> torch.Tensor:
+        """The weight of a layer, as a function of the parameters."""
+        format, _ = self.layers[name]
+        return format.dequantize(self.tensors(name), torch.float32)
+
+    @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the block computes with, as a function of the parameters."""
-        decoded = {
-            f"{name}.weight": format.dequantize(self.tensors(name), torch.float32)
-            for name, (format, _) in self.layers.items()
-        }
-        return {**decoded, **self.plain()}
+        """Every tensor that the block computes with."""
+        return {**{f"{name}.weight": self.decode(name) for name in self.layers}, **self.plain()}
+
+    def backward(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Carry the gradients of ``weights`` to the parameters, one layer's graph at a time."""
+        for name in self.layers:
+            if f"{name}.weight" in gradients:
+                self.decode(name).backward(gradients[f"{name}.weight"])
+        for name, value in self.plain().items():
+            if name in gradients:
+                value.backward(gradients[name])
 
 
 class BlockTuner:
     """Trains a :class:`TunedBlock` so that block ``index``, and the dense blocks ``following`` it,
     map ``inputs`` to ``targets`` [windows, tokens, D].
 
-    ``batch`` windows run at once; gradients add up over ``options.batch``.
+    ``batch`` windows at most run at once; gradients add up over ``options.batch``.
     """
 
     def __init__(
@@ -167,7 +178,8 @@ class BlockTuner:
     ):
         self.stream, self.index, self.tuned, self.following = stream, index, tuned, following
         self.inputs, self.targets, self.options = inputs, targets, options
-        self.batch = math.gcd(batch, options.batch)
+        most = min(batch, max(1, TOKENS // inputs.shape[1]))
+        self.batch = max(n for n in range(1, most + 1) if options.batch % n == 0)
 
     def train(self, seed: int, progress: Callable[[int, float], None] | None = None) -> TuneReport:
         """Train with a learning rate that falls to zero as a cosine; ``progress`` gets the epoch
@@ -208,11 +220,9 @@ class BlockTuner:
     def step(self, group: torch.Tensor) -> bool:
         """One optimizer step on the windows ``group``; False when its loss was not finite.
 
-        Weights are decoded once; their gradients add up over the batches and then flow back at
-        once.
+        The gradients of the decoded weights add up over the batches and then flow back at once.
         """
-        weights = self.tuned.weights()
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        leaves = {name: w.requires_grad_() for name, w in self.tuned.weights().items()}
         total = torch.zeros((), device=self.stream.device)
         for part in group.split(self.batch):
             with reproducible(self.stream.device):
@@ -222,9 +232,8 @@ class BlockTuner:
         if not bool(torch.isfinite(total)):
             return False
         self.tuned.optimizer.zero_grad()
-        used = [name for name, leaf in leaves.items() if leaf.grad is not None]
         with reproducible(self.stream.device):
-            torch.autograd.backward([weights[n] for n in used], [leaves[n].grad for n in used])
+            self.tuned.backward({n: w.grad for n, w in leaves.items() if w.grad is not None})
         self.tuned.optimizer.step()
         return True
 

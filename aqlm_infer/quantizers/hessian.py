@@ -21,7 +21,7 @@ DAMPING = 1e-2
 ATTEMPTS = 10
 
 PANEL = 1024
-"""Columns that ``block_ldl`` holds twice at a time: a matrix of a 70B model takes 6.6 GB."""
+"""Columns or rows that are copied at a time: a matrix of a 70B model takes 6.6 GB."""
 
 
 class HessianWarning(UserWarning):
@@ -49,7 +49,7 @@ def regularise(hessian: torch.Tensor, K: int, damping: float = DAMPING) -> Curva
         raise QuantizerError(f"hessian has shape {list(hessian.shape)}, expected [{K}, {K}]")
     wide = hessian.double()
     wide = (wide + wide.T).mul_(0.5)  # a new matrix: the caller's stays as it is
-    if not bool(torch.isfinite(wide).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in wide.split(PANEL)):
         where = (~torch.isfinite(wide)).nonzero()[0].tolist()
         raise QuantizerError(f"hessian is not finite: {wide[tuple(where)].item()} at {where}")
     diagonal = wide.diagonal().clone()
@@ -65,7 +65,7 @@ def regularise(hessian: torch.Tensor, K: int, damping: float = DAMPING) -> Curva
         added = damping * 2.0**attempt
         wide.diagonal().copy_(diagonal + added * mean)
         factor, failed = torch.linalg.cholesky_ex(wide)
-        if int(failed) == 0 and bool(torch.isfinite(factor).all()):
+        if int(failed) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             if attempt:
                 warnings.warn(f"damping raised to {added:g}", HessianWarning, stacklevel=2)
             return Curvature(wide, factor, added)
