@@ -73,6 +73,8 @@ def quantize_calibrated(
     if local and Path(source).resolve() == out:
         raise JobError(f"{out} is the model itself: choose another folder")
     refuse_foreign(out)
+    if tune is not None and samples < 2:
+        raise JobError(f"fine-tuning holds windows out: samples={samples}, at least 2 are needed")
     stream = open_stream(model, device)
     windows = calibration_windows(
         calibration, model, stream.vocab_size, samples=samples, seq_len=seq_len, seed=seed
@@ -82,7 +84,7 @@ def quantize_calibrated(
     check_inside(chosen, stream)
     for format in {f.id: f for f in chosen.values()}.values():
         quantizer_for(format, **options_for(format, options, seed))
-    check_disk(stream.model, chosen, out)
+    check_disk(stream.model, chosen, out, dtype)
     settings = Settings(
         {name: format.id for name, format in chosen.items()},
         seed,
