@@ -22,6 +22,9 @@ TOKENS = 4096
 """Most tokens that run through a block at once: in float32, with all that their gradients need,
 4096 take 3.5 GB in a block of Llama-3-70B."""
 
+RESIDENT = 1 << 31
+"""Most bytes of inputs and targets that stay on the device; else every step fetches its windows."""
+
 TRAINED = {"codebooks": "codebooks", "scales": "others", "SU": "others", "SV": "others"}
 """Canonical tensors that train, and whose learning rate they take."""
 
@@ -177,7 +180,9 @@ class BlockTuner:
         batch: int,
     ):
         self.stream, self.index, self.tuned, self.following = stream, index, tuned, following
-        self.inputs, self.targets, self.options = inputs, targets, options
+        small = inputs.nbytes + targets.nbytes <= RESIDENT
+        self.inputs, self.targets = (t.to(stream.device) if small else t for t in (inputs, targets))
+        self.options = options
         most = min(batch, max(1, TOKENS // inputs.shape[1]))
         self.batch = max(n for n in range(1, most + 1) if options.batch % n == 0)
 
