@@ -124,6 +124,7 @@ def _finish(
         seed=job.settings.seed,
         reused=job.reused,
         seconds=time.perf_counter() - start,
+        tune=None if job.settings.tune is None else asdict(job.settings.tune),
     )
     (out / "quantize_report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (out / "quantize_report.txt").write_text(text(report))
