@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,9 +42,17 @@ ARMS = (
     Arm("quip-sharp", "quip-e8p-2bit"),
     Arm("aqlm", "aqlm-2x8-g8"),
     Arm("aqlm+tune", "aqlm-2x8-g8", tune=True),
+    Arm("aqlm-plain-start", "aqlm-1x8-g8", options={"metric_rounds": 0}),
+    Arm("aqlm-metric-start", "aqlm-1x8-g8"),
     Arm("quip-sharp+tune", "quip-e8p-2bit", tune=True),
     Arm("gptq+tune", "gptq-int2-g128", tune=True),
 )
+
+
+def option(text: str) -> tuple[str, object]:
+    """``name=value`` of fine-tuning's option."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
 
 
 def with_dense_weights(model: nn.Module) -> nn.Module:
@@ -69,7 +77,7 @@ def quantize(arguments: argparse.Namespace, arm: Arm, folder: Path) -> Calibrate
         seq_len=arguments.window,
         seed=arguments.seed,
         device=arguments.device,
-        tune=TuneOptions() if arm.tune else None,
+        tune=TuneOptions(**dict(arguments.tune)) if arm.tune else None,
         options=arm.options,
         progress=True,
     )
@@ -103,6 +111,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tune", nargs="+", type=option, default=[], help="of the tuned arms, as name=value"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -134,6 +145,7 @@ def main() -> None:
             "seconds": report.seconds if report else 0.0,
             "seed": arguments.seed,
             "samples": key(arm, split)[-1],
+            "tune": asdict(TuneOptions(**dict(arguments.tune))) if arm.tune else None,
             "threads": arguments.threads,
         }
         append_rows(arguments.out, [rounded(row, 5)])

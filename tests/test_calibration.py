@@ -18,7 +18,7 @@ from tiny_models import tiny_config, tiny_model
 from torch import nn
 
 from aqlm_infer.calibration import TuneOptions, plan_for_bits, quantize_calibrated
-from aqlm_infer.calibration.datafree import JobError
+from aqlm_infer.calibration.datafree import JobError, check_disk, work_folder
 from aqlm_infer.calibration.driver import open_stream
 from aqlm_infer.calibration.mixed import Choice, best_plan
 from aqlm_infer.calibration.moments import MomentError, Moments
@@ -27,7 +27,7 @@ from aqlm_infer.checkpoint import CheckpointError
 from aqlm_infer.evaluation import load_model
 from aqlm_infer.evaluation.tokens import TokenError
 from aqlm_infer.formats import parse_scheme
-from aqlm_infer.layers import PlanError, quantized_layers
+from aqlm_infer.layers import PlanError, plan_layers, quantized_layers
 from aqlm_infer.quantizers import AdditiveQuantizer, HessianWarning
 from aqlm_infer.quantizers.hessian import relative_loss
 
@@ -192,6 +192,20 @@ def test_a_full_disk_is_noticed_before_work(dense, tokens, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_what_an_interrupted_run_left_needs_no_room(dense, tmp_path, monkeypatch):
+    """Room for the checkpoint alone does, once the layers are in the work folder."""
+    model = load_model(dense, torch.float16, "cpu")
+    chosen, out = plan_layers(model, "rtn-int8-g32"), tmp_path / "q"
+    weights = sum(p.numel() for p in model.parameters())
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * weights)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(JobError, match="are needed"):
+        check_disk(model, chosen, out, torch.float16)
+    work_folder(out).mkdir()
+    (work_folder(out) / "block-0000.safetensors").write_bytes(bytes(2 * weights))
+    check_disk(model, chosen, out, torch.float16)
+
+
 def test_experts_are_quantized_one_by_one(tokens, tmp_path):
     """A dense Mixtral, its experts fused in memory, with experts that few tokens reach."""
     from transformers import MixtralConfig
@@ -229,9 +243,19 @@ def test_calibration_beats_data_free_on_the_models_outputs(dense, tokens, tmp_pa
     assert errors[0] < 0.95 * errors[1]
 
 
-@pytest.mark.parametrize("scheme", ["aqlm-2x4-g8", "gptq-int2-g32", "quip-e8p-2bit"])
-def test_fine_tuning_lowers_the_blocks_error_and_keeps_the_codes(dense, tokens, tmp_path, scheme):
-    tune = TuneOptions(epochs=6, batch=2, held_out=0.2, codebook_rate=1e-2)
+@pytest.mark.parametrize(
+    "scheme, options",
+    [
+        ("aqlm-2x4-g8", {"per_token": False}),
+        ("gptq-int2-g32", {"ahead": 1}),
+        ("gptq-int2-g32", {"per_token": True}),
+        ("quip-e8p-2bit", {"per_token": True, "ahead": 2}),
+    ],
+)
+def test_fine_tuning_lowers_the_blocks_error_and_keeps_the_codes(
+    dense, tokens, tmp_path, scheme, options
+):
+    tune = TuneOptions(epochs=6, batch=2, held_out=0.2, codebook_rate=1e-2, **options)
     plan, settings = {"model.layers.0.*": scheme}, {"samples": 31, "seq_len": 32}
     plain = quantize_calibrated(dense, tmp_path / "a", plan, tokens, **settings)
     tuned = quantize_calibrated(dense, tmp_path / "b", plan, tokens, tune=tune, **settings)
@@ -373,6 +397,7 @@ def test_what_is_refused(dense, tokens, tmp_path):
         (TokenError, "token id 64 at position 0, but the model's vocabulary", {"file": wide}),
         (ValueError, "has no tokenizer files", {"file": text}),
         (JobError, "seq_len=65 is longer than the model's context of 64", {"seq_len": 65}),
+        (JobError, "samples=1, at least 2", {"samples": 1, "tune": TuneOptions()}),
         (PlanError, "K=64 is not a multiple of 7", {"scheme": "aqlm-1x4-g7"}),
         (CheckpointError, "holds thesis.txt", {"out": "full"}),
     ):

@@ -46,11 +46,11 @@ def fitted(scheme, weight, hessian, **options):
 def refit_of(N=24, K=32, og=1, g=4, B=2, C=8, beam=64, seed=0):
     """A refit in a random state: codes, codebooks and scales have nothing to do with the weight."""
     generator = torch.Generator().manual_seed(seed)
-    weight, curvature = gaussian(N, K, seed), regularise(moment(K), K, 1e-3)
+    weight, matrix = gaussian(N, K, seed), regularise(moment(K), K, 1e-3).matrix
     books = torch.randn(B, C, og * g, generator=generator)
     codes = torch.randint(C - 1, (N // og, K // g, B), generator=generator)
     scales = torch.rand(N // og, generator=generator) + 0.5
-    return CalibratedRefit(weight, curvature, og, books, scales, codes, beam, generator)
+    return CalibratedRefit(weight, matrix, og, books, scales, codes, beam, generator)
 
 
 # -- pieces ----------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from aqlm_infer.quantizers.walk import Walk
 
 pytestmark = pytest.mark.gpu
 
-SCHEMES = ["aqlm-2x6-g8", "aqlm-1x8-g4-o2", "gptq-int2-g64", "quip-int3", "quip-e8p-2bit"]
+SCHEMES = ["aqlm-2x6-g8", "aqlm-1x8-g4-o2", "gptq-int2-g64", "quip-int3"]
+SCHEMES += ["quip-e8p-2bit", "quip-e8p-3bit", "quip-e8p-4bit"]
 
 
 def problem(N=96, K=192):
@@ -47,7 +48,7 @@ def test_replayed_steps_are_the_eager_ones(scheme, monkeypatch):
 
     for name, tensor in replayed.items():
         assert torch.equal(tensor, again[name]), name
-    monkeypatch.setattr(ldlq, "fused", lambda *_: False)
+    monkeypatch.setattr(ldlq, "one_kernel", lambda *_: False)
     by_columns = fitted(scheme, "cuda")
     monkeypatch.setattr(Walk, "__call__", eagerly)
     eager = fitted(scheme, "cuda")

@@ -128,15 +128,36 @@ def test_a_window_in_one_kernel_rounds_as_its_columns_do(scheme, monkeypatch):
     weight, hessian = gaussian(12, 160), moment(160)
     one_by_one = quantizer_for(scheme, passes=1).fit(weight, hessian)
     windows = []
-    whole = ldlq._round_window
-    monkeypatch.setattr(ldlq, "fused", lambda rounder, *_: rounder.grid(slice(0, 1)) is not None)
-    monkeypatch.setattr(ldlq, "_round_window", lambda *a: (windows.append(a[-1]), whole(*a)))
+
+    def always(weight, buffer):
+        windows.append(buffer)
+        return True
+
+    monkeypatch.setattr(ldlq, "one_kernel", always)
     at_once = quantizer_for(scheme, passes=1).fit(weight, hessian)
     assert len(windows) > 2
     found = [parse_scheme(scheme).dequantize(t, torch.float64) for t in (one_by_one, at_once)]
     assert (found[0] != found[1]).double().mean() < 1e-3
     losses = [relative_loss(weight, w, hessian) for w in found]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_window_of_e8p_points_in_one_kernel(bits, monkeypatch):
+    """Two rows, a window that is full and one that is not: the interpreter is slow."""
+    pytest.importorskip("triton")
+    weight, curvature = gaussian(2, 40, 7).double(), regularise(moment(40), 40)
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(ldlq, "one_kernel", lambda *_, kernel=kernel: kernel)
+        rounder = E8PRounder(2, 40, E8PFormat(bits), "cpu")
+        rounded = feedback_round(weight, curvature, rounder, buffer=32)
+        codes = rounder.codes.clone()
+        after = greedy_passes(weight, rounded, curvature, rounder, 1, buffer=32)
+        found.append((rounded, codes, after, rounder.codes))
+        assert not torch.equal(rounded, after)
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-6, atol=0)
 
 
 def test_greedy_passes_never_raise_the_loss():

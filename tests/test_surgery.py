@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import tiny_config, tiny_model
 from torch import nn
 
 from aqlm_infer import PlanError, QuantLinear, plan_layers, quantized_cost, replace_linears
@@ -92,6 +93,14 @@ def test_cost_counts_everything(model):
     assert cost.layers == 4 and cost.weights == 4 * 512 and cost.dense_bytes == 8 * 512
     assert cost.bits_per_weight == pytest.approx(sum(per_layer) / 4)
     assert cost.quantized_bytes == round(cost.bits_per_weight * cost.weights / 8)
+
+
+def test_the_head_is_left_alone_unless_a_plan_names_it():
+    model = tiny_model(tiny_config(intermediate_size=64))
+    rules = {"lm_head": "rtn-int4-g32", "*.mlp.*": "rtn-int2-g32"}
+    assert plan_layers(model, rules)["lm_head"].bits == 4
+    assert "lm_head" not in plan_layers(model, {"*.mlp.*": "rtn-int4-g32", "*": "aqlm-1x2-g4"})
+    assert "lm_head" not in plan_layers(model, rules, ["lm_head"])
 
 
 def _shape(model, name):

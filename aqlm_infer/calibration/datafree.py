@@ -119,18 +119,25 @@ def work_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def check_disk(model: nn.Module, chosen: Mapping[str, Format], out: Path) -> None:
-    """Raise JobError when the work folder and the checkpoint do not fit on the disk."""
-    total = sum(p.nbytes for p in model.parameters())
-    quantized = dense = 0
+def check_disk(
+    model: nn.Module, chosen: Mapping[str, Format], out: Path, dtype: torch.dtype
+) -> None:
+    """Raise JobError when the work folder and the checkpoint, with values in ``dtype``, do not fit
+    on the disk. What an interrupted run has left in the work folder is there already."""
+    rest = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    work = final = 0
     for name, format in chosen.items():
         linear = model.get_submodule(name)
         N, K = linear.out_features, linear.in_features
         for spec in format.tensor_specs(N, K).values():
             count = torch.Size(spec.shape).numel()
-            quantized += count * (spec.dtype.itemsize if spec.dtype else 4)
-        dense += linear.weight.nbytes
-    needed = total - dense + 2 * quantized
+            work += count * (spec.dtype or torch.float32).itemsize
+            final += count * (spec.dtype or dtype).itemsize
+        if linear.weight is not embedding:
+            rest -= linear.weight.numel()
+    kept = sum(file.stat().st_size for file in work_folder(out).glob("*.safetensors"))
+    needed = rest * dtype.itemsize + final + max(0, work - kept)
     folder = next(p for p in (out.parent, *out.parent.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -217,7 +224,7 @@ def quantize_checkpoint(
         if quantizer_for(format).needs_hessian:
             raise JobError(f"{format.id} needs calibration (--calibration FILE)")
     check_weights(dense, chosen)
-    check_disk(dense, chosen, out)
+    check_disk(dense, chosen, out, dtype)
     work = work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
     reports = quantize_layers(dense, chosen, work, seed, progress)

@@ -73,6 +73,8 @@ def quantize_calibrated(
     if local and Path(source).resolve() == out:
         raise JobError(f"{out} is the model itself: choose another folder")
     refuse_foreign(out)
+    if tune is not None and samples < 2:
+        raise JobError(f"fine-tuning holds windows out: samples={samples}, at least 2 are needed")
     stream = open_stream(model, device)
     windows = calibration_windows(
         calibration, model, stream.vocab_size, samples=samples, seq_len=seq_len, seed=seed
@@ -82,7 +84,7 @@ def quantize_calibrated(
     check_inside(chosen, stream)
     for format in {f.id: f for f in chosen.values()}.values():
         quantizer_for(format, **options_for(format, options, seed))
-    check_disk(stream.model, chosen, out)
+    check_disk(stream.model, chosen, out, dtype)
     settings = Settings(
         {name: format.id for name, format in chosen.items()},
         seed,
@@ -122,6 +124,7 @@ def _finish(
         seed=job.settings.seed,
         reused=job.reused,
         seconds=time.perf_counter() - start,
+        tune=None if job.settings.tune is None else asdict(job.settings.tune),
     )
     (out / "quantize_report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (out / "quantize_report.txt").write_text(text(report))

@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,17 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from ..formats import Format
 from ..quantizers import quantizer_for
 from ..quantizers.hessian import HessianWarning, relative_loss
 from ..version import __version__
 from .moments import Moments
+from .progress import ProgressBar
 from .report import BlockResult, LayerResult
 from .sharing import shared_options
 from .stream import BlockStream, set_parameter
-from .tune import TunedBlock, TuneOptions, tune_block
+from .tune import BlockTuner, TunedBlock, TuneOptions
 from .windows import digest
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -95,6 +96,11 @@ class Job:
         prefix = self.stream.block_name(index) + "."
         return {n.removeprefix(prefix): f for n, f in self.chosen.items() if n.startswith(prefix)}
 
+    def weights(self) -> int:
+        """Weights of all layers to quantize."""
+        layers = [self.stream.model.get_submodule(name) for name in self.chosen]
+        return sum(layer.out_features * layer.in_features for layer in layers)
+
     @torch.no_grad()
     def run(self) -> list[BlockResult]:
         """Quantize all blocks; the inputs of the next one stay on the CPU."""
@@ -103,8 +109,9 @@ class Job:
         count = len(self.stream.blocks)
         head, _ = self.stream.head()
         total = count + (head in self.chosen)
-        with tqdm(total=total, desc="quantize", unit="block", disable=not self.progress) as bar:
+        with ProgressBar(total, self.weights(), self.progress) as bar:
             for index in range(count):
+                bar.block(index)
                 kept = self.read(index)
                 self.reused += kept is not None
                 with self.stream.block(index) as block:
@@ -113,15 +120,17 @@ class Job:
                         self.write(index, tensors, result)
                     else:
                         tensors, result = kept
+                        bar.reused(result.weights)
                     if index + 1 < total:
                         self.place(block, index, tensors)
                         hidden = self.forward(index, block, hidden)
                 results.append(result)
-                bar.update()
             if head in self.chosen:
-                bar.set_postfix_str(head)
+                bar.block(count)
+                bar.begin(head)
                 results.append(self.head(count, head, hidden))
-                bar.update()
+                layer = results[-1].layers[0]
+                bar.layer(head, results[-1].weights, layer.relative_error)
         return results
 
     def head(self, index: int, name: str, hidden: torch.Tensor) -> BlockResult:
@@ -158,7 +167,7 @@ class Job:
         return torch.cat(outputs)
 
     def quantize(
-        self, index: int, block: nn.Module, hidden: torch.Tensor, bar: tqdm
+        self, index: int, block: nn.Module, hidden: torch.Tensor, bar: ProgressBar
     ) -> tuple[BlockResult, dict[str, torch.Tensor]]:
         """Quantize one block: its report, and its stored tensors by their names inside it."""
         start, layers = time.perf_counter(), self.layers_of(index)
@@ -168,7 +177,7 @@ class Job:
         done: dict[str, tuple[Format, dict[str, torch.Tensor]]] = {}
         reports = []
         for position, (name, format) in enumerate(layers.items()):
-            bar.set_postfix_str(f"{name} {reports[-1].relative_error:.4f}" if reports else name)
+            bar.begin(name)
             rest = list(layers)[position + 1 :]
             last = all(moments.leader(n) != moments.leader(name) for n in rest)
             full = f"{self.stream.block_name(index)}.{name}"
@@ -177,11 +186,12 @@ class Job:
             tensors, report = self.layer(full, name, format, block, moments, last, shared)
             done[name] = (format, tensors)
             reports.append(report)
+            bar.layer(name, report.N * report.K, report.relative_error)
         tuned = None
         plain = {n: p for n, p in block.named_parameters() if n.rpartition(".")[0] not in layers}
         plain |= {n: p for n, p in block.named_parameters() if n.endswith(".bias")}
         if self.settings.tune is not None and layers:
-            done, plain, tuned = self.tune(index, block, done, plain, hidden, targets)
+            done, plain, tuned = self.tune(index, block, done, plain, hidden, targets, bar)
         tensors = {f"{n}.{k}": t for n, (_, values) in done.items() for k, t in values.items()}
         tensors |= {n: p.detach().to(self.dtype) for n, p in plain.items()}
         tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
@@ -225,26 +235,30 @@ class Job:
         seconds = time.perf_counter() - start
         return tensors, LayerResult(full, format.id, N, K, bits, error, seconds, notes)
 
-    @torch.enable_grad()
-    def tune(self, index, block, done, plain, hidden, targets):
+    def tune(self, index, block, done, plain, hidden, targets, bar):
         """Fine-tune the block's values; returns layers, plain tensors and the report."""
-        tuned = TunedBlock(block, done, self.settings.tune)
-        report = tune_block(
-            self.stream,
-            index,
-            tuned,
-            hidden,
-            targets,
-            self.settings.tune,
-            batch=self.batch,
-            seed=self.settings.seed,
-        )
-        with torch.no_grad():
-            better = {}
-            for name, (format, _) in done.items():
-                N, K = block.get_submodule(name).weight.shape
-                better[name] = (format, stored(format, tuned.tensors(name), N, K, self.dtype))
-            return better, {**plain, **tuned.plain()}, report
+        options = self.settings.tune
+
+        def progress(epoch: int, error: float) -> None:
+            bar.tuning(epoch, options.epochs, error)
+
+        with ExitStack() as stack:
+            following = []
+            for after in range(index + 1, min(index + 1 + options.ahead, len(self.stream.blocks))):
+                with self.stream.block(after) as module:
+                    targets = self.forward(after, module, targets)
+                following.append(stack.enter_context(self.stream.block(after, torch.float32)))
+            tuned = TunedBlock(block, done, options)
+            tuner = BlockTuner(
+                self.stream, index, tuned, following, hidden, targets, options, self.batch
+            )
+            with torch.enable_grad():
+                report = tuner.train(self.settings.seed, progress)
+        better = {}
+        for name, (format, _) in done.items():
+            N, K = block.get_submodule(name).weight.shape
+            better[name] = (format, stored(format, tuned.tensors(name), N, K, self.dtype))
+        return better, {**plain, **tuned.plain()}, report
 
     def place(self, block: nn.Module, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the block the weights that its stored tensors stand for."""

@@ -97,7 +97,7 @@ class Moments:
             warnings.warn("no calibration token reached it", HessianWarning, stacklevel=2)
             device = self._layers[name].weight.device
             return torch.eye(K, dtype=torch.float64, device=device)
-        moment = (self._sums.pop(leader) if last else self._sums[leader]) / tokens
+        moment = self._sums.pop(leader).div_(tokens) if last else self._sums[leader] / tokens
         if tokens < K:
             warnings.warn(f"{tokens} tokens for {K} inputs", HessianWarning, stacklevel=2)
         if tokens < 10 * K:

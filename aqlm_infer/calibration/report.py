@@ -36,10 +36,16 @@ class BlockResult:
     error_after: float | None = None
     epochs: int = 0
 
+    @property
+    def weights(self) -> int:
+        """Of the quantized layers."""
+        return sum(layer.N * layer.K for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class CalibratedReport:
-    """The whole run; ``relative_error`` is the layers' mean, weighted by their weights."""
+    """The whole run; ``relative_error`` is the layers' mean, weighted by their weights. ``tune``
+    are the settings of fine-tuning, by name."""
 
     model: str
     out: str
@@ -55,12 +61,18 @@ class CalibratedReport:
     seed: int
     reused: int
     seconds: float
+    tune: dict | None = None
 
 
 def mean_error(layers: list[LayerResult]) -> float:
     """Mean relative error, weighted by the number of weights."""
     total = sum(layer.N * layer.K for layer in layers)
     return sum(layer.N * layer.K * layer.relative_error for layer in layers) / total
+
+
+def settings(values: dict) -> str:
+    """``name value`` of each, on one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def text(report: CalibratedReport) -> str:
@@ -71,6 +83,7 @@ def text(report: CalibratedReport) -> str:
         f"bytes            {report.quantized_bytes:,} (16-bit dense {report.dense_bytes:,})",
         f"relative error   {report.relative_error:.4f} (tr dW X2 dW^T / tr W X2 W^T)",
         f"calibration      {report.samples} windows of {report.seq_len}, seed {report.seed}",
+        "fine-tuning      " + ("none" if report.tune is None else settings(report.tune)),
         f"seconds          {report.seconds:.1f}",
         "",
         f"{'layer':48} {'scheme':18} {'NxK':>12} {'bits':>6} {'error':>8} {'s':>6}",

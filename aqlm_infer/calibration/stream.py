@@ -165,10 +165,11 @@ class BlockStream:
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights on the device; they are dropped afterwards."""
+    def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights on the device, in ``dtype`` where it is not that of the
+        computation; they are dropped afterwards."""
         block = self.blocks[index]
-        self.fill(block, self.block_name(index), self.dtype, self.device)
+        self.fill(block, self.block_name(index), dtype or self.dtype, self.device)
         try:
             yield block
         finally:

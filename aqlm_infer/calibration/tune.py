@@ -8,16 +8,22 @@ first step are one of the candidates, so tuning never makes a block worse on the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..formats import Format
 from ..training.modes import reproducible
 from .stream import BlockStream
+
+TOKENS = 4096
+"""Most tokens that run through a block at once: in float32, with all that their gradients need,
+4096 take 3.5 GB in a block of Llama-3-70B."""
+
+RESIDENT = 1 << 31
+"""Most bytes of inputs and targets that stay on the device; else every step fetches its windows."""
 
 TRAINED = {"codebooks": "codebooks", "scales": "others", "SU": "others", "SV": "others"}
 """Canonical tensors that train, and whose learning rate they take."""
@@ -34,6 +40,10 @@ class TuneOptions:
         rate: the same, of scales, sign vectors, norms and biases.
         held_out: fraction of the windows that validate.
         patience: epochs without improvement before it ends.
+        ahead: dense blocks after the tuned one that its outputs pass through before they are
+            compared; fewer at the end of the model.
+        per_token: errors count relative to the energy of each token rather than of all: what the
+            next block's norm makes of them.
     """
 
     epochs: int = 5
@@ -42,11 +52,13 @@ class TuneOptions:
     rate: float = 3e-3
     held_out: float = 0.125
     patience: int = 2
+    ahead: int = 0
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
 class TuneReport:
-    """Mean squared error on the held-out windows, over that of their mean square."""
+    """Error of the outputs on the held-out windows, as the loss counts it."""
 
     before: float
     after: float
@@ -129,106 +141,131 @@ class TunedBlock:
         own = dict(self.block.named_parameters())
         return {name: self.value(name) for name in self.parameters if name in own}
 
+    def decode(self, name: str) -> torch.Tensor:
+        """The weight of a layer, as a function of the parameters."""
+        format, _ = self.layers[name]
+        return format.dequantize(self.tensors(name), torch.float32)
+
+    @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the block computes with, as a function of the parameters."""
-        decoded = {
-            f"{name}.weight": format.dequantize(self.tensors(name), torch.float32)
-            for name, (format, _) in self.layers.items()
-        }
-        return {**decoded, **self.plain()}
+        """Every tensor that the block computes with."""
+        return {**{f"{name}.weight": self.decode(name) for name in self.layers}, **self.plain()}
+
+    def backward(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Carry the gradients of ``weights`` to the parameters, one layer's graph at a time."""
+        for name in self.layers:
+            if f"{name}.weight" in gradients:
+                self.decode(name).backward(gradients[f"{name}.weight"])
+        for name, value in self.plain().items():
+            if name in gradients:
+                value.backward(gradients[name])
 
 
-def tune_block(
-    stream: BlockStream,
-    index: int,
-    tuned: TunedBlock,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    options: TuneOptions,
-    *,
-    batch: int,
-    seed: int,
-) -> TuneReport:
-    """Train ``tuned`` so that block ``index`` maps ``inputs`` to ``targets`` [windows, tokens, D].
+class BlockTuner:
+    """Trains a :class:`TunedBlock` so that block ``index``, and the dense blocks ``following`` it,
+    map ``inputs`` to ``targets`` [windows, tokens, D].
 
-    ``batch`` windows run at once, gradients add up over ``options.batch``. The learning rate falls
-    linearly to a tenth. A loss that is not finite ends the training. ``tuned`` holds the best
-    values afterwards.
+    ``batch`` windows at most run at once; gradients add up over ``options.batch``.
     """
-    held = max(1, round(options.held_out * len(inputs)))
-    train = torch.arange(len(inputs) - held)
-    check = torch.arange(len(inputs) - held, len(inputs))
-    batch = math.gcd(batch, options.batch)
-    generator = torch.Generator().manual_seed(seed)
-    energy = float(targets[check].float().square().mean()) or 1.0
-    best = first = _validate(stream, index, tuned, inputs, targets, check, batch) / energy
-    kept, stale, epochs = _copy(tuned), 0, 0
-    steps = max(1, options.epochs * -(-len(train) // options.batch))
-    schedule = torch.optim.lr_scheduler.LinearLR(tuned.optimizer, 1.0, 0.1, steps)
-    for _ in range(options.epochs):
-        epochs += 1
-        order = train[torch.randperm(len(train), generator=generator)]
-        finite = True
-        for group in order.split(options.batch):
-            finite = finite and _step(stream, index, tuned, inputs, targets, group, batch)
-            schedule.step()
-        error = _validate(stream, index, tuned, inputs, targets, check, batch) / energy
-        if not (finite and math.isfinite(error)):
-            break
-        if error < best:
-            best, kept, stale = error, _copy(tuned), 0
-        else:
-            stale += 1
-            if stale >= options.patience:
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        index: int,
+        tuned: TunedBlock,
+        following: Sequence[nn.Module],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        options: TuneOptions,
+        batch: int,
+    ):
+        self.stream, self.index, self.tuned, self.following = stream, index, tuned, following
+        small = inputs.nbytes + targets.nbytes <= RESIDENT
+        self.inputs, self.targets = (t.to(stream.device) if small else t for t in (inputs, targets))
+        self.options = options
+        most = min(batch, max(1, TOKENS // inputs.shape[1]))
+        self.batch = max(n for n in range(1, most + 1) if options.batch % n == 0)
+
+    def train(self, seed: int, progress: Callable[[int, float], None] | None = None) -> TuneReport:
+        """Train with a learning rate that falls to zero as a cosine; ``progress`` gets the epoch
+        and the held-out error. A loss that is not finite ends the training. The best values are
+        kept."""
+        options, count = self.options, len(self.inputs)
+        held = max(1, round(options.held_out * count))
+        train, check = torch.arange(count - held), torch.arange(count - held, count)
+        generator = torch.Generator().manual_seed(seed)
+        best = first = self.error(check)
+        kept, stale, epochs = _copy(self.tuned), 0, 0
+        steps = max(1, options.epochs * -(-len(train) // options.batch))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.tuned.optimizer, steps)
+        for _ in range(options.epochs):
+            epochs += 1
+            finite = True
+            for group in train[torch.randperm(len(train), generator=generator)].split(
+                options.batch
+            ):
+                finite = finite and self.step(group)
+                schedule.step()
+            error = self.error(check)
+            if not (finite and math.isfinite(error)):
                 break
-    with torch.no_grad():
-        for name, value in kept.items():
-            tuned.parameters[name].copy_(value)
-    return TuneReport(first, best, epochs)
+            if progress is not None:
+                progress(epochs, error)
+            if error < best:
+                best, kept, stale = error, _copy(self.tuned), 0
+            else:
+                stale += 1
+                if stale >= options.patience:
+                    break
+        with torch.no_grad():
+            for name, value in kept.items():
+                self.tuned.parameters[name].copy_(value)
+        return TuneReport(first, best, epochs)
+
+    def step(self, group: torch.Tensor) -> bool:
+        """One optimizer step on the windows ``group``; False when its loss was not finite.
+
+        The gradients of the decoded weights add up over the batches and then flow back at once.
+        """
+        leaves = {name: w.requires_grad_() for name, w in self.tuned.weights().items()}
+        total = torch.zeros((), device=self.stream.device)
+        for part in group.split(self.batch):
+            with reproducible(self.stream.device):
+                loss = self._loss(leaves, part) * (len(part) / len(group))
+                loss.backward()
+            total += loss.detach()
+        if not bool(torch.isfinite(total)):
+            return False
+        self.tuned.optimizer.zero_grad()
+        with reproducible(self.stream.device):
+            self.tuned.backward({n: w.grad for n, w in leaves.items() if w.grad is not None})
+        self.tuned.optimizer.step()
+        return True
+
+    @torch.no_grad()
+    def error(self, windows: torch.Tensor) -> float:
+        """Mean loss over ``windows``."""
+        weights = self.tuned.weights()
+        parts = windows.split(self.batch)
+        losses = [self._loss(weights, part).double() * len(part) for part in parts]
+        return float(torch.stack(losses).sum()) / len(windows)
+
+    def _loss(self, weights: Mapping[str, torch.Tensor], windows: torch.Tensor) -> torch.Tensor:
+        """Squared error of the outputs over their energy, of each token or of all ``windows``."""
+
+        def block(*args, **kwargs):
+            return torch.func.functional_call(self.tuned.block, weights, args, kwargs)
+
+        device = self.stream.device
+        hidden, target = (t[windows].to(device).float() for t in (self.inputs, self.targets))
+        for step, module in enumerate((block, *self.following)):
+            hidden = self.stream.run(self.index + step, module, hidden)
+        wrong = (hidden.float() - target).square().mean(2)
+        energy = target.square().mean(2)
+        if not self.options.per_token:
+            energy = energy.mean()
+        return (wrong / energy.clamp_min(1e-30)).mean()
 
 
 def _copy(tuned: TunedBlock) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in tuned.parameters.items()}
-
-
-def _call(stream: BlockStream, index: int, tuned: TunedBlock, weights, hidden) -> torch.Tensor:
-    def block(*args, **kwargs):
-        return torch.func.functional_call(tuned.block, weights, args, kwargs)
-
-    return stream.run(index, block, hidden).float()
-
-
-def _step(stream, index, tuned, inputs, targets, group, batch: int) -> bool:
-    """One optimizer step on the windows ``group``; False when its loss was not finite.
-
-    Weights are decoded once; their gradients add up over the batches and then flow back at once.
-    """
-    weights = tuned.weights()
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    finite = True
-    for part in group.split(batch):
-        hidden = inputs[part].to(stream.device).float()
-        target = targets[part].to(stream.device).float()
-        with reproducible(stream.device):
-            loss = F.mse_loss(_call(stream, index, tuned, leaves, hidden), target)
-            (loss * (len(part) / len(group) / target.square().mean().clamp_min(1e-30))).backward()
-        finite = finite and bool(torch.isfinite(loss))
-    if not finite:
-        return False
-    tuned.optimizer.zero_grad()
-    used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    with reproducible(stream.device):
-        torch.autograd.backward([weights[n] for n in used], [leaves[n].grad for n in used])
-    tuned.optimizer.step()
-    return True
-
-
-@torch.no_grad()
-def _validate(stream, index, tuned, inputs, targets, check, batch: int) -> float:
-    """Mean squared error over the windows ``check``."""
-    weights, total = tuned.weights(), 0.0
-    for part in check.split(batch):
-        out = _call(stream, index, tuned, weights, inputs[part].to(stream.device).float())
-        wrong = out - targets[part].to(stream.device).float()
-        total += float(wrong.double().square().mean()) * len(part)
-    return total / len(check)

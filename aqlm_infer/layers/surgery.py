@@ -38,14 +38,15 @@ def plan_layers(
         model: searched for ``nn.Linear`` modules.
         plan: one scheme for all, or ``{glob: scheme}`` over module names (first match wins, layers
             that match no glob stay dense, scheme "dense" keeps a layer).
-        skip: globs of layers to leave alone; None means the output head.
+        skip: globs of layers to leave alone; None means the output head, unless the plan has its
+            very name.
 
     Raises PlanError when a glob matches no layer or nothing is left to replace, FormatError when a
     layer's shape does not fit its scheme: all before any work is done.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     rules = dict(plan) if isinstance(plan, Mapping) else {"*": plan}
-    skips = default_skip(model) if skip is None else tuple(skip)
+    skips = tuple(n for n in default_skip(model) if n not in rules) if skip is None else tuple(skip)
     for pattern in (*rules, *(skips if skip is not None else ())):
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise PlanError(f"{pattern!r} matches none of the model's {len(linears)} linear layers")

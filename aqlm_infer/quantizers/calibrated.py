@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .hessian import Curvature, row_losses
+from .hessian import row_losses
 from .search import decode
 from .sums import CodeSums
 from .sweep import Sweep
@@ -34,7 +34,7 @@ class CalibratedRefit:
 
     Args:
         weight: float32 [N, K].
-        curvature: H.
+        matrix: H, float64 [K, K], positive definite.
         og, g: the format's group sizes, d = og * g.
         codebooks: float32 [B, C, d] to start from.
         scales: float32 [O].
@@ -46,7 +46,7 @@ class CalibratedRefit:
     def __init__(
         self,
         weight: torch.Tensor,
-        curvature: Curvature,
+        matrix: torch.Tensor,
         og: int,
         codebooks: torch.Tensor,
         scales: torch.Tensor,
@@ -54,12 +54,12 @@ class CalibratedRefit:
         beam: int,
         generator: torch.Generator,
     ):
-        self.weight, self.matrix, self.og = weight.contiguous(), curvature.matrix, og
+        self.weight, self.matrix, self.og = weight.contiguous(), matrix, og
         self.g = codebooks.shape[2] // og
         self.codebooks, self.scales, self.codes = codebooks, scales, codes
         self.generator = generator
         width = max(1, BLOCK // self.g)
-        self._sweeper = Sweep(self.weight, curvature, codebooks, codes, og, beam, width)
+        self._sweeper = Sweep(self.weight, matrix, codebooks, codes, og, beam, width)
         self._walk = Walk(self._sweeper.search, weight.device)
         self.narrow = self._sweeper.narrow
         self._losses = self.losses(codebooks, scales, codes)

@@ -62,26 +62,27 @@ class E8PQuantizer(Quantizer):
             hessian = torch.eye(K, dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(self.seed)
         wide = weight.double()
-        plain = regularise(hessian.to(device), K, self.damping)
+        plain = regularise(hessian.to(device), K, self.damping).matrix
         su = random_signs(K, generator).to(device)
         sv = random_signs(N, generator).to(device)
         if self.rescale:
             energy = column_energy(wide) if self.energy is None else self.energy
-            su = su / balance(energy, plain.matrix)
+            su = su / balance(energy, plain)
         make = Hadamard.blocks if self.format.blocks else Hadamard.full
         out, into = make(N), make(K)
         turned = rotate(
             wide,
-            plain.matrix,
+            plain,
             su,
             sv,
             lambda x: out.apply(x, transpose=True),
             lambda x: into.apply(x, transpose=True),
         )
+        del plain  # each of these [K, K] matrices takes 6.6 GB in a 70B model
         scale = float(turned.weight.square().mean().sqrt()) / SPREADS[self.format.bits] or 1.0
-        curvature = regularise(turned.hessian, K, self.damping)
+        curvature, unit = regularise(turned.hessian, K, self.damping), turned.weight / scale
+        del turned
         rounder = E8PRounder(N, K, self.format, device)
-        unit = turned.weight / scale
         rounded = feedback_round(unit, curvature, rounder)
         greedy_passes(unit, rounded, curvature, rounder, self.passes)
         codes = rounder.codes.unbind(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .ldlq import Rounder
+from .ldlq import GridRounder
 
 SHRINKS = 16
 """Clipping ranges tried, from the whole range down to ``NARROWEST`` of it."""
@@ -43,7 +43,7 @@ def group_grid(
     return chosen
 
 
-class GroupRounder(Rounder):
+class GroupRounder(GridRounder):
     """One column at a time onto the grid of its group, codes kept in ``codes`` uint8 [N, K].
 
     Args:
@@ -53,8 +53,6 @@ class GroupRounder(Rounder):
         scales, zeros: float64 [N, I]; None to fit them with ``fit(columns, targets)`` on entering
             the columns of a group.
     """
-
-    size = 1
 
     def __init__(self, N: int, K: int, bits: int, group_of: torch.Tensor, scales, zeros, fit=None):
         self.top, self.group_of, self.fit = (1 << bits) - 1, group_of, fit

@@ -20,6 +20,9 @@ DAMPING = 1e-2
 
 ATTEMPTS = 10
 
+PANEL = 1024
+"""Columns or rows that are copied at a time: a matrix of a 70B model takes 6.6 GB."""
+
 
 class HessianWarning(UserWarning):
     """A second moment that needed more than its usual damping; lands in a layer's report."""
@@ -45,30 +48,30 @@ def regularise(hessian: torch.Tensor, K: int, damping: float = DAMPING) -> Curva
     if tuple(hessian.shape) != (K, K):
         raise QuantizerError(f"hessian has shape {list(hessian.shape)}, expected [{K}, {K}]")
     wide = hessian.double()
-    wide = (wide + wide.T) / 2
-    if not bool(torch.isfinite(wide).all()):
+    wide = (wide + wide.T).mul_(0.5)  # a new matrix: the caller's stays as it is
+    if not all(bool(torch.isfinite(part).all()) for part in wide.split(PANEL)):
         where = (~torch.isfinite(wide)).nonzero()[0].tolist()
         raise QuantizerError(f"hessian is not finite: {wide[tuple(where)].item()} at {where}")
-    diagonal = wide.diagonal()
+    diagonal = wide.diagonal().clone()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     if bool(dead.any()):
         count = int(dead.sum())
         warnings.warn(f"{count} of {K} inputs never fire", HessianWarning, stacklevel=2)
-        wide = wide.masked_fill(dead[:, None] | dead[None], 0.0)
-        wide.diagonal()[dead] = mean
+        wide[dead] = 0.0
+        wide[:, dead] = 0.0
+        diagonal[dead] = mean
     for attempt in range(ATTEMPTS):
         added = damping * 2.0**attempt
-        matrix = wide.clone()
-        matrix.diagonal().add_(added * mean)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if int(failed) == 0 and bool(torch.isfinite(factor).all()):
+        wide.diagonal().copy_(diagonal + added * mean)
+        factor, failed = torch.linalg.cholesky_ex(wide)
+        if int(failed) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             if attempt:
                 warnings.warn(f"damping raised to {added:g}", HessianWarning, stacklevel=2)
-            return Curvature(matrix, factor, added)
+            return Curvature(wide, factor, added)
     message = f"not positive definite even with damping {added:g}: its diagonal is used instead"
     warnings.warn(message, HessianWarning, stacklevel=2)
-    diagonal = wide.diagonal().clamp_min(0) + damping * mean
+    diagonal = diagonal.clamp_min(0) + damping * mean
     return Curvature(diagonal.diag(), diagonal.sqrt().diag(), damping)
 
 
@@ -87,8 +90,11 @@ def block_ldl(curvature: Curvature, size: int) -> tuple[torch.Tensor, torch.Tens
     blocks = diagonal_blocks(factor, size)
     unit = torch.eye(size, dtype=factor.dtype, device=factor.device).expand_as(blocks)
     inverse = torch.linalg.solve_triangular(blocks, unit, upper=False)
-    columns = factor.view(len(factor), len(blocks), size).transpose(0, 1) @ inverse
-    lower = columns.transpose(0, 1).reshape(factor.shape).clone()
+    lower, step = torch.empty_like(factor), max(1, PANEL // size)
+    for first in range(0, len(blocks), step):
+        here = slice(first * size, (first + step) * size)
+        panel = factor[:, here].unflatten(1, (-1, size)).transpose(0, 1)
+        lower[:, here] = (panel @ inverse[first : first + step]).transpose(0, 1).flatten(1)
     lower.diagonal().sub_(1.0)
     index = torch.arange(len(blocks), device=factor.device)
     lower.view(len(blocks), size, len(blocks), size)[index, :, index] = 0.0

@@ -34,8 +34,10 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
         "second": where[:, 1].contiguous(),
         "grid": grid_x4().float() / 4,
         "bits": torch.tensor([1 << POSITIONS.index(i) for i in range(8)]),
-        "residual": residual_x2().float() / 2,
+        "residual": (residual_x2().float() / 2).contiguous(),
+        "points": rows.float().contiguous(),
     }
+    tables["odd_sum"], tables["places"] = tables["odd"].int(), tables["bits"].int()
     return {name: table.to(device) for name, table in tables.items()}
 
 
@@ -108,3 +110,11 @@ class E8PRounder(Rounder):
             fine = words[second]
         value = value.double() + fine.double() / self.format.residual
         return value, torch.stack([code, second], 1)
+
+    def round_window(self, pull, local, weight, rounded, inverse, columns) -> None:
+        from ..triton_kernels.lattice import round_window
+
+        round_window(
+            pull, local, weight, rounded, self.codes, inverse, columns, self.tables,
+            self.format.bits, self.format.residual or 1.0,
+        )  # fmt: skip

@@ -46,10 +46,22 @@ class Rounder(ABC):
         ``block`` is int64 [1]. A step of a :class:`Walk`: nothing in it may wait for the device.
         """
 
-    def grid(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Step and zero point [N, width] of ``value = step * (code - zero)`` for codes uint8 [N, K]
-        in 0..top, where this is what ``round`` rounds to: it then can be one kernel a window."""
-        return None
+    def round_window(
+        self,
+        pull: torch.Tensor,
+        local: torch.Tensor,
+        weight: torch.Tensor,
+        rounded: torch.Tensor,
+        inverse: torch.Tensor | None,
+        columns: slice,
+    ) -> None:
+        """Round the blocks of ``columns`` in one Triton kernel, where ``one_kernel`` says so.
+
+        With ``inverse`` None as ``feedback_round`` does: ``pull`` [N, width] are the targets,
+        ``local`` the window of L. Else as ``greedy_passes``: of (W - What) H and of H, and
+        ``inverse`` [blocks, size, size] is that of its diagonal blocks.
+        """
+        raise NotImplementedError
 
     def accept(self, block: torch.Tensor, rows: torch.Tensor | None, codes: torch.Tensor) -> None:
         """Keep the codes of a block, for the rows of a mask [N] (None: all)."""
@@ -60,25 +72,35 @@ class Rounder(ABC):
         self.codes.index_copy_(1, block, new)
 
 
-def fused(rounder: Rounder, weight: torch.Tensor, buffer: int) -> bool:
-    """Whether a window is one Triton kernel: on a GPU, for affine grids of one column a code."""
+class GridRounder(Rounder):
+    """Rounds one column at a time to an affine grid, to codes uint8 [N, K] in 0..top."""
+
+    size = 1
+    top: int
+
+    @abstractmethod
+    def grid(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step and zero point [N, width] (or less, to broadcast) of ``value = step * (code -
+        zero)``: what ``round`` rounds to."""
+
+    def round_window(self, pull, local, weight, rounded, inverse, columns) -> None:
+        from ..triton_kernels.rounding import round_window
+
+        width = columns.stop - columns.start
+        grid = [torch.ones_like(pull) for _ in range(2)]
+        for whole, part in zip(grid, self.grid(columns), strict=True):
+            whole[:, :width] = part
+        flat = None if inverse is None else inverse.view(-1)
+        round_window(pull, local, weight, rounded, self.codes, grid, flat, columns, self.top)
+
+
+def one_kernel(weight: torch.Tensor, buffer: int) -> bool:
+    """Whether a window is one Triton kernel: on a GPU, where there is Triton."""
     return (
         weight.device.type == "cuda"
-        and rounder.size == 1
-        and rounder.grid(slice(0, 1)) is not None
         and buffer & (buffer - 1) == 0
         and importlib.util.find_spec("triton") is not None
     )
-
-
-def _round_window(rounder, pull, local, weight, rounded, inverse, columns: slice) -> None:
-    from ..triton_kernels.rounding import round_window
-
-    width = columns.stop - columns.start
-    grid = [torch.ones_like(pull) for _ in range(2)]
-    for whole, part in zip(grid, rounder.grid(columns), strict=True):
-        whole[:, :width] = part
-    round_window(pull, local, weight, rounded, rounder.codes, grid, inverse, columns, rounder.top)
 
 
 def feedback_round(
@@ -114,8 +136,8 @@ def feedback_round(
         rounder.enter(here, targets)
         pending[:, : last - first] = targets
         local[: last - first, : last - first] = lower[here, here]
-        if fused(rounder, weight, buffer):
-            _round_window(rounder, pending, local, weight, rounded, None, here)
+        if one_kernel(weight, buffer):
+            rounder.round_window(pending, local, weight, rounded, None, here)
             error[:, here] = weight[:, here] - rounded[:, here]
         else:
             walk(range(last // size - 1, first // size - 1, -1))
@@ -162,8 +184,9 @@ def greedy_passes(
             here = slice(first, last)
             pull[:, : last - first] = (weight - rounded) @ matrix[:, here]
             local[: last - first, : last - first] = matrix[here, here]
-            if fused(rounder, weight, buffer):
-                _round_window(rounder, pull, local, weight, rounded, inverse.view(-1)[here], here)
+            if one_kernel(weight, buffer):
+                of_window = inverse[first // size : last // size]
+                rounder.round_window(pull, local, weight, rounded, of_window, here)
             else:
                 walk(range(last // size - 1, first // size - 1, -1))
         before, lost = lost, row_losses(weight - rounded, matrix).sum()

@@ -10,7 +10,7 @@ from ..formats.rotation import Hadamard, kronecker_sizes, kronecker_transform
 from ..formats.scalar import QuipFormat
 from .base import Quantizer, QuantizerError, check_weight
 from .hessian import DAMPING, regularise
-from .ldlq import Rounder, feedback_round, greedy_passes
+from .ldlq import GridRounder, feedback_round, greedy_passes
 from .rotate import balance, column_energy, random_signs, rotate
 
 SPREADS = {2: 1.6, 3: 2.1, 4: 2.6}
@@ -19,10 +19,8 @@ SPREADS = {2: 1.6, 3: 2.1, 4: 2.6}
 Published: 2.4 at every width, which at 2 bits doubles the error (docs/notes/quantizers.md)."""
 
 
-class UniformRounder(Rounder):
+class UniformRounder(GridRounder):
     """One column at a time onto codes 0..2^b-1 of [-scale, scale]."""
-
-    size = 1
 
     def __init__(self, N: int, K: int, bits: int, scale: float, device):
         self.top, self.scale = (1 << bits) - 1, scale
@@ -93,10 +91,10 @@ class QuipQuantizer(Quantizer):
         if hessian is None:
             hessian = torch.eye(K, dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(self.seed)
-        plain = regularise(hessian.to(device), K, self.damping)
+        plain = regularise(hessian.to(device), K, self.damping).matrix
         wide = weight.double()
         energy = column_energy(wide) if self.energy is None else self.energy
-        scaling = balance(energy, plain.matrix) if self.rescale else torch.ones_like(wide[0])
+        scaling = balance(energy, plain) if self.rescale else torch.ones_like(wide[0])
         extra: dict[str, torch.Tensor] = {}
         if self.format.rotation == "kronecker":
             sides = {"U": random_kronecker(N, generator), "V": random_kronecker(K, generator)}
@@ -121,12 +119,14 @@ class QuipQuantizer(Quantizer):
             def inverse_in(x):
                 return into.apply(x, transpose=True)
 
-        turned = rotate(wide, plain.matrix, su, sv, inverse_out, inverse_in)
-        curvature = regularise(turned.hessian, K, self.damping)
+        turned = rotate(wide, plain, su, sv, inverse_out, inverse_in)
+        del plain  # each of these [K, K] matrices takes 6.6 GB in a 70B model
+        curvature, wide = regularise(turned.hessian, K, self.damping), turned.weight
+        del turned
         spread = self.spread or SPREADS[self.format.bits]
-        scale = float((spread * turned.weight.square().mean().sqrt()).float()) or 1.0
+        scale = float((spread * wide.square().mean().sqrt()).float()) or 1.0
         rounder = UniformRounder(N, K, self.format.bits, scale, device)
-        rounded = feedback_round(turned.weight, curvature, rounder)
-        greedy_passes(turned.weight, rounded, curvature, rounder, self.passes)
+        rounded = feedback_round(wide, curvature, rounder)
+        greedy_passes(wide, rounded, curvature, rounder, self.passes)
         values = {"SU": su.float(), "SV": sv.float(), "Wscale": torch.tensor(scale).to(device)}
         return {**self.format.pack_codes(rounder.codes), **values, **extra}

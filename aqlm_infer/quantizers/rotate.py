@@ -12,6 +12,9 @@ import torch
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
+ROWS = 4096
+"""Rows of a second moment that are rotated at a time."""
+
 
 def random_signs(size: int, generator: torch.Generator) -> torch.Tensor:
     """float64 [size] of -1 and +1."""
@@ -60,6 +63,14 @@ def rotate(
     """
     turned = inverse_in(weight / su)
     turned = inverse_out((turned * sv[:, None]).T.contiguous()).T.contiguous()
-    moment = inverse_in(hessian * su * su[:, None])
-    moment = inverse_in(moment.T.contiguous())
+    moment = (hessian * su).mul_(su[:, None])
+    _rows_in_place(moment, inverse_in)
+    moment = moment.T.contiguous()
+    _rows_in_place(moment, inverse_in)
     return Rotated(turned, moment, su, sv)
+
+
+def _rows_in_place(matrix: torch.Tensor, transform: Transform) -> None:
+    """Apply ``transform`` to the rows of ``matrix``, some at a time: it makes copies of them."""
+    for part in matrix.split(ROWS):
+        part.copy_(transform(part))

@@ -76,15 +76,17 @@ class ScalarQuantizer(Quantizer):
 
     def _feedback(self, weight: torch.Tensor, hessian: torch.Tensor) -> dict[str, torch.Tensor]:
         (N, K), G, bits = weight.shape, self.format.group_size, self.format.bits
-        dense = regularise(hessian, K, self.damping)
-        diagonal = dense.matrix.diagonal()
+        dense = regularise(hessian, K, self.damping).matrix
+        diagonal = dense.diagonal().clone()
         by_group = weight.unflatten(1, (-1, G)).float()
         scales, zeros = group_grid(by_group, bits, self.clip, diagonal.view(-1, G).float())
         if self.order == "natural":
             order = torch.arange(K - 1, -1, -1, device=weight.device)
         else:
             order = diagonal.argsort(stable=True)  # rounding starts with the last column
-        curvature = regularise(dense.matrix[order][:, order], K, self.damping * 1e-6)
+        dense = dense[order[:, None], order]
+        curvature = regularise(dense, K, self.damping * 1e-6)
+        del dense  # each of these [K, K] matrices takes 6.6 GB in a 70B model
         ordered = weight[:, order]
 
         def fit(columns: slice, targets: torch.Tensor):

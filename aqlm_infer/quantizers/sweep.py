@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .hessian import Curvature, diagonal_blocks
+from .hessian import diagonal_blocks
 from .search import decode, encode
 from .walk import columns_of, rows_of, set_columns
 
@@ -18,7 +18,7 @@ class Sweep:
 
     Args:
         weight: float32 [N, K], contiguous.
-        curvature: H [K, K].
+        matrix: H, float64 [K, K].
         codebooks: float32 [B, C, og * g], codes: int64 [O, I, B]; for their shapes.
         og: rows of a group.
         beam: of the code search.
@@ -28,7 +28,7 @@ class Sweep:
     def __init__(
         self,
         weight: torch.Tensor,
-        curvature: Curvature,
+        matrix: torch.Tensor,
         codebooks: torch.Tensor,
         codes: torch.Tensor,
         og: int,
@@ -37,8 +37,8 @@ class Sweep:
     ):
         self.weight, self.og, self.beam, self.width = weight, og, beam, width
         self.g = g = codebooks.shape[2] // og
-        self.narrow = curvature.matrix.float()
-        roots = torch.linalg.cholesky(diagonal_blocks(curvature.matrix, g))
+        self.narrow = matrix.float()
+        roots = torch.linalg.cholesky(diagonal_blocks(matrix, g))
         self._roots, self._inverse = roots.float(), torch.cholesky_inverse(roots).float()
         self.codebooks, self.codes = torch.empty_like(codebooks), torch.empty_like(codes)
         self.error = torch.empty_like(weight)
