@@ -47,11 +47,11 @@ def quantized_lm7():
 def stepping(monkeypatch):
     """Install a runner whose steps are not captured: what the graph computes, on any device."""
 
-    def run(step):
+    def replay(step):
         step.counts["replays"] += 1
         return step.eager()
 
-    monkeypatch.setattr(DecodeStep, "run", run)
+    monkeypatch.setattr(DecodeStep, "_replay", replay)
     installed = []
 
     def install(model, **options):
@@ -190,7 +190,8 @@ def test_a_step_computes_what_the_model_does(family, kind):
         for t in (6, 7):
             logits = step(ids[:, t : t + 1], places[:, t : t + 1], valid)
             torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
-            assert cache.lengths.tolist() == [t + 1] * model.config.num_hidden_layers
+            assert cache.lengths.tolist() == [t] * model.config.num_hidden_layers
+            cache.lengths.add_(1)
     assert model.config._attn_implementation == "sdpa"
 
 

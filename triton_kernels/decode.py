@@ -147,9 +147,13 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
-                  BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """sum = x + delta, y = weight * (sum / rms(sum)), rounded as transformers does; one token."""
+def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
+                  BLOCK: tl.constexpr, ADD: tl.constexpr, EMBED: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """sum = x + delta, y = weight * (sum / rms(sum)), rounded as transformers does; one token.
+
+    EMBED: x is a table, sum the row of the token's number.
+    """
     m, n = tl.program_id(0), tl.arange(0, BLOCK)
     ok = n < N
     if PDL:
@@ -157,9 +161,11 @@ def _add_rms_norm(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, del
     weight = tl.load(weight_ptr + n, mask=ok, other=0.0)
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + m * x_m + n, mask=ok, other=0.0)
+    row = tl.load(token_ptr + m) if EMBED else m
+    x = tl.load(x_ptr + row * x_m + n, mask=ok, other=0.0)
     if ADD:
         x = x + tl.load(delta_ptr + m * delta_m + n, mask=ok, other=0.0)
+    if ADD or EMBED:
         tl.store(sum_ptr + m * N + n, x, ok)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / N + eps)
@@ -180,8 +186,53 @@ def _swiglu(gate_ptr, up_ptr, y_ptr, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: 
     tl.store(y_ptr + m * N + n, (wide / (1 + tl.exp(-wide))).to(gate.dtype) * up, ok)
 
 
+@triton.jit
+def _choose(scores_ptr, tops_ptr, places_ptr, count_ptr, best_ptr, tokens_ptr, positions_ptr,
+            lengths_ptr, V, EACH, scores_m, LAYERS, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+            LAYER_BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The place of a row's largest score, the first of equals (NaN is the largest): next token.
+
+    The program that ends last takes the best of all parts, and counts on positions and lengths.
+    """
+    part, m = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    top = tl.full((), float("-inf"), tl.float32)
+    place = tl.full((), 0, tl.int32) + part * EACH
+    end = tl.minimum((part + 1) * EACH, V)
+    for first in range(part * EACH, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.load(scores_ptr + m * scores_m + at, mask=at < end, other=float("-inf"))
+        x = x.to(tl.float32)
+        x = tl.where(x == x, x, float("inf"))
+        high = tl.max(x, 0)
+        here = tl.min(tl.where((x == high) & (at < end), at, V), 0)
+        place = tl.where(high > top, here, place)
+        top = tl.maximum(high, top)
+    tl.store(tops_ptr + m * PARTS + part, top)
+    tl.store(places_ptr + m * PARTS + part, place)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr + m, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(count_ptr + m, 0)
+        parts = tl.arange(0, PARTS)
+        ok = parts < tl.num_programs(0)
+        tops = tl.load(tops_ptr + m * PARTS + parts, mask=ok, other=float("-inf"),
+                       cache_modifier=".cg")  # fmt: skip
+        places = tl.load(places_ptr + m * PARTS + parts, mask=ok, other=V,
+                         cache_modifier=".cg")  # fmt: skip
+        best = tl.min(tl.where(ok & (tops == tl.max(tops, 0)), places, V), 0).to(tl.int64)
+        tl.store(best_ptr + m, best)
+        tl.store(tokens_ptr + m, best)
+        tl.store(positions_ptr + m, tl.load(positions_ptr + m) + 1)
+        if m == 0:
+            layers = tl.arange(0, LAYER_BLOCK)
+            lengths = tl.load(lengths_ptr + layers, mask=layers < LAYERS, other=0)
+            tl.store(lengths_ptr + layers, lengths + 1, layers < LAYERS)
+
+
 @functools.cache
-def _launch(device: torch.device) -> dict[str, object]:
+def launch_options(device: torch.device) -> dict[str, object]:
     """Launch options: dependent launch where the GPU has it."""
     pdl = torch.cuda.get_device_capability(device)[0] >= 9
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
@@ -222,21 +273,25 @@ def attention(
         CHUNKS=chunks, SLOTS=triton.next_power_of_2(chunks), UNROLL=min(chunks, 4),
         NEW=new is not None, EARLY=size == tile and new is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
-        **_launch(q.device),
+        **launch_options(q.device),
     )  # fmt: skip
     return out
 
 
-def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [M, N] (or None for x alone), weight [N] -> (x + delta, its norm), both [M, N]."""
-    M, N = x.shape
+def add_rms_norm(x, delta, weight, eps: float, tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta [M, N] (or None for x alone), weight [N] -> (x + delta, its norm), both [M, N].
+
+    With tokens, int64 [M], x is a table [V, N], and its rows of these numbers take x's place.
+    """
+    M, N = (x.shape[0] if tokens is None else tokens.shape[0]), x.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    total = x if delta is None else torch.empty_like(y)
+    total = x if delta is None and tokens is None else torch.empty_like(y)
     other = x if delta is None else delta
     block = triton.next_power_of_2(N)
     _add_rms_norm[(M,)](
-        x, other, weight, total, y, eps, N, x.stride(0), other.stride(0), BLOCK=block,
-        ADD=delta is not None, num_warps=max(1, min(16, block // 256)), **_launch(x.device),
+        x, other, x if tokens is None else tokens, weight, total, y, eps, N, x.stride(0),
+        other.stride(0), BLOCK=block, ADD=delta is not None, EMBED=tokens is not None,
+        num_warps=max(1, min(16, block // 256)), **launch_options(x.device),
     )  # fmt: skip
     return total, y
 
@@ -248,6 +303,25 @@ def swiglu(gate, up) -> torch.Tensor:
     block = min(512, triton.next_power_of_2(N))
     _swiglu[(triton.cdiv(N, block), M)](
         gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=2,
-        **_launch(gate.device),
+        **launch_options(gate.device),
     )  # fmt: skip
     return y
+
+
+def choose(scores, best, tokens, positions, lengths, counts) -> None:
+    """best, tokens [M] = argmax of scores [M, V]; positions [M] and lengths [layers] += 1.
+
+    counts: int32 zeros [M], left as zeros. All others but the scores are int64 and contiguous.
+    """
+    M, V = scores.shape
+    parts = max(1, min(_PROGRAMS // M, 128, triton.cdiv(V, 256)))
+    each = triton.cdiv(V, parts)
+    slots = triton.next_power_of_2(parts)
+    tops = torch.empty(M * slots, dtype=torch.float32, device=scores.device)
+    places = torch.empty(M * slots, dtype=torch.int32, device=scores.device)
+    _choose[(parts, M)](
+        scores, tops, places, counts, best, tokens, positions, lengths, V, each, scores.stride(0),
+        lengths.shape[0], BLOCK=min(1024, triton.next_power_of_2(each)), PARTS=slots,
+        LAYER_BLOCK=triton.next_power_of_2(lengths.shape[0]), num_warps=4,
+        **launch_options(scores.device),
+    )  # fmt: skip
