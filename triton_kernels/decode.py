@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_PROGRAMS = 132
 _TILE = 64
-_MAX_CHUNKS = 64
+_MAX_CHUNKS = 16
+_SUMMED = 8192
+"""Numbers of other programs that a program loads at once where it adds up chunks."""
 
 
 @triton.jit
@@ -37,8 +38,8 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
             partial_ptr, stats_ptr, count_ptr, out_ptr, scale, L, CHUNK,
             q_b, q_h, nk_b, nk_h, nv_b, nv_h, ids_b, k_b, k_h, k_l, v_b, v_h, v_l, mask_b,
             GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-            TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr,
-            NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+            TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, GP: tl.constexpr,
+            SEGMENT: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """One chunk of positions for the query heads of one key/value head.
 
@@ -123,27 +124,32 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
             if tl.atomic_add(count_at, 1, sem="acq_rel") == active - 1:
                 tl.store(count_at, 0)
                 # Past L1, which other programs' results have never been in.
-                slots = tl.arange(0, SLOTS)
-                every = tl.load(stats_ptr + (row[:, None] * CHUNKS + slots[None, :]) * 2,
-                                mask=row_ok[:, None] & (slots < active)[None, :],
+                g, slots, s = tl.arange(0, GP), tl.arange(0, SLOTS), tl.arange(0, SEGMENT)
+                g_ok, first_row = g < GROUP, batch * heads + head * GROUP
+                every = tl.load(stats_ptr + ((first_row + g)[:, None] * CHUNKS + slots) * 2,
+                                mask=g_ok[:, None] & (slots < active)[None, :],
                                 other=float("-inf"), cache_modifier=".cg")  # fmt: skip
                 highest = tl.max(every, 1)
                 highest = tl.where(highest > float("-inf"), highest, 0.0)
-                under = tl.zeros((ROWS,), tl.float32)
-                whole = tl.zeros((ROWS, DP), tl.float32)
-                for s in tl.range(0, active, loop_unroll_factor=UNROLL):
-                    one = row * CHUNKS + s
-                    tops = tl.load(stats_ptr + one * 2, mask=row_ok, other=float("-inf"),
+                under = tl.zeros((GP,), tl.float32)
+                whole = tl.zeros((GP, DP), tl.float32)
+                for first in range(0, active, SEGMENT):
+                    one = (first_row + g)[:, None] * CHUNKS + (first + s)[None, :]
+                    ok = g_ok[:, None] & (first + s < active)[None, :]
+                    tops = tl.load(stats_ptr + one * 2, mask=ok, other=float("-inf"),
                                    cache_modifier=".cg")  # fmt: skip
-                    sums = tl.load(stats_ptr + one * 2 + 1, mask=row_ok, other=0.0,
+                    sums = tl.load(stats_ptr + one * 2 + 1, mask=ok, other=0.0,
                                    cache_modifier=".cg")  # fmt: skip
-                    part = tl.load(partial_ptr + one[:, None] * D + d[None, :], mask=q_ok,
-                                   other=0.0, cache_modifier=".cg")  # fmt: skip
-                    weight = tl.exp(tops - highest)
-                    under += weight * sums
-                    whole += weight[:, None] * part
+                    part = tl.load(partial_ptr + one[:, :, None] * D + d[None, None, :],
+                                   mask=ok[:, :, None] & d_ok[None, None, :], other=0.0,
+                                   cache_modifier=".cg")  # fmt: skip
+                    weight = tl.exp(tops - highest[:, None])
+                    under += tl.sum(weight * sums, 1)
+                    whole += tl.sum(weight[:, :, None] * part, 1)
                 whole = whole / tl.where(under > 0, under, 1.0)[:, None]
-                tl.store(out_ptr + out_at, whole.to(out_ptr.dtype.element_ty), q_ok)
+                whole_at = (first_row + g)[:, None] * D + d[None, :]
+                whole_ok = g_ok[:, None] & d_ok[None, :]
+                tl.store(out_ptr + whole_at, whole.to(out_ptr.dtype.element_ty), whole_ok)
 
 
 @triton.jit
@@ -238,10 +244,9 @@ def launch_options(device: torch.device) -> dict[str, object]:
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
 
 
-def chunking(programs: int, length: int) -> tuple[int, int]:
-    """(positions a chunk, chunks) for a cache of ``length`` and ``programs`` (batch * kv heads)."""
-    wanted = max(1, min(_PROGRAMS // programs, _MAX_CHUNKS))
-    size = triton.cdiv(triton.cdiv(length, wanted), _TILE) * _TILE
+def chunking(length: int) -> tuple[int, int]:
+    """(positions a chunk, chunks) for a cache of ``length``."""
+    size = triton.cdiv(triton.cdiv(length, _MAX_CHUNKS), _TILE) * _TILE
     return size, triton.cdiv(length, size)
 
 
@@ -256,8 +261,10 @@ def attention(
     """
     B, H, D = q.shape
     kv_heads, L = k.shape[1], k.shape[2]
-    size, chunks = chunking(B * kv_heads, L) if chunk is None else (chunk, triton.cdiv(L, chunk))
+    size, chunks = chunking(L) if chunk is None else (chunk, triton.cdiv(L, chunk))
     group, tile = H // kv_heads, min(size, _TILE)
+    padded, slots, width = map(triton.next_power_of_2, (group, chunks, D))
+    segment = min(slots, max(1, _SUMMED // (padded * width)))
     floats = torch.empty(B * H * chunks * (D + 2), dtype=torch.float32, device=q.device)
     partial, stats = floats[: B * H * chunks * D], floats[B * H * chunks * D :]
     if counts is None:
@@ -269,11 +276,10 @@ def attention(
         size, q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), ids.stride(0), k.stride(0), k.stride(1), k.stride(2), v.stride(0),
         v.stride(1), v.stride(2), mask.stride(0), GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)), D=D, DP=triton.next_power_of_2(D), TILE=tile,
-        CHUNKS=chunks, SLOTS=triton.next_power_of_2(chunks), UNROLL=min(chunks, 4),
-        NEW=new is not None, EARLY=size == tile and new is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
-        **launch_options(q.device),
+        ROWS=max(16, padded), D=D, DP=width, TILE=tile, CHUNKS=chunks,
+        SLOTS=slots, GP=padded, SEGMENT=segment, NEW=new is not None,
+        EARLY=size == tile and new is not None, num_warps=4,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_options(q.device),
     )  # fmt: skip
     return out
 
@@ -314,7 +320,7 @@ def choose(scores, best, tokens, positions, lengths, counts) -> None:
     counts: int32 zeros [M], left as zeros. All others but the scores are int64 and contiguous.
     """
     M, V = scores.shape
-    parts = max(1, min(_PROGRAMS // M, 128, triton.cdiv(V, 256)))
+    parts = min(128, triton.cdiv(V, 1024))
     each = triton.cdiv(V, parts)
     slots = triton.next_power_of_2(parts)
     tops = torch.empty(M * slots, dtype=torch.float32, device=scores.device)

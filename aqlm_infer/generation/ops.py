@@ -3,8 +3,6 @@
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
     embed_norm(tokens [M], table [V, N], weight [N]) -> (the tokens' rows, their norm)
-    rotated_norm, rotated_swiglu: norm (of x + delta) and SwiGLU, then the rotation of the input of
-    a rotated layer, U^T (su * y), with h its factor matrix [factor, factor]
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
@@ -18,18 +16,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
-from ..ops.rotated import check_rotation
 
 _SCHEMAS = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "embed_norm(Tensor tokens, Tensor table, Tensor weight, float eps) -> (Tensor, Tensor)",
-    "rotated_norm(Tensor x, Tensor delta, Tensor weight, float eps, Tensor su, Tensor h,"
-    " int factor) -> (Tensor, Tensor)",
-    "rotated_swiglu(Tensor gate, Tensor up, Tensor su, Tensor h, int factor) -> Tensor",
     "choose(Tensor scores, Tensor(a!) best, Tensor(b!) tokens, Tensor(c!) positions,"
     " Tensor(d!) lengths, Tensor(e!) counts) -> ()",
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
@@ -57,16 +50,6 @@ def check_tokens(tokens, table) -> None:
             f"tokens {tokens.dtype} {list(tokens.shape)}, table {list(table.shape)}: expected int64"
             " [M] and [V, N]"
         )
-
-
-def check_rotated(x, su, h, factor) -> None:
-    """Raise OperandError unless (su, h, factor) rotate the rows of x [M, K], K/factor >= 256."""
-    K = x.shape[1]
-    check_rotation(K, h, factor, 0, "K")
-    if factor < 1 or K // factor < 256:
-        raise OperandError(f"K={K}, factor={factor}: K/factor must be at least 256")
-    if su.dtype != torch.float32 or list(su.shape) != [K]:
-        raise OperandError(f"su is {su.dtype} {list(su.shape)}, expected float32 [{K}]")
 
 
 def check_choice(scores, best, tokens, positions, lengths, counts) -> None:
@@ -138,26 +121,6 @@ def _embed_norm(tokens, table, weight, eps):
     return x, _rms_norm(x, weight, eps)
 
 
-def _rotated_norm(x, delta, weight, eps, su, h, factor):
-    check_rows(x, delta, weight)
-    check_rotated(x, su, h, factor)
-    total = x + delta
-    wide = total.float()
-    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))
-    return total, hadamard_transform(y * su, factor, 0, True, _matrix(h)).to(x.dtype)
-
-
-def _rotated_swiglu(gate, up, su, h, factor):
-    check_rows(gate, up)
-    check_rotated(gate, su, h, factor)
-    y = (F.silu(gate) * up).float() * su
-    return hadamard_transform(y, factor, 0, True, _matrix(h)).to(gate.dtype)
-
-
-def _matrix(h):
-    return h if h.numel() else None
-
-
 def _choose(scores, best, tokens, positions, lengths, counts):
     check_choice(scores, best, tokens, positions, lengths, counts)
     best.copy_(scores.argmax(-1).view(best.shape))
@@ -215,16 +178,6 @@ def _embed_norm_fake(tokens, table, weight, eps):
     return table.new_empty(shape), table.new_empty(shape)
 
 
-def _rotated_norm_fake(x, delta, weight, eps, su, h, factor):
-    check_rotated(x, su, h, factor)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _rotated_swiglu_fake(gate, up, su, h, factor):
-    check_rotated(gate, su, h, factor)
-    return gate.new_empty(gate.shape)
-
-
 def _choose_fake(scores, best, tokens, positions, lengths, counts):
     check_choice(scores, best, tokens, positions, lengths, counts)
 
@@ -241,9 +194,9 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
 
 define(
     _SCHEMAS,
-    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
-     _rotated_swiglu_fake, _choose_fake, _decode_attention_fake, _rope_attention_fake),
-    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _rotated_swiglu, _choose,
+    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _choose_fake,
+     _decode_attention_fake, _rope_attention_fake),
+    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _choose,
      _decode_attention, _rope_attention),
 )  # fmt: skip
 
@@ -252,8 +205,6 @@ rms_norm = _ops.rms_norm
 add_rms_norm = _ops.add_rms_norm
 swiglu = _ops.swiglu
 embed_norm = _ops.embed_norm
-rotated_norm = _ops.rotated_norm
-rotated_swiglu = _ops.rotated_swiglu
 choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
@@ -286,24 +237,6 @@ def _cuda_embed_norm(tokens, table, weight, eps):
     return _kernels().add_rms_norm(table, None, weight, eps, tokens)
 
 
-def _rotations():
-    from ..triton_kernels import decode_rotated
-
-    return decode_rotated
-
-
-def _cuda_rotated_norm(x, delta, weight, eps, su, h, factor):
-    check_rows(x, delta, weight)
-    check_rotated(x, su, h, factor)
-    return _rotations().rotate(x, delta, weight, eps, su, h, factor)
-
-
-def _cuda_rotated_swiglu(gate, up, su, h, factor):
-    check_rows(gate, up)
-    check_rotated(gate, su, h, factor)
-    return _rotations().rotate(gate, up, None, 0.0, su, h, factor)[1]
-
-
 def _cuda_choose(scores, best, tokens, positions, lengths, counts):
     check_choice(scores, best, tokens, positions, lengths, counts)
     _kernels().choose(scores, best, tokens, positions, lengths, counts)
@@ -326,8 +259,6 @@ for _name, _function in {
     "add_rms_norm": _cuda_add_rms_norm,
     "swiglu": _cuda_swiglu,
     "embed_norm": _cuda_embed_norm,
-    "rotated_norm": _cuda_rotated_norm,
-    "rotated_swiglu": _cuda_rotated_swiglu,
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,

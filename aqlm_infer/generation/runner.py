@@ -158,7 +158,7 @@ class StepRunner:
     def _body(self, cache: StepCache, batch: int) -> Body:
         if why_not_llama(self.model) is None:
             return LlamaStep(self.model, cache, batch)
-        return ForwardStep(self.model, self._model_forward, cache, self.compile)
+        return ForwardStep(self.model, self._own("forward"), cache, self.compile)
 
     def _drop_stale(self) -> None:
         """Drop the graphs when any tensor of the model is no longer where they read it."""
