@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.generation import ops
 from aqlm_infer.ops import OperandError
 
@@ -130,6 +131,23 @@ def test_embedding_with_its_norm(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(("M", "K"), [(1, 4096), (3, 14336), (2, 128), (16, 8192), (5, 5120)])
+def test_norm_with_the_rotation_after_it(device, dtype, M, K):
+    rotation = Hadamard.full(K)
+    h, factor = rotation.matrix(device), rotation.factor
+    x = rand(M, 2 * K, device=device, dtype=dtype)[:, :K]  # rows apart
+    delta, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((M, K), (K,)))
+    su = rand(K, device=device, seed=2)
+    total, y = ops.rotated_norm(x, delta, weight, 1e-5, su, h, factor)
+    assert torch.equal(total, x + delta)
+    wide = total.double()
+    norm = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    close(y, hadamard_transform(su.double() * norm, factor, 0, True), dtype)
+    assert torch.equal(ops.rotated_norm(x, delta, weight, 1e-5, su, h, factor)[1], y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [97, 512, 128256, 32000])
 @pytest.mark.parametrize("rows", [5, 64])
 def test_choose_takes_the_first_of_equals_and_counts(device, size, rows):
@@ -155,11 +173,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aqlm_infer.triton_kernels import decode
 
-A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "PRECISION": "tf32"}
+A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "GP": 4, "PRECISION": "tf32"}
+
+def sizes(chunks, slots, segment):
+    return {"CHUNKS": chunks, "SLOTS": slots, "SEGMENT": segment}
+
 CASES = [
-    (decode._attend, {**A, "CHUNKS": 8, "SLOTS": 8, "GP": 4, "SEGMENT": 8, "NEW": True, "EARLY": True}),
-    (decode._attend, {**A, "CHUNKS": 33, "SLOTS": 64, "GP": 4, "SEGMENT": 16, "NEW": False, "EARLY": False}),
-    (decode._attend, {**A, "CHUNKS": 1, "SLOTS": 1, "GP": 4, "SEGMENT": 1, "NEW": True, "EARLY": False}),
+    (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
+    (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
+    (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
     (decode._swiglu, {"BLOCK": 512}),
@@ -207,6 +229,9 @@ def test_operands_are_checked():
         )  # fmt: skip
     with pytest.raises(OperandError, match=r"\[2, 8\] beside torch.float32 \[2, 16\]"):
         ops.swiglu(torch.randn(2, 16), torch.randn(2, 8))
+    h, wide = torch.empty(0, dtype=torch.int8), torch.randn(2, 64)
+    with pytest.raises(OperandError, match="K=64, factor=1: K/factor must be at least 128"):
+        ops.rotated_norm(wide, wide, wide[0], 1e-5, torch.ones(64), h, 1)
     with pytest.raises(OperandError, match=r"tokens torch.int32 \[2\], table \[5, 8\]"):
         ops.embed_norm(torch.zeros(2).int(), torch.randn(5, 8), torch.ones(8), 1e-5)
     one = torch.zeros(1, dtype=torch.long)

@@ -3,12 +3,15 @@
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
     embed_norm(tokens [M], table [V, N], weight [N]) -> (the tokens' rows, their norm)
+    rotated_norm: add_rms_norm, and the rotation of a rotated layer's input after it, not rounded
+    between: U^T (su * norm) with h the factor matrix [factor, factor]
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
 
-On CUDA they are Triton kernels (``triton_kernels/decode.py``), elsewhere plain torch. Everything is
-rounded where transformers rounds it. Inference only: they have no gradients.
+On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
+``_cuda``; elsewhere plain torch. Everything else is rounded where transformers rounds it. Inference
+only: they have no gradients.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
+from ..ops.rotated import check_rotation
 
 _SCHEMAS = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "embed_norm(Tensor tokens, Tensor table, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rotated_norm(Tensor x, Tensor delta, Tensor weight, float eps, Tensor su, Tensor h,"
+    " int factor) -> (Tensor, Tensor)",
     "choose(Tensor scores, Tensor(a!) best, Tensor(b!) tokens, Tensor(c!) positions,"
     " Tensor(d!) lengths, Tensor(e!) counts) -> ()",
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
@@ -50,6 +57,17 @@ def check_tokens(tokens, table) -> None:
             f"tokens {tokens.dtype} {list(tokens.shape)}, table {list(table.shape)}: expected int64"
             " [M] and [V, N]"
         )
+
+
+def check_rotated(x, delta, weight, su, h, factor) -> None:
+    """Raise OperandError unless (su, h, factor) rotate the rows of x [M, K], K/factor >= 128."""
+    check_rows(x, delta, weight)
+    K = x.shape[1]
+    check_rotation(K, h, factor, 0, "K")
+    if factor < 1 or K // factor < 128:
+        raise OperandError(f"K={K}, factor={factor}: K/factor must be at least 128")
+    if su.dtype != torch.float32 or list(su.shape) != [K]:
+        raise OperandError(f"su is {su.dtype} {list(su.shape)}, expected float32 [{K}]")
 
 
 def check_choice(scores, best, tokens, positions, lengths, counts) -> None:
@@ -121,6 +139,15 @@ def _embed_norm(tokens, table, weight, eps):
     return x, _rms_norm(x, weight, eps)
 
 
+def _rotated_norm(x, delta, weight, eps, su, h, factor):
+    check_rotated(x, delta, weight, su, h, factor)
+    total = x + delta
+    wide = total.float()
+    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)) * su
+    matrix = h if factor > 1 else None
+    return total, hadamard_transform(y, factor, 0, True, matrix).to(x.dtype)
+
+
 def _choose(scores, best, tokens, positions, lengths, counts):
     check_choice(scores, best, tokens, positions, lengths, counts)
     best.copy_(scores.argmax(-1).view(best.shape))
@@ -178,6 +205,11 @@ def _embed_norm_fake(tokens, table, weight, eps):
     return table.new_empty(shape), table.new_empty(shape)
 
 
+def _rotated_norm_fake(x, delta, weight, eps, su, h, factor):
+    check_rotated(x, delta, weight, su, h, factor)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 def _choose_fake(scores, best, tokens, positions, lengths, counts):
     check_choice(scores, best, tokens, positions, lengths, counts)
 
@@ -194,9 +226,9 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
 
 define(
     _SCHEMAS,
-    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _choose_fake,
-     _decode_attention_fake, _rope_attention_fake),
-    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _choose,
+    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
+     _choose_fake, _decode_attention_fake, _rope_attention_fake),
+    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
      _decode_attention, _rope_attention),
 )  # fmt: skip
 
@@ -205,6 +237,7 @@ rms_norm = _ops.rms_norm
 add_rms_norm = _ops.add_rms_norm
 swiglu = _ops.swiglu
 embed_norm = _ops.embed_norm
+rotated_norm = _ops.rotated_norm
 choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
