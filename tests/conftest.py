@@ -34,3 +34,12 @@ def isa():
     """Force a CPU kernel path by name; the automatic choice is restored afterwards."""
     yield native.cpu.set_isa
     native.cpu.set_isa("auto")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors, which lose more to waiting threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

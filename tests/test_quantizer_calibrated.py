@@ -19,13 +19,7 @@ from aqlm_infer.quantizers.hessian import (
 )
 from aqlm_infer.quantizers.sums import CodeSums
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(N, K, seed=0):

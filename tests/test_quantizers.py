@@ -12,14 +12,7 @@ from aqlm_infer.quantizers.kmeans import kmeans, nearest
 from aqlm_infer.quantizers.refit import fit_codebooks, fit_scales, vector_errors
 from aqlm_infer.quantizers.search import best_columns, decode, encode
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of short parallel regions: on a busy machine a second thread costs tenfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(N, K, seed=0):

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import logits, tiny_config, tiny_model, write_checkpoint
-from tuning_cases import one_thread, quantized_model, wide_config  # noqa: F401
+from tuning_cases import quantized_model, wide_config
 
 from aqlm_infer.checkpoint import save_quantized
 from aqlm_infer.cli.app import main
 from aqlm_infer.evaluation import load_model, perplexity, read_token_file
 from aqlm_infer.layers import quantized_layers
 from aqlm_infer.training import TuneSettings, TuningError, tune_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 FEW = ("--steps", 4, "--batch", 4, "--seq-len", 16, "--eval-every", 2, "--save-every", 2)

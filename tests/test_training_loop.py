@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_models import IDS, tiny_model
 from torch import nn
-from tuning_cases import (  # noqa: F401
+from tuning_cases import (
     SCHEMES,
     make_trainer,
-    one_thread,
     quantized_model,
     random_windows,
     wide_config,
@@ -31,7 +30,10 @@ from aqlm_infer.training.loss import ChunkedLoss, score
 from aqlm_infer.training.runs import tensors_of
 from aqlm_infer.training.vstep import Choice, v_step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow reference kernel")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*slow reference kernel"),
+]
 TUNABLE = tuple(s for s in SCHEMES if not s.endswith("b128"))
 
 

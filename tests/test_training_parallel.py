@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training_cli import arguments, call, files  # noqa: F401
-from tuning_cases import one_thread  # noqa: F401
 from tuning_worker import prepared
 
 from aqlm_infer.training.parallel import Parallel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).parents[1]
 
 

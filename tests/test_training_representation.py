@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tuning_cases import (  # noqa: F401
+from tuning_cases import (
     SCHEMES,
     K,
     N,
-    one_thread,
     random_windows,
     representation,
     tensors_of,
@@ -17,6 +16,8 @@ from aqlm_infer.formats.e8p import grid_x4
 from aqlm_infer.training import TuningError, represent
 from aqlm_infer.training.additive import sweep
 from aqlm_infer.training.surrogates import sigmoid_round, slope, softclamp_slope
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_like(shape, seed=0):

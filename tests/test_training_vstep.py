@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tuning_cases import SCHEMES, one_thread, random_hessian, representation  # noqa: F401
+from tuning_cases import SCHEMES, random_hessian, representation
 
 from aqlm_infer.training import Lamb
 from aqlm_infer.training.vstep import Choice, largest, v_step, within
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RULES = {
     "all": Choice(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import lru_cache
 
-import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from torch import nn
@@ -29,15 +28,6 @@ SCHEMES = (
     "quip-e8p-4bit",
 )
 N, K = 128, 128
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors lose more to waiting threads than they gain; import it to have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quick_quantizer(scheme: str):

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch.library import triton_op, wrap_triton
 
-from ..ops.additive import check_matmul, check_operands, refuse_value_gradients
-from ..ops.library import OperandError, bias_gradient
+from ..ops.additive import additive_gradient, check_matmul, check_operands
+from ..ops.library import OperandError
 from . import additive as bodies
 from . import tuning
 from .partial import finish, split, unit_rows
@@ -218,22 +218,5 @@ def additive_dequantize(
     return weight
 
 
-def _context(ctx, inputs, output):
-    x, packed, codebooks, scales, bias, _, partitions = inputs
-    refuse_value_gradients(ctx.needs_input_grad)
-    ctx.save_for_backward(packed, codebooks, scales)
-    ctx.in_features, ctx.partitions = x.shape[-1], partitions
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, dy):
-    packed, codebooks, scales = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = additive_matmul_dx(dy, packed, codebooks, scales, ctx.in_features, ctx.partitions)
-    if ctx.needs_input_grad[4]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return dx, None, None, None, dbias, None, None
-
-
+_backward, _context = additive_gradient(additive_matmul_dx)
 additive_matmul.register_autograd(_backward, setup_context=_context)

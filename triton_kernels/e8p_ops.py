@@ -13,8 +13,8 @@ import triton
 from torch.library import triton_op, wrap_triton
 
 from ..formats.e8p import E8PFormat, grid_x4, residual_x2
-from ..ops.library import OperandError, bias_gradient
-from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx
+from ..ops.library import OperandError
+from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
 from . import tuning
 from .fields import exact_type, has_dp4a, one_of
@@ -186,23 +186,5 @@ def e8p_dequantize(
     return weight
 
 
-def _context(ctx, inputs, output):
-    x, packed, sv, bias, h, bits, residual, _, factor, block, _ = inputs
-    if ctx.needs_input_grad[2]:
-        raise OperandError("sv requires grad, but e8p_matmul differentiates x and bias only")
-    ctx.save_for_backward(packed, sv, h)
-    ctx.weight = bits, residual, x.shape[-1], factor, block
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, dy):
-    packed, sv, h = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = e8p_matmul_dx(dy, packed, sv, h, *ctx.weight)
-    if ctx.needs_input_grad[3]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return (dx, None, None, dbias) + (None,) * 7
-
-
+_backward, _context = e8p_gradient(e8p_matmul_dx)
 e8p_matmul.register_autograd(_backward, setup_context=_context)

@@ -9,8 +9,7 @@ import torch
 import triton
 from torch.library import triton_op, wrap_triton
 
-from ..ops.library import bias_gradient
-from ..ops.rotated import check_hadamard
+from ..ops.rotated import check_hadamard, hadamard_gradient
 from . import hadamard as bodies
 from .partial import unit_rows
 
@@ -80,27 +79,5 @@ def hadamard(
     return rotated(rows, pre, post, h, factor, block, transpose).view(x.shape)
 
 
-def _context(ctx, inputs, output):
-    x, pre, post, h, factor, block, transpose = inputs
-    # x and the transform of it are needed for the gradients of pre and post alone.
-    kept = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(kept, pre, post, h)
-    ctx.rotation = factor, block, transpose
-
-
-def _backward(ctx, dy):
-    x, pre, post, h = ctx.saved_tensors
-    factor, block, transpose = ctx.rotation
-    dx = dpre = dpost = None
-    if ctx.needs_input_grad[0]:
-        dx = hadamard(dy, post, pre, h, factor, block, not transpose)
-    if ctx.needs_input_grad[1]:
-        back = hadamard(dy.float(), post, None, h, factor, block, not transpose)
-        dpre = bias_gradient(back * x, pre.dtype)
-    if ctx.needs_input_grad[2]:
-        forth = hadamard(x.float(), pre, None, h, factor, block, transpose)
-        dpost = bias_gradient(dy * forth, post.dtype)
-    return dx, dpre, dpost, None, None, None, None
-
-
+_backward, _context = hadamard_gradient(hadamard)
 hadamard.register_autograd(_backward, setup_context=_context)

@@ -11,8 +11,8 @@ import triton
 from torch.library import triton_op, wrap_triton
 
 from ..formats.scalar import pack_bits, unpack_bits
-from ..ops.library import OperandError, bias_gradient
-from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx
+from ..ops.library import OperandError
+from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
 from . import scalar as bodies
 from . import tuning
 from .fields import exact_type, has_dp4a, one_of
@@ -248,25 +248,5 @@ def scalar_dequantize(
     return weight
 
 
-def _context(ctx, inputs, output):
-    x, packed, scales, zeros, sv, bias, h, bits, group_size, _, factor, block, _ = inputs
-    if any(ctx.needs_input_grad[2:5]):
-        raise OperandError(
-            "scales, zeros or sv require grad, but scalar_matmul differentiates x and bias only"
-        )
-    ctx.save_for_backward(packed, scales, zeros, sv, h)
-    ctx.weight = bits, group_size, x.shape[-1], factor, block
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx, dy):
-    packed, scales, zeros, sv, h = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = scalar_matmul_dx(dy, packed, scales, zeros, sv, h, *ctx.weight)
-    if ctx.needs_input_grad[5]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return (dx, None, None, None, None, dbias) + (None,) * 7
-
-
+_backward, _context = scalar_gradient(scalar_matmul_dx)
 scalar_matmul.register_autograd(_backward, setup_context=_context)

@@ -77,12 +77,11 @@ class Weights:
             return file.get_tensor(name)
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, returns its input, lends its attributes."""
+class _StandIn(nn.Module):
+    """Takes a block's place in the model and lends its attributes."""
 
-    def __init__(self, block: nn.Module, calls: list):
+    def __init__(self, block: nn.Module):
         super().__init__()
-        self._calls = calls
         self.__dict__["_block"] = block
 
     def __getattr__(self, name: str):
@@ -90,25 +89,26 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
+
+
+class _Recorder(_StandIn):
+    """Notes its arguments and returns its input."""
+
+    def __init__(self, block: nn.Module, calls: list):
+        super().__init__(block)
+        self._calls = calls
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         self._calls.append((hidden_states, args, kwargs))
         return hidden_states
 
 
-class _Constant(nn.Module):
-    """Stands in for a block that was run elsewhere: returns its outputs."""
+class _Constant(_StandIn):
+    """Returns the outputs of a block that was run elsewhere."""
 
     def __init__(self, block: nn.Module, outputs: torch.Tensor):
-        super().__init__()
+        super().__init__(block)
         self.outputs = outputs
-        self.__dict__["_block"] = block
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         return self.outputs

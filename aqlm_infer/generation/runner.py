@@ -259,9 +259,7 @@ class StepRunner:
                 _check_room(cache.get_max_length(), 0, _tokens(args, kwargs))
             return self._model_forward(*args, **kwargs)
         tokens = _tokens(args, kwargs)
-        if cache.filled is None:
-            cache.filled = int(cache.lengths[0])
-        filled, cache.filled = cache.filled, None  # unknown, should what follows fail
+        filled, cache.filled = cache.known_filled(), None  # unknown, should what follows fail
         _check_room(cache.length, filled, tokens)
         slot = self._slot_of(cache)
         if slot is not None and not args and self._is_step(slot, kwargs):

@@ -9,11 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .library import OperandError, bias_gradient, check_input, define, differentiate, fresh_bytes
+from .library import (
+    Gradient,
+    OperandError,
+    bias_gradient,
+    check_input,
+    define,
+    differentiate,
+    fresh_bytes,
+)
 
 _SCHEMAS = (
     "additive_pack(Tensor codes, int nbits, int out_group_size, int in_group_size,"
@@ -98,31 +106,33 @@ additive_matmul_dx = _ops.additive_matmul_dx
 additive_dequantize = _ops.additive_dequantize
 
 
-def refuse_value_gradients(needs_input_grad) -> None:
-    """Raise OperandError when codebooks or scales (arguments 2 and 3) ask for a gradient."""
-    if needs_input_grad[2] or needs_input_grad[3]:
-        raise OperandError(
-            "codebooks or scales require grad, but this operator differentiates x and bias only:"
-            " QuantLinear trains values through its dequantized weight"
-        )
+def additive_gradient(matmul_dx: Callable) -> Gradient:
+    """The gradients of ``additive_matmul`` by an operator of the signature of its ``dx``.
+
+    Arguments after ``partitions``, where an operator has some, get none.
+    """
+
+    def context(ctx, inputs, output):
+        x, packed, codebooks, scales, bias, _, partitions = inputs[:7]
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            raise OperandError(
+                "codebooks or scales require grad, but this operator differentiates x and bias"
+                " only: QuantLinear trains values through its dequantized weight"
+            )
+        ctx.save_for_backward(packed, codebooks, scales)
+        ctx.in_features, ctx.partitions, ctx.arguments = x.shape[-1], partitions, len(inputs)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def backward(ctx, dy):
+        packed, codebooks, scales = ctx.saved_tensors
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul_dx(dy, packed, codebooks, scales, ctx.in_features, ctx.partitions)
+        if ctx.needs_input_grad[4]:
+            dbias = bias_gradient(dy, ctx.bias_dtype)
+        return (dx, None, None, None, dbias) + (None,) * (ctx.arguments - 5)
+
+    return backward, context
 
 
-def _matmul_context(ctx, inputs, output):
-    x, packed, codebooks, scales, bias, aux, partitions, _ = inputs
-    refuse_value_gradients(ctx.needs_input_grad)
-    ctx.save_for_backward(packed, codebooks, scales)
-    ctx.in_features, ctx.partitions = x.shape[-1], partitions
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _matmul_backward(ctx, dy):
-    packed, codebooks, scales = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = additive_matmul_dx(dy, packed, codebooks, scales, ctx.in_features, ctx.partitions)
-    if ctx.needs_input_grad[4]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return dx, None, None, None, dbias, None, None, None
-
-
-differentiate("additive_matmul", _matmul_backward, _matmul_context)
+differentiate("additive_matmul", *additive_gradient(additive_matmul_dx))

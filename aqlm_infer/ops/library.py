@@ -31,6 +31,10 @@ def _name(schema: str) -> str:
     return schema[: schema.index("(")]
 
 
+Gradient = tuple[Callable, Callable]
+"""What ``register_autograd`` takes: the backward function, and what sets up its context."""
+
+
 def differentiate(name: str, backward: Callable, context: Callable) -> None:
     """Register the gradient of an operator."""
     torch.library.register_autograd(

@@ -13,9 +13,12 @@ factor 0 no rotation. ``h`` is H_F, int8 [F, F] (empty [0] when F is 0 or 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .library import (
+    Gradient,
     OperandError,
     bias_gradient,
     check_input,
@@ -129,50 +132,58 @@ e8p_matmul_dx = _ops.e8p_matmul_dx
 e8p_dequantize = _ops.e8p_dequantize
 
 
-def _hadamard_context(ctx, inputs, output):
-    x, pre, post, h, factor, block, transpose = inputs
-    # x and the transform of it are needed for the gradients of pre and post alone.
-    kept = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(kept, pre, post, h)
-    ctx.rotation = factor, block, transpose
+def hadamard_gradient(transform: Callable) -> Gradient:
+    """The gradients of ``hadamard``, and what they keep, for an operator of its signature."""
+
+    def context(ctx, inputs, output):
+        x, pre, post, h, factor, block, transpose = inputs
+        # x and the transform of it are needed for the gradients of pre and post alone.
+        kept = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, pre, post, h)
+        ctx.rotation = factor, block, transpose
+
+    def backward(ctx, dy):
+        x, pre, post, h = ctx.saved_tensors
+        factor, block, transpose = ctx.rotation
+        dx = dpre = dpost = None
+        if ctx.needs_input_grad[0]:
+            dx = transform(dy, post, pre, h, factor, block, not transpose)
+        if ctx.needs_input_grad[1]:
+            back = transform(dy.float(), post, None, h, factor, block, not transpose)
+            dpre = bias_gradient(back * x, pre.dtype)
+        if ctx.needs_input_grad[2]:
+            forth = transform(x.float(), pre, None, h, factor, block, transpose)
+            dpost = bias_gradient(dy * forth, post.dtype)
+        return dx, dpre, dpost, None, None, None, None
+
+    return backward, context
 
 
-def _hadamard_backward(ctx, dy):
-    x, pre, post, h = ctx.saved_tensors
-    factor, block, transpose = ctx.rotation
-    dx = dpre = dpost = None
-    if ctx.needs_input_grad[0]:
-        dx = hadamard(dy, post, pre, h, factor, block, not transpose)
-    if ctx.needs_input_grad[1]:
-        back = hadamard(dy.float(), post, None, h, factor, block, not transpose)
-        dpre = bias_gradient(back * x, pre.dtype)
-    if ctx.needs_input_grad[2]:
-        forth = hadamard(x.float(), pre, None, h, factor, block, transpose)
-        dpost = bias_gradient(dy * forth, post.dtype)
-    return dx, dpre, dpost, None, None, None, None
+def e8p_gradient(matmul_dx: Callable) -> Gradient:
+    """The gradients of ``e8p_matmul`` by an operator of the signature of ``e8p_matmul_dx``."""
+
+    def context(ctx, inputs, output):
+        x, packed, sv, bias, h, bits, residual, _, factor, block, _ = inputs
+        if ctx.needs_input_grad[2]:
+            raise OperandError(
+                "sv requires grad, but e8p_matmul differentiates x and bias only: RotatedLinear"
+                " trains SU and SV through its own differentiable path"
+            )
+        ctx.save_for_backward(packed, sv, h)
+        ctx.weight = bits, residual, x.shape[-1], factor, block
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def backward(ctx, dy):
+        packed, sv, h = ctx.saved_tensors
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul_dx(dy, packed, sv, h, *ctx.weight)
+        if ctx.needs_input_grad[3]:
+            dbias = bias_gradient(dy, ctx.bias_dtype)
+        return (dx, None, None, dbias) + (None,) * 7
+
+    return backward, context
 
 
-def _matmul_context(ctx, inputs, output):
-    x, packed, sv, bias, h, bits, residual, _, factor, block, _ = inputs
-    if ctx.needs_input_grad[2]:
-        raise OperandError(
-            "sv requires grad, but e8p_matmul differentiates x and bias only: RotatedLinear trains"
-            " SU and SV through its own differentiable path"
-        )
-    ctx.save_for_backward(packed, sv, h)
-    ctx.weight = bits, residual, x.shape[-1], factor, block
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _matmul_backward(ctx, dy):
-    packed, sv, h = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = e8p_matmul_dx(dy, packed, sv, h, *ctx.weight)
-    if ctx.needs_input_grad[3]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return (dx, None, None, dbias) + (None,) * 7
-
-
-differentiate("hadamard", _hadamard_backward, _hadamard_context)
-differentiate("e8p_matmul", _matmul_backward, _matmul_context)
+differentiate("hadamard", *hadamard_gradient(hadamard))
+differentiate("e8p_matmul", *e8p_gradient(e8p_matmul_dx))

@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .library import (
+    Gradient,
     OperandError,
     bias_gradient,
     check_input,
@@ -107,26 +110,30 @@ scalar_matmul_dx = _ops.scalar_matmul_dx
 scalar_dequantize = _ops.scalar_dequantize
 
 
-def _matmul_context(ctx, inputs, output):
-    x, packed, scales, zeros, sv, bias, h, bits, group_size, _, factor, block, _ = inputs
-    if any(ctx.needs_input_grad[2:5]):
-        raise OperandError(
-            "scales, zeros or sv require grad, but scalar_matmul differentiates x and bias only:"
-            " layers train values through their dequantized weight"
-        )
-    ctx.save_for_backward(packed, scales, zeros, sv, h)
-    ctx.weight = bits, group_size, x.shape[-1], factor, block
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def scalar_gradient(matmul_dx: Callable) -> Gradient:
+    """The gradients of ``scalar_matmul`` by an operator of the signature of its ``dx``."""
+
+    def context(ctx, inputs, output):
+        x, packed, scales, zeros, sv, bias, h, bits, group_size, _, factor, block, _ = inputs
+        if any(ctx.needs_input_grad[2:5]):
+            raise OperandError(
+                "scales, zeros or sv require grad, but scalar_matmul differentiates x and bias"
+                " only: layers train values through their dequantized weight"
+            )
+        ctx.save_for_backward(packed, scales, zeros, sv, h)
+        ctx.weight = bits, group_size, x.shape[-1], factor, block
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def backward(ctx, dy):
+        packed, scales, zeros, sv, h = ctx.saved_tensors
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul_dx(dy, packed, scales, zeros, sv, h, *ctx.weight)
+        if ctx.needs_input_grad[5]:
+            dbias = bias_gradient(dy, ctx.bias_dtype)
+        return (dx, None, None, None, None, dbias) + (None,) * 7
+
+    return backward, context
 
 
-def _matmul_backward(ctx, dy):
-    packed, scales, zeros, sv, h = ctx.saved_tensors
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = scalar_matmul_dx(dy, packed, scales, zeros, sv, h, *ctx.weight)
-    if ctx.needs_input_grad[5]:
-        dbias = bias_gradient(dy, ctx.bias_dtype)
-    return (dx, None, None, None, None, dbias) + (None,) * 7
-
-
-differentiate("scalar_matmul", _matmul_backward, _matmul_context)
+differentiate("scalar_matmul", *scalar_gradient(scalar_matmul_dx))

@@ -7,6 +7,8 @@ rotations, on a grid of fixed step; the P step trains SU and SV.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 
 from ..formats import QuipFormat, ScalarFormat, Tensors
@@ -18,9 +20,9 @@ from .rotated import RotatedRepresentation
 class GridRepresentation(Representation):
     """One code a weight, uint8 [N*K, 1], on the grid ``step * (q - zero)`` of each group."""
 
+    @abstractmethod
     def grid(self, index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(step, zero) of the weights ``index`` (None: all), float32, broadcastable to [n, 1]."""
-        raise NotImplementedError
 
     @property
     def top(self) -> int:
