@@ -436,6 +436,24 @@ def test_quantized_head(tied):
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
+def test_a_dense_head_on_the_cpu_reads_plain_rows(monkeypatch):
+    """A slice of a prompt has the prompt's strides, with which F.linear copies the whole weight."""
+    model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
+    linear, strides = torch.nn.functional.linear, []
+    monkeypatch.setattr(
+        torch.nn.functional, "linear",
+        lambda x, *rest: strides.append(x.stride()) or linear(x, *rest),
+    )  # fmt: skip
+    ids = torch.arange(12).view(1, 12)
+    with torch.inference_mode():
+        expected = model(ids, logits_to_keep=1).logits
+        prepare_for_generation(model)
+        assert torch.equal(copy.deepcopy(model)(ids, logits_to_keep=1).logits, expected)
+        undo_prepare_for_generation(model)
+        model(ids, logits_to_keep=1)
+    assert [s[0] for s in strides] == [12 * 128, 128, 12 * 128]
+
+
 def test_a_head_that_cannot_be_quantized_changes_nothing():
     model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
     with pytest.raises(GenerationSetupError, match="without calibration"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..formats import Format, ScalarFormat, parse_scheme
 from ..layers import QuantLinear
@@ -48,6 +49,20 @@ def quantize_head(model: nn.Module, scheme: str | Format) -> nn.Linear:
     model.set_output_embeddings(layer.train(head.training))
     tied = head.weight is getattr(model.get_input_embeddings(), "weight", None)
     return head if tied else head.to("cpu")
+
+
+def give_rows(head: nn.Module) -> RemovableHandle:
+    """Let a dense head on the CPU read its input as plain rows, until the handle is removed.
+
+    The last token of a prompt comes as a slice [B, 1, K] with the strides of the whole prompt.
+    F.linear then takes a batched product that copies the weight, transposed: 3.3 s to the first
+    token of Llama-3.2-1B in bfloat16 on two cores, 0.3 s without (torch 2.13).
+    """
+    return head.register_forward_pre_hook(_plain_rows)
+
+
+def _plain_rows(head: nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
 def restore_head(model: nn.Module, head: nn.Linear) -> None:
