@@ -15,18 +15,24 @@ _ROWS = 16384
 """Rows quantized at a time: float32 copies of a whole head would take gigabytes."""
 
 
-def head_format(model: nn.Module, scheme: str | Format) -> Format:
-    """The format of a head in ``scheme``; GenerationSetupError when the head cannot have it."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, nn.Linear):
-        kind = "none" if head is None else type(head).__name__
-        raise GenerationSetupError(f"lm_head={scheme!r}: the model's output head is {kind}")
+def parse_head(scheme: str | Format) -> Format:
+    """The format of ``scheme``; GenerationSetupError when no head can have it."""
     format = parse_scheme(scheme)
     if not isinstance(format, ScalarFormat) or format.method != "rtn":
         raise GenerationSetupError(
             f"lm_head={format.id!r}: the head is rounded to nearest, without calibration"
             " (rtn-int8-g128, rtn-int4-g128, ...)"
         )
+    return format
+
+
+def head_format(model: nn.Module, scheme: str | Format) -> Format:
+    """The format of a head in ``scheme``; GenerationSetupError when the head cannot have it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        kind = "none" if head is None else type(head).__name__
+        raise GenerationSetupError(f"lm_head={scheme!r}: the model's output head is {kind}")
+    format = parse_head(scheme)
     format.check_shape(head.out_features, head.in_features)
     return format
 
