@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from aqlm_infer.bench.generate import quantized_copy
 from aqlm_infer.bench.shapes import random_model
 from aqlm_infer.checkpoint import CheckpointError, save_quantized
 from aqlm_infer.evaluation import load_model, load_tokenizer
-from aqlm_infer.generation import GenerationSetupError, prepare
+from aqlm_infer.generation import GenerationSetupError, ops, prepare
 from aqlm_infer.generation.cache import StepCache, StepLayer
 from aqlm_infer.generation.compiled import ForwardStep
 from aqlm_infer.generation.llama import LlamaStep, why_not_llama
@@ -23,7 +24,7 @@ from aqlm_infer.generation.prepare import check_capability
 from aqlm_infer.generation.runner import StepRunner
 from aqlm_infer.generation.stack import StackedPart, stack_siblings, stacks, unstack
 from aqlm_infer.generation.step import DecodeStep
-from aqlm_infer.layers import QuantLinear, replace_linears
+from aqlm_infer.layers import QuantLinear, quantized_layers, replace_linears, share_rotations
 
 LM7 = Path(__file__).parents[1] / "examples" / "lm7"
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,11 +48,11 @@ def quantized_lm7():
 def stepping(monkeypatch):
     """Install a runner whose steps are not captured: what the graph computes, on any device."""
 
-    def run(step):
+    def replay(step):
         step.counts["replays"] += 1
         return step.eager()
 
-    monkeypatch.setattr(DecodeStep, "run", run)
+    monkeypatch.setattr(DecodeStep, "_replay", replay)
     installed = []
 
     def install(model, **options):
@@ -190,8 +191,43 @@ def test_a_step_computes_what_the_model_does(family, kind):
         for t in (6, 7):
             logits = step(ids[:, t : t + 1], places[:, t : t + 1], valid)
             torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
-            assert cache.lengths.tolist() == [t + 1] * model.config.num_hidden_layers
+            assert cache.lengths.tolist() == [t] * model.config.num_hidden_layers
+            cache.lengths.add_(1)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("scheme", ["quip-e8p-2bit", "quip-int4"])
+def test_a_step_rotates_where_it_norms(scheme, monkeypatch):
+    """Fused parts (E8P) and layers that share a rotation take it with the norm, as on a GPU."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = random_model(wide_config(**sizes), scheme, torch.float32)
+    with torch.no_grad():
+        for block in model.model.layers if scheme == "quip-int4" else ():
+            for layers in ((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+                           (block.mlp.gate_proj, block.mlp.up_proj)):  # fmt: skip
+                for layer in layers[1:]:
+                    layer.SU.copy_(layers[0].SU)
+        expected = model(prompts()["input_ids"]).logits[:, -1]
+    share_rotations(model)
+    kernels = {layer.kernel_id for _, layer in quantized_layers(model)}
+    monkeypatch.setattr("aqlm_infer.generation.siblings._KERNELS", tuple(kernels))
+    calls = Counter()
+
+    def counted(name):
+        run = getattr(ops, name)
+        return lambda *given: calls.update([name]) or run(*given)
+
+    for name in ("rotated_norm", "add_rms_norm"):
+        monkeypatch.setattr(ops, name, counted(name))
+    ids = prompts()["input_ids"]
+    with torch.no_grad():
+        cache = StepCache(model.config, 20, torch.device("cpu"))
+        model(ids[:, :7], past_key_values=cache, use_cache=True)
+        step = LlamaStep(model, cache, 2)
+        logits = step(ids[:, 7:], torch.full((2, 1), 7), torch.ones(2, 20, dtype=torch.bool))
+    torch.testing.assert_close(logits[:, 0], expected, rtol=1e-3, atol=1e-3)
+    assert calls == {"rotated_norm": 3, "add_rms_norm": 1}
 
 
 def test_models_without_a_step_of_fused_operators():
@@ -398,6 +434,24 @@ def test_quantized_head(tied):
         undo_prepare_for_generation(model)
         assert torch.equal(model(ids).logits, expected)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_a_dense_head_on_the_cpu_reads_plain_rows(monkeypatch):
+    """A slice of a prompt has the prompt's strides, with which F.linear copies the whole weight."""
+    model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
+    linear, strides = torch.nn.functional.linear, []
+    monkeypatch.setattr(
+        torch.nn.functional, "linear",
+        lambda x, *rest: strides.append(x.stride()) or linear(x, *rest),
+    )  # fmt: skip
+    ids = torch.arange(12).view(1, 12)
+    with torch.inference_mode():
+        expected = model(ids, logits_to_keep=1).logits
+        prepare_for_generation(model)
+        assert torch.equal(copy.deepcopy(model)(ids, logits_to_keep=1).logits, expected)
+        undo_prepare_for_generation(model)
+        model(ids, logits_to_keep=1)
+    assert [s[0] for s in strides] == [12 * 128, 128, 12 * 128]
 
 
 def test_a_head_that_cannot_be_quantized_changes_nothing():

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.generation import ops
-from aqlm_infer.generation.step import argmax
 from aqlm_infer.ops import OperandError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -121,14 +121,50 @@ def test_every_chunk_size(chunk):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_embedding_with_its_norm(device, dtype):
+    table, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((50, 384), (384,)))
+    tokens = torch.tensor([7, 0, 49], device=device)
+    x, y = ops.embed_norm(tokens, table, weight, 1e-5)
+    assert torch.equal(x, table[tokens])
+    close(y, ops.rms_norm(x, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(("M", "K"), [(1, 4096), (3, 14336), (2, 128), (16, 8192), (5, 5120)])
+def test_norm_with_the_rotation_after_it(device, dtype, M, K):
+    rotation = Hadamard.full(K)
+    h, factor = rotation.matrix(device), rotation.factor
+    x = rand(M, 2 * K, device=device, dtype=dtype)[:, :K]  # rows apart
+    delta, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((M, K), (K,)))
+    su = rand(K, device=device, seed=2)
+    total, y = ops.rotated_norm(x, delta, weight, 1e-5, su, h, factor)
+    assert torch.equal(total, x + delta)
+    wide = total.double()
+    norm = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    close(y, hadamard_transform(su.double() * norm, factor, 0, True), dtype)
+    assert torch.equal(ops.rotated_norm(x, delta, weight, 1e-5, su, h, factor)[1], y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [97, 512, 128256, 32000])
-def test_argmax_takes_the_first_of_equals(device, size):
-    scores = rand(5, size, device=device, dtype=torch.float16)
+@pytest.mark.parametrize("rows", [5, 64])
+def test_choose_takes_the_first_of_equals_and_counts(device, size, rows):
+    scores = rand(rows, size, device=device, dtype=torch.float16)
     scores[1] = 0.0
     scores[2, size // 2 :] = 60.0
     scores[3, -1] = 60.0
+    scores[4] = float("-inf")
     exact = torch.stack([(row == row.max()).nonzero()[0, 0] for row in scores])
-    assert torch.equal(argmax(scores), exact)
+    best, tokens = (torch.zeros(s, dtype=torch.long, device=device) for s in (rows, (rows, 1)))
+    positions, lengths = tokens + 5, torch.arange(7, device=device)
+    counts = torch.zeros(rows, dtype=torch.int32, device=device)
+    for step in (1, 2):
+        ops.choose(scores, best, tokens, positions, lengths, counts)
+        assert torch.equal(best, exact) and torch.equal(tokens[:, 0], exact)
+        assert (positions == 5 + step).all() and not counts.any()
+        assert lengths.tolist() == [n + step for n in range(7)]
 
 
 COMPILE = """
@@ -137,15 +173,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aqlm_infer.triton_kernels import decode
 
-A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "PRECISION": "tf32"}
+A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "GP": 4, "PRECISION": "tf32"}
+
+def sizes(chunks, slots, segment):
+    return {"CHUNKS": chunks, "SLOTS": slots, "SEGMENT": segment}
+
 CASES = [
-    (decode._attend, {**A, "CHUNKS": 8, "SLOTS": 8, "UNROLL": 8, "NEW": True, "EARLY": True}),
-    (decode._attend, {**A, "CHUNKS": 33, "SLOTS": 64, "UNROLL": 8, "NEW": False, "EARLY": False}),
-    (decode._attend, {**A, "CHUNKS": 1, "SLOTS": 1, "UNROLL": 1, "NEW": True, "EARLY": False}),
-    (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True}),
+    (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
+    (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
+    (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
+    (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
+    (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
     (decode._swiglu, {"BLOCK": 512}),
+    (decode._choose, {"BLOCK": 1024, "PARTS": 128, "LAYER_BLOCK": 32}),
 ]
-TYPES = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "count_ptr": "*i32", "ids_ptr": "*i64",
+TYPES = {"tops_ptr": "*fp32", "places_ptr": "*i32",
+         **dict.fromkeys(("token_ptr", "tokens_ptr", "best_ptr", "positions_ptr", "lengths_ptr"),
+                         "*i64"),
+         "partial_ptr": "*fp32", "stats_ptr": "*fp32", "count_ptr": "*i32", "ids_ptr": "*i64",
          "at_ptr": "*i64", "mask_ptr": "*i1", "scale": "fp32", "eps": "fp32"}
 for body, constants in CASES:
     for arch, pdl in ((80, False), (90, True)):
@@ -166,7 +211,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 5", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 7", run.stderr[-2000:]
 
 
 def test_operands_are_checked():
@@ -184,3 +229,11 @@ def test_operands_are_checked():
         )  # fmt: skip
     with pytest.raises(OperandError, match=r"\[2, 8\] beside torch.float32 \[2, 16\]"):
         ops.swiglu(torch.randn(2, 16), torch.randn(2, 8))
+    h, wide = torch.empty(0, dtype=torch.int8), torch.randn(2, 64)
+    with pytest.raises(OperandError, match="K=64, factor=1: K/factor must be at least 128"):
+        ops.rotated_norm(wide, wide, wide[0], 1e-5, torch.ones(64), h, 1)
+    with pytest.raises(OperandError, match=r"tokens torch.int32 \[2\], table \[5, 8\]"):
+        ops.embed_norm(torch.zeros(2).int(), torch.randn(5, 8), torch.ones(8), 1e-5)
+    one = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(OperandError, match=r"best is \[1\], expected 2 contiguous numbers"):
+        ops.choose(torch.randn(2, 9), one, one, one, one, one.int())

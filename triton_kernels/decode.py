@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_PROGRAMS = 132
 _TILE = 64
-_MAX_CHUNKS = 64
+_MAX_CHUNKS = 16
+_SUMMED = 8192
+"""Numbers of other programs that a program loads at once where it adds up chunks."""
 
 
 @triton.jit
@@ -37,8 +38,8 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
             partial_ptr, stats_ptr, count_ptr, out_ptr, scale, L, CHUNK,
             q_b, q_h, nk_b, nk_h, nv_b, nv_h, ids_b, k_b, k_h, k_l, v_b, v_h, v_l, mask_b,
             GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-            TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, UNROLL: tl.constexpr,
-            NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+            TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, GP: tl.constexpr,
+            SEGMENT: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """One chunk of positions for the query heads of one key/value head.
 
@@ -123,33 +124,42 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
             if tl.atomic_add(count_at, 1, sem="acq_rel") == active - 1:
                 tl.store(count_at, 0)
                 # Past L1, which other programs' results have never been in.
-                slots = tl.arange(0, SLOTS)
-                every = tl.load(stats_ptr + (row[:, None] * CHUNKS + slots[None, :]) * 2,
-                                mask=row_ok[:, None] & (slots < active)[None, :],
+                g, slots, s = tl.arange(0, GP), tl.arange(0, SLOTS), tl.arange(0, SEGMENT)
+                g_ok, first_row = g < GROUP, batch * heads + head * GROUP
+                every = tl.load(stats_ptr + ((first_row + g)[:, None] * CHUNKS + slots) * 2,
+                                mask=g_ok[:, None] & (slots < active)[None, :],
                                 other=float("-inf"), cache_modifier=".cg")  # fmt: skip
                 highest = tl.max(every, 1)
                 highest = tl.where(highest > float("-inf"), highest, 0.0)
-                under = tl.zeros((ROWS,), tl.float32)
-                whole = tl.zeros((ROWS, DP), tl.float32)
-                for s in tl.range(0, active, loop_unroll_factor=UNROLL):
-                    one = row * CHUNKS + s
-                    tops = tl.load(stats_ptr + one * 2, mask=row_ok, other=float("-inf"),
+                under = tl.zeros((GP,), tl.float32)
+                whole = tl.zeros((GP, DP), tl.float32)
+                for first in range(0, active, SEGMENT):
+                    one = (first_row + g)[:, None] * CHUNKS + (first + s)[None, :]
+                    ok = g_ok[:, None] & (first + s < active)[None, :]
+                    tops = tl.load(stats_ptr + one * 2, mask=ok, other=float("-inf"),
                                    cache_modifier=".cg")  # fmt: skip
-                    sums = tl.load(stats_ptr + one * 2 + 1, mask=row_ok, other=0.0,
+                    sums = tl.load(stats_ptr + one * 2 + 1, mask=ok, other=0.0,
                                    cache_modifier=".cg")  # fmt: skip
-                    part = tl.load(partial_ptr + one[:, None] * D + d[None, :], mask=q_ok,
-                                   other=0.0, cache_modifier=".cg")  # fmt: skip
-                    weight = tl.exp(tops - highest)
-                    under += weight * sums
-                    whole += weight[:, None] * part
+                    part = tl.load(partial_ptr + one[:, :, None] * D + d[None, None, :],
+                                   mask=ok[:, :, None] & d_ok[None, None, :], other=0.0,
+                                   cache_modifier=".cg")  # fmt: skip
+                    weight = tl.exp(tops - highest[:, None])
+                    under += tl.sum(weight * sums, 1)
+                    whole += tl.sum(weight[:, :, None] * part, 1)
                 whole = whole / tl.where(under > 0, under, 1.0)[:, None]
-                tl.store(out_ptr + out_at, whole.to(out_ptr.dtype.element_ty), q_ok)
+                whole_at = (first_row + g)[:, None] * D + d[None, :]
+                whole_ok = g_ok[:, None] & d_ok[None, :]
+                tl.store(out_ptr + whole_at, whole.to(out_ptr.dtype.element_ty), whole_ok)
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
-                  BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """sum = x + delta, y = weight * (sum / rms(sum)), rounded as transformers does; one token."""
+def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
+                  BLOCK: tl.constexpr, ADD: tl.constexpr, EMBED: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """sum = x + delta, y = weight * (sum / rms(sum)), rounded as transformers does; one token.
+
+    EMBED: x is a table, sum the row of the token's number.
+    """
     m, n = tl.program_id(0), tl.arange(0, BLOCK)
     ok = n < N
     if PDL:
@@ -157,9 +167,11 @@ def _add_rms_norm(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, del
     weight = tl.load(weight_ptr + n, mask=ok, other=0.0)
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + m * x_m + n, mask=ok, other=0.0)
+    row = tl.load(token_ptr + m) if EMBED else m
+    x = tl.load(x_ptr + row * x_m + n, mask=ok, other=0.0)
     if ADD:
         x = x + tl.load(delta_ptr + m * delta_m + n, mask=ok, other=0.0)
+    if ADD or EMBED:
         tl.store(sum_ptr + m * N + n, x, ok)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / N + eps)
@@ -180,17 +192,61 @@ def _swiglu(gate_ptr, up_ptr, y_ptr, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: 
     tl.store(y_ptr + m * N + n, (wide / (1 + tl.exp(-wide))).to(gate.dtype) * up, ok)
 
 
+@triton.jit
+def _choose(scores_ptr, tops_ptr, places_ptr, count_ptr, best_ptr, tokens_ptr, positions_ptr,
+            lengths_ptr, V, EACH, scores_m, LAYERS, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+            LAYER_BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The place of a row's largest score, the first of equals (NaN is the largest): next token.
+
+    The program that ends last takes the best of all parts, and counts on positions and lengths.
+    """
+    part, m = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    top = tl.full((), float("-inf"), tl.float32)
+    place = tl.full((), 0, tl.int32) + part * EACH
+    end = tl.minimum((part + 1) * EACH, V)
+    for first in range(part * EACH, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.load(scores_ptr + m * scores_m + at, mask=at < end, other=float("-inf"))
+        x = x.to(tl.float32)
+        x = tl.where(x == x, x, float("inf"))
+        high = tl.max(x, 0)
+        here = tl.min(tl.where((x == high) & (at < end), at, V), 0)
+        place = tl.where(high > top, here, place)
+        top = tl.maximum(high, top)
+    tl.store(tops_ptr + m * PARTS + part, top)
+    tl.store(places_ptr + m * PARTS + part, place)
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr + m, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(count_ptr + m, 0)
+        parts = tl.arange(0, PARTS)
+        ok = parts < tl.num_programs(0)
+        tops = tl.load(tops_ptr + m * PARTS + parts, mask=ok, other=float("-inf"),
+                       cache_modifier=".cg")  # fmt: skip
+        places = tl.load(places_ptr + m * PARTS + parts, mask=ok, other=V,
+                         cache_modifier=".cg")  # fmt: skip
+        best = tl.min(tl.where(ok & (tops == tl.max(tops, 0)), places, V), 0).to(tl.int64)
+        tl.store(best_ptr + m, best)
+        tl.store(tokens_ptr + m, best)
+        tl.store(positions_ptr + m, tl.load(positions_ptr + m) + 1)
+        if m == 0:
+            layers = tl.arange(0, LAYER_BLOCK)
+            lengths = tl.load(lengths_ptr + layers, mask=layers < LAYERS, other=0)
+            tl.store(lengths_ptr + layers, lengths + 1, layers < LAYERS)
+
+
 @functools.cache
-def _launch(device: torch.device) -> dict[str, object]:
+def launch_options(device: torch.device) -> dict[str, object]:
     """Launch options: dependent launch where the GPU has it."""
     pdl = torch.cuda.get_device_capability(device)[0] >= 9
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
 
 
-def chunking(programs: int, length: int) -> tuple[int, int]:
-    """(positions a chunk, chunks) for a cache of ``length`` and ``programs`` (batch * kv heads)."""
-    wanted = max(1, min(_PROGRAMS // programs, _MAX_CHUNKS))
-    size = triton.cdiv(triton.cdiv(length, wanted), _TILE) * _TILE
+def chunking(length: int) -> tuple[int, int]:
+    """(positions a chunk, chunks) for a cache of ``length``."""
+    size = triton.cdiv(triton.cdiv(length, _MAX_CHUNKS), _TILE) * _TILE
     return size, triton.cdiv(length, size)
 
 
@@ -205,8 +261,10 @@ def attention(
     """
     B, H, D = q.shape
     kv_heads, L = k.shape[1], k.shape[2]
-    size, chunks = chunking(B * kv_heads, L) if chunk is None else (chunk, triton.cdiv(L, chunk))
+    size, chunks = chunking(L) if chunk is None else (chunk, triton.cdiv(L, chunk))
     group, tile = H // kv_heads, min(size, _TILE)
+    padded, slots, width = map(triton.next_power_of_2, (group, chunks, D))
+    segment = min(slots, max(1, _SUMMED // (padded * width)))
     floats = torch.empty(B * H * chunks * (D + 2), dtype=torch.float32, device=q.device)
     partial, stats = floats[: B * H * chunks * D], floats[B * H * chunks * D :]
     if counts is None:
@@ -218,25 +276,28 @@ def attention(
         size, q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), ids.stride(0), k.stride(0), k.stride(1), k.stride(2), v.stride(0),
         v.stride(1), v.stride(2), mask.stride(0), GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)), D=D, DP=triton.next_power_of_2(D), TILE=tile,
-        CHUNKS=chunks, SLOTS=triton.next_power_of_2(chunks), UNROLL=min(chunks, 4),
-        NEW=new is not None, EARLY=size == tile and new is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4,
-        **_launch(q.device),
+        ROWS=max(16, padded), D=D, DP=width, TILE=tile, CHUNKS=chunks,
+        SLOTS=slots, GP=padded, SEGMENT=segment, NEW=new is not None,
+        EARLY=size == tile and new is not None, num_warps=4,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_options(q.device),
     )  # fmt: skip
     return out
 
 
-def add_rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [M, N] (or None for x alone), weight [N] -> (x + delta, its norm), both [M, N]."""
-    M, N = x.shape
+def add_rms_norm(x, delta, weight, eps: float, tokens=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta [M, N] (or None for x alone), weight [N] -> (x + delta, its norm), both [M, N].
+
+    With tokens, int64 [M], x is a table [V, N], and its rows of these numbers take x's place.
+    """
+    M, N = (x.shape[0] if tokens is None else tokens.shape[0]), x.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    total = x if delta is None else torch.empty_like(y)
+    total = x if delta is None and tokens is None else torch.empty_like(y)
     other = x if delta is None else delta
     block = triton.next_power_of_2(N)
     _add_rms_norm[(M,)](
-        x, other, weight, total, y, eps, N, x.stride(0), other.stride(0), BLOCK=block,
-        ADD=delta is not None, num_warps=max(1, min(16, block // 256)), **_launch(x.device),
+        x, other, x if tokens is None else tokens, weight, total, y, eps, N, x.stride(0),
+        other.stride(0), BLOCK=block, ADD=delta is not None, EMBED=tokens is not None,
+        num_warps=max(1, min(16, block // 256)), **launch_options(x.device),
     )  # fmt: skip
     return total, y
 
@@ -248,6 +309,25 @@ def swiglu(gate, up) -> torch.Tensor:
     block = min(512, triton.next_power_of_2(N))
     _swiglu[(triton.cdiv(N, block), M)](
         gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=2,
-        **_launch(gate.device),
+        **launch_options(gate.device),
     )  # fmt: skip
     return y
+
+
+def choose(scores, best, tokens, positions, lengths, counts) -> None:
+    """best, tokens [M] = argmax of scores [M, V]; positions [M] and lengths [layers] += 1.
+
+    counts: int32 zeros [M], left as zeros. All others but the scores are int64 and contiguous.
+    """
+    M, V = scores.shape
+    parts = min(128, triton.cdiv(V, 1024))
+    each = triton.cdiv(V, parts)
+    slots = triton.next_power_of_2(parts)
+    tops = torch.empty(M * slots, dtype=torch.float32, device=scores.device)
+    places = torch.empty(M * slots, dtype=torch.int32, device=scores.device)
+    _choose[(parts, M)](
+        scores, tops, places, counts, best, tokens, positions, lengths, V, each, scores.stride(0),
+        lengths.shape[0], BLOCK=min(1024, triton.next_power_of_2(each)), PARTS=slots,
+        LAYER_BLOCK=triton.next_power_of_2(lengths.shape[0]), num_warps=4,
+        **launch_options(scores.device),
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..evaluation.generation import TokenClock
 from ..generation import prepare_for_generation, undo_prepare_for_generation
+from ..generation.head import parse_head
 from ..generation.prepare import captured
 from ..layers import quantized_cost, quantized_layers, replace_linears
 from .layers import BenchError
@@ -192,14 +193,22 @@ class Dense:
         return self._compiled[case]
 
 
+def check_modes(modes: Sequence[str], lm_head: str | None = None) -> None:
+    """Raise for an unknown mode, and for a head that they cannot have."""
+    for mode in modes:
+        if mode not in MODES:
+            raise BenchError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+        if mode == "eager" and lm_head is not None:
+            raise BenchError(f"lm_head={lm_head!r} needs mode prepared, not eager")
+    if lm_head is not None:
+        parse_head(lm_head)
+
+
 @contextmanager
 def in_mode(model: nn.Module, mode: str, lm_head: str | None = None) -> Iterator[nn.Module]:
     """The model as ``mode`` says; afterwards it is as before."""
-    if mode not in MODES:
-        raise BenchError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    check_modes([mode], lm_head)
     if mode == "eager":
-        if lm_head is not None:
-            raise BenchError(f"lm_head={lm_head!r} needs mode prepared, not eager")
         yield model
         return
     prepare_for_generation(model, lm_head=lm_head)

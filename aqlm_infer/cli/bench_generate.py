@@ -67,6 +67,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Decode rate and time to first token of a quantized model, beside the dense one."""
+    from ..bench.generate import bench_generate, check_modes
     from ..evaluation import resolve_model
     from ..formats import parse_scheme
 
@@ -84,15 +85,16 @@ def generate(
     }  # fmt: skip
     for name in scheme or []:
         parse_scheme(name)
+    if shape is not None and not scheme:
+        raise OptionError("--shape needs --scheme")
+    if shape is not None and dense is not None:
+        raise OptionError("--shape is compared with its own dense model, not --dense")
+    check_modes(options["modes"], lm_head)
     for name in (model, dense):
         if name is not None:
             resolve_model(name)
     with working(json):
-        from ..bench.generate import bench_generate
-
         if shape is not None:
-            if dense is not None:
-                raise OptionError("--shape is compared with its own dense model, not --dense")
             pairs = _shapes(shape, layers, scheme, torch_dtype, device, precision, skip_dense)
         else:
             pairs = _models(model, scheme, dense, torch_dtype, device, precision, sizes, skip_dense)
@@ -130,8 +132,6 @@ def _shapes(
     from ..bench.generate import Dense
     from ..bench.shapes import random_model, shape_config
 
-    if not scheme:
-        raise OptionError("--shape needs --scheme")
     config = shape_config(shape, layers)
     dense = None if skip_dense else Dense(random_model(config, None, dtype, device))
     for name in scheme:

@@ -37,7 +37,11 @@ Debug = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1.")]
 Precision = Annotated[
-    str, typer.Option(help="What the kernels may round: exact, or fast (8-bit tables).")
+    str,
+    typer.Option(
+        help="What the kernels may round: exact, fast (8-bit tables, CPU) or int8 (activations,"
+        " CUDA)."
+    ),
 ]
 Dtype = Annotated[
     str | None,

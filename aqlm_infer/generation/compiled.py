@@ -41,7 +41,6 @@ class ForwardStep:
             use_cache=True,
             return_dict=True,
         )
-        lengths.add_(1)
         return output.logits
 
     @contextmanager

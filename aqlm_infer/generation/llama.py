@@ -1,20 +1,18 @@
 """The decode step of Llama and its like, from fused operators.
 
 The model's own modules do the matmuls (stacked, rotated or dense); between them run the operators
-of ``ops``, four a block. Results are rounded where the model's own forward rounds them.
+of ``ops``, four a block. Results are rounded where the model's own forward rounds them, but for
+norms that a rotation follows in the same launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-
 import torch
 from torch import nn
 
-from ..layers import FusedPart, RotatedLinear
 from . import ops
 from .cache import StepCache
+from .siblings import Siblings
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Classes of transformers whose blocks are computed here (grouped heads, SwiGLU, pre-norm)."""
@@ -40,7 +38,7 @@ def why_not_llama(model: nn.Module) -> str | None:
 
 
 class LlamaStep:
-    """Logits of one new token a sequence, over one cache."""
+    """Logits of one new token a sequence, over one cache (whose lengths it leaves)."""
 
     def __init__(self, model: nn.Module, cache: StepCache, batch: int):
         self.model, self.cache = model, cache
@@ -51,31 +49,31 @@ class LlamaStep:
             like = torch.empty(0, dtype=dtype, device=device)
             cos, sin = base.rotary_emb(like, places)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        self.blocks = [_Block(block) for block in base.layers]
+        self.norms = [*(block.input_layernorm for block in base.layers), base.norm]
         heads = model.config.num_key_value_heads
         self.counts = torch.zeros(batch * heads, dtype=torch.int32, device=device)
 
     def __call__(self, tokens, ids, valid) -> torch.Tensor:
         """tokens, ids (rotary positions) [B, 1], valid bool [B, L] -> logits [B, 1, vocabulary]."""
         base, cache = self.model.model, self.cache
-        blocks = base.layers
-        x = base.embed_tokens(tokens[:, 0])
-        y = ops.rms_norm(x, *_norm(blocks[0].input_layernorm))
-        norms = [*(block.input_layernorm for block in blocks[1:]), base.norm]
-        for block, layer, norm in zip(blocks, cache.layers, norms, strict=True):
-            y = self._attention(block.self_attn, layer, y, ids, valid)
-            x, y = ops.add_rms_norm(x, y, *_norm(block.post_attention_layernorm))
-            gate, up = _siblings((block.mlp.gate_proj, block.mlp.up_proj), y)
-            y = block.mlp.down_proj(ops.swiglu(gate, up))
-            x, y = ops.add_rms_norm(x, y, *_norm(norm))
-        logits = self.model.lm_head(y)[:, None]
-        cache.lengths.add_(1)
-        return logits
+        x, y = ops.embed_norm(tokens[:, 0], base.embed_tokens.weight, *_norm(self.norms[0]))
+        qkv = self.blocks[0].qkv(y)
+        after = [*(block.qkv for block in self.blocks[1:]), None]
+        for block, layer, norm, siblings in zip(
+            self.blocks, cache.layers, self.norms[1:], after, strict=True
+        ):
+            y = self._attention(block.attention, layer, qkv, ids, valid)
+            x, (gate, up) = block.gate_up.of_norm(x, y, *_norm(block.norm))
+            y = block.down(ops.swiglu(gate, up))
+            if siblings is None:
+                _, y = ops.add_rms_norm(x, y, *_norm(norm))
+            else:
+                x, qkv = siblings.of_norm(x, y, *_norm(norm))
+        return self.model.lm_head(y)[:, None]
 
-    def _attention(self, attention: nn.Module, layer, y, ids, valid) -> torch.Tensor:
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (
-            part.unflatten(1, (-1, attention.head_dim)) for part in _siblings(parts, y)
-        )  # [B, heads, D]
+    def _attention(self, attention: nn.Module, layer, qkv, ids, valid) -> torch.Tensor:
+        q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in qkv)  # [B, heads, D]
         z = ops.rope_attention(
             q, k, v, self.cos, self.sin, ids, self.cache.lengths[:1], layer.keys, layer.values,
             valid, self.counts, attention.scaling,
@@ -83,16 +81,16 @@ class LlamaStep:
         return attention.o_proj(z.flatten(1))
 
 
+class _Block:
+    """A block's layers, by the inputs that they read."""
+
+    def __init__(self, block: nn.Module):
+        attention, mlp = block.self_attn, block.mlp
+        self.attention, self.down = attention, mlp.down_proj
+        self.norm = block.post_attention_layernorm
+        self.qkv = Siblings((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.gate_up = Siblings((mlp.gate_proj, mlp.up_proj))
+
+
 def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
     return module.weight, module.variance_epsilon
-
-
-def _siblings(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """Every layer's result for x; a fused product or a rotated input is computed once."""
-    with ExitStack() as stack:
-        for layer in layers:
-            if isinstance(layer, FusedPart):
-                stack.enter_context(layer.shared.kept_open())
-            elif isinstance(layer, RotatedLinear) and layer._sharing is not None:
-                stack.enter_context(layer._sharing.shared.kept_open())
-        return [layer(x) for layer in layers]

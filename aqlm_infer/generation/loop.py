@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .errors import GenerationSetupError
-from .step import DecodeStep, argmax
+from .step import DecodeStep
 
 StepOf = Callable[[object], DecodeStep | None]
 """The captured step of a cache, None for caches that are not the runner's."""
@@ -110,7 +110,7 @@ def decoding_loop(step_of: StepOf, streamer) -> Callable:
             positions = torch.full_like(input_ids, input_ids.shape[1] - 1)
         # The prompt runs in the model, and fills the cache.
         logits = model._prefill(input_ids, generation_config, model_kwargs).logits
-        step.set_inputs(input_ids[:, -1:], positions[:, -1:], mask)
+        step.set_inputs(input_ids[:, -1:], positions[:, -1:] + 1, mask)
         return _loop(
             step, input_ids, logits, logits_processor, stopping_criteria, generation_config,
             streamer,
@@ -123,7 +123,8 @@ def _loop(step: DecodeStep, ids, logits, processors, criteria, config, streamer)
     greedy = not config.do_sample and not processors
     ends = Ends(criteria, config, ids.shape[0], ids.device)
     note, ended = Note(ids.shape[0], ids.device), False
-    tokens = argmax(logits[:, -1]) if greedy else None
+    tokens = logits[:, -1].argmax(-1) if greedy else None
+    following = False  # whether the step's inputs are the tokens chosen last
     while not ended:
         if not greedy:
             # A copy: processors may write it, and the step's own logits are overwritten.
@@ -132,16 +133,16 @@ def _loop(step: DecodeStep, ids, logits, processors, criteria, config, streamer)
                 tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
             else:
                 tokens = scores.argmax(-1)
-        tokens = ends.pad_ended(tokens)
-        ids = torch.cat([ids, tokens[:, None]], -1)
+        ids = torch.cat([ids, ends.pad_ended(tokens)[:, None]], -1)
+        tokens = ids[:, -1]
         all_ended, full = ends.after(ids, tokens), ends.full(ids)
         watched = all_ended is not None or streamer is not None
         if watched:
             note.send(tokens, all_ended)
         if not full:
-            step.advance(tokens)
-            logits = step.run()
-            tokens = step.best
+            logits = step.run(None if following else tokens)
+            # A sequence that has ended goes on with other tokens than its padding: nobody reads it.
+            tokens, following = step.best, greedy
         if watched:
             sent, ended = note.read()
             if streamer is not None:

@@ -2,11 +2,16 @@
 
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
+    embed_norm(tokens [M], table [V, N], weight [N]) -> (the tokens' rows, their norm)
+    rotated_norm: add_rms_norm, and the rotation of a rotated layer's input after it, not rounded
+    between: U^T (su * norm) with h the factor matrix [factor, factor]
+    choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
 
-On CUDA they are Triton kernels (``triton_kernels/decode.py``), elsewhere plain torch. Everything is
-rounded where transformers rounds it. Inference only: they have no gradients.
+On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
+``_cuda``; elsewhere plain torch. Everything else is rounded where transformers rounds it. Inference
+only: they have no gradients.
 """
 
 from __future__ import annotations
@@ -14,12 +19,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
+from ..ops.rotated import check_rotation
 
 _SCHEMAS = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
+    "embed_norm(Tensor tokens, Tensor table, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "rotated_norm(Tensor x, Tensor delta, Tensor weight, float eps, Tensor su, Tensor h,"
+    " int factor) -> (Tensor, Tensor)",
+    "choose(Tensor scores, Tensor(a!) best, Tensor(b!) tokens, Tensor(c!) positions,"
+    " Tensor(d!) lengths, Tensor(e!) counts) -> ()",
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
     "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
@@ -36,6 +48,40 @@ def check_rows(x, *others) -> None:
             raise OperandError(
                 f"{other.dtype} {list(other.shape)} beside {x.dtype} {list(x.shape)}"
             )
+
+
+def check_tokens(tokens, table) -> None:
+    """Raise OperandError unless tokens are int64 [M] and the table is [V, N]."""
+    if tokens.dim() != 1 or tokens.dtype != torch.long or table.dim() != 2:
+        raise OperandError(
+            f"tokens {tokens.dtype} {list(tokens.shape)}, table {list(table.shape)}: expected int64"
+            " [M] and [V, N]"
+        )
+
+
+def check_rotated(x, delta, weight, su, h, factor) -> None:
+    """Raise OperandError unless (su, h, factor) rotate the rows of x [M, K], K/factor >= 128."""
+    check_rows(x, delta, weight)
+    K = x.shape[1]
+    check_rotation(K, h, factor, 0, "K")
+    if factor < 1 or K // factor < 128:
+        raise OperandError(f"K={K}, factor={factor}: K/factor must be at least 128")
+    if su.dtype != torch.float32 or list(su.shape) != [K]:
+        raise OperandError(f"su is {su.dtype} {list(su.shape)}, expected float32 [{K}]")
+
+
+def check_choice(scores, best, tokens, positions, lengths, counts) -> None:
+    """Raise OperandError unless scores are [M, V] and the rest has what ``choose`` writes."""
+    M = scores.shape[0]
+    places = {"best": best, "tokens": tokens, "positions": positions, "counts": counts}
+    for name, tensor in places.items():
+        if tensor.numel() != M or not tensor.is_contiguous():
+            raise OperandError(f"{name} is {list(tensor.shape)}, expected {M} contiguous numbers")
+    if scores.dim() != 2 or scores.stride(1) != 1 or lengths.dim() != 1:
+        raise OperandError(
+            f"scores are {list(scores.shape)}, lengths {list(lengths.shape)}: expected rows [M, V]"
+            " and [layers]"
+        )
 
 
 def check_attention(q, k, v, mask) -> None:
@@ -87,6 +133,29 @@ def _swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def _embed_norm(tokens, table, weight, eps):
+    check_tokens(tokens, table)
+    x = table[tokens]
+    return x, _rms_norm(x, weight, eps)
+
+
+def _rotated_norm(x, delta, weight, eps, su, h, factor):
+    check_rotated(x, delta, weight, su, h, factor)
+    total = x + delta
+    wide = total.float()
+    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)) * su
+    matrix = h if factor > 1 else None
+    return total, hadamard_transform(y, factor, 0, True, matrix).to(x.dtype)
+
+
+def _choose(scores, best, tokens, positions, lengths, counts):
+    check_choice(scores, best, tokens, positions, lengths, counts)
+    best.copy_(scores.argmax(-1).view(best.shape))
+    tokens.copy_(best.view(tokens.shape))
+    positions.add_(1)
+    lengths.add_(1)
+
+
 def _decode_attention(q, k, v, mask, scale):
     check_attention(q[:, :, 0], k, v, mask)
     return _attend(q[:, :, 0], k, v, mask, scale)[:, None]
@@ -130,6 +199,21 @@ def _swiglu_fake(gate, up):
     return gate.new_empty(gate.shape)
 
 
+def _embed_norm_fake(tokens, table, weight, eps):
+    check_tokens(tokens, table)
+    shape = tokens.shape[0], table.shape[1]
+    return table.new_empty(shape), table.new_empty(shape)
+
+
+def _rotated_norm_fake(x, delta, weight, eps, su, h, factor):
+    check_rotated(x, delta, weight, su, h, factor)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _choose_fake(scores, best, tokens, positions, lengths, counts):
+    check_choice(scores, best, tokens, positions, lengths, counts)
+
+
 def _decode_attention_fake(q, k, v, mask, scale):
     check_attention(q[:, :, 0], k, v, mask)
     return q.new_empty((q.shape[0], 1, q.shape[1], q.shape[3]))
@@ -142,15 +226,19 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
 
 define(
     _SCHEMAS,
-    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _decode_attention_fake,
-     _rope_attention_fake),
-    (_rms_norm, _add_rms_norm, _swiglu, _decode_attention, _rope_attention),
+    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
+     _choose_fake, _decode_attention_fake, _rope_attention_fake),
+    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
+     _decode_attention, _rope_attention),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
 rms_norm = _ops.rms_norm
 add_rms_norm = _ops.add_rms_norm
 swiglu = _ops.swiglu
+embed_norm = _ops.embed_norm
+rotated_norm = _ops.rotated_norm
+choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
 
@@ -176,6 +264,17 @@ def _cuda_swiglu(gate, up):
     return _kernels().swiglu(gate, up)
 
 
+def _cuda_embed_norm(tokens, table, weight, eps):
+    check_tokens(tokens, table)
+    check_rows(table, weight)
+    return _kernels().add_rms_norm(table, None, weight, eps, tokens)
+
+
+def _cuda_choose(scores, best, tokens, positions, lengths, counts):
+    check_choice(scores, best, tokens, positions, lengths, counts)
+    _kernels().choose(scores, best, tokens, positions, lengths, counts)
+
+
 def _cuda_decode_attention(q, k, v, mask, scale):
     check_attention(q[:, :, 0], k, v, mask)
     return _kernels().attention(q[:, :, 0], k, v, mask, scale)[:, None]
@@ -192,6 +291,8 @@ for _name, _function in {
     "rms_norm": _cuda_rms_norm,
     "add_rms_norm": _cuda_add_rms_norm,
     "swiglu": _cuda_swiglu,
+    "embed_norm": _cuda_embed_norm,
+    "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
 }.items():

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..formats import Format
 from ..layers import quantized_layers, share_rotations
 from .errors import GenerationSetupError
-from .head import head_format, quantize_head, restore_head
+from .head import give_rows, head_format, quantize_head, restore_head
 from .stack import stack_siblings, unstack
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Preparation:
     runner: StepRunner | None
     reason: str | None
     head: nn.Linear | None = field(repr=False, default=None)
+    hook: RemovableHandle | None = field(repr=False, default=None)
 
 
 def prepare_for_generation(
@@ -100,7 +102,10 @@ def prepare_for_generation(
         runner = _install(model, max_length, max_graphs, compile)
     elif any(device.type == "cuda" for device in devices):
         warnings.warn(f"decode steps run without CUDA graphs: {reason}", stacklevel=2)
-    prepared = Preparation(options, stacked, rotations, runner, reason, head)
+    dense = getattr(model, "get_output_embeddings", lambda: None)()
+    rows = isinstance(dense, nn.Linear) and dense.weight.device.type == "cpu"
+    hook = give_rows(dense) if rows else None
+    prepared = Preparation(options, stacked, rotations, runner, reason, head, hook)
     setattr(model, _ATTRIBUTE, prepared)
     model.save_pretrained = _Saver(model)
     return model
@@ -116,6 +121,8 @@ def undo_prepare_for_generation(model: nn.Module) -> nn.Module:
         raise GenerationSetupError("the model is not prepared for generation")
     if prepared.runner is not None:
         prepared.runner.uninstall()
+    if prepared.hook is not None:
+        prepared.hook.remove()
     if prepared.head is not None:
         restore_head(model, prepared.head)
     unstack(model)

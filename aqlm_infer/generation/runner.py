@@ -158,7 +158,7 @@ class StepRunner:
     def _body(self, cache: StepCache, batch: int) -> Body:
         if why_not_llama(self.model) is None:
             return LlamaStep(self.model, cache, batch)
-        return ForwardStep(self.model, self._model_forward, cache, self.compile)
+        return ForwardStep(self.model, self._own("forward"), cache, self.compile)
 
     def _drop_stale(self) -> None:
         """Drop the graphs when any tensor of the model is no longer where they read it."""
@@ -180,15 +180,16 @@ class StepRunner:
     def rehearsal(self):
         """Replays the step of the cache used last, at the position it has reached: for timing."""
         slot = self._slots[-1]
-        lengths = slot.cache.lengths
-        before = lengths.clone()
+        state = slot.cache.lengths, slot.step.positions
+        for tensor in state:
+            tensor.sub_(1)  # the last position, not one past it
+        before = [tensor.clone() for tensor in state]
 
         def replay() -> None:
             slot.step.run()
-            lengths.copy_(before)
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
 
-        before.sub_(1)  # the last position, not one past it
-        lengths.copy_(before)
         return replay
 
     # -- in the model's place ----------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """One decode step as a captured CUDA graph: a token a sequence in, logits out, no Python between.
 
 Everything that changes from step to step lives in tensors that stay in place: the tokens, their
-positions, which cached positions are not padding, and the number of filled positions (which the
-graph itself counts up).
+positions, which cached positions are not padding, and the number of filled positions. The graph
+itself counts up, and puts the likeliest tokens in the place of its inputs: greedy steps follow each
+other without anything between them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from . import ops
 from .cache import StepCache
 
 _WARM_UP = 2
@@ -19,22 +21,8 @@ _WARM_UP = 2
 Body = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens [B, 1], positions [B, 1], valid bool [B, L]) -> logits [B, 1, vocabulary].
 
-Stores the new keys and values and counts up ``cache.lengths``.
+Stores the new keys and values at ``cache.lengths``.
 """
-
-
-def argmax(scores: torch.Tensor) -> torch.Tensor:
-    """The index of the largest of [B, V], the first of equals: [B].
-
-    In two stages: torch's reduction of one long row runs on a few SMs (27 us for 128256 scores).
-    """
-    size = scores.shape[-1]
-    parts = next((p for p in range(256, 15, -1) if size % p == 0), 1)
-    if parts == 1:
-        return scores.argmax(-1)
-    tops, places = scores.unflatten(-1, (parts, -1)).max(-1)
-    part = tops.argmax(-1, keepdim=True)
-    return (part * (size // parts) + places.gather(-1, part)).squeeze(-1)
 
 
 class DecodeStep:
@@ -57,11 +45,12 @@ class DecodeStep:
         self.body: Body | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
-        self.best: torch.Tensor | None = None
         with torch.inference_mode(False):
             self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
             self.positions = torch.zeros((batch, 1), dtype=torch.long, device=device)
             self.valid = torch.ones((batch, cache.length), dtype=torch.bool, device=device)
+            self.best = torch.zeros(batch, dtype=torch.long, device=device)
+            self._counts = torch.zeros(batch, dtype=torch.int32, device=device)
         self._all_valid = True
 
     @property
@@ -88,16 +77,17 @@ class DecodeStep:
             mask = mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
         self.valid[:, : mask.shape[1]].copy_(mask)
 
-    def advance(self, tokens: torch.Tensor) -> None:
-        """Set the inputs that follow the last ones: tokens [B], one position on, none masked."""
-        self.tokens.copy_(tokens[:, None])
-        self.positions.add_(1)
-
-    def run(self) -> torch.Tensor:
+    def run(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The logits [B, 1, vocabulary] of the inputs that are set, and ``best``, their argmax [B].
 
-        Both are overwritten by the next run.
+        Both are overwritten by the next run, whose inputs are ``best`` at the next positions;
+        ``tokens`` [B] take the place of the input tokens.
         """
+        if tokens is not None:
+            self.tokens.copy_(tokens[:, None])
+        return self._replay()
+
+    def _replay(self) -> torch.Tensor:
         if self.graph is None:
             self._capture()
         self.counts["replays"] += 1
@@ -112,17 +102,22 @@ class DecodeStep:
                 self.body = self.make_body()
                 self.counts["captures"] += 1
             logits = self.body(self.tokens, self.positions, self.valid)
-            self.best = argmax(logits[:, -1])
+            ops.choose(
+                logits[:, -1], self.best, self.tokens, self.positions, self.cache.lengths,
+                self._counts,
+            )  # fmt: skip
             return logits
 
     def _capture(self) -> None:
-        before = self.cache.lengths.clone()
+        state = self.tokens, self.positions, self.cache.lengths
+        before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 self.eager()
-                self.cache.lengths.copy_(before)
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):

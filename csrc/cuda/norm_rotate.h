@@ -1,0 +1,27 @@
+// What the root files see of the norm with a rotation after it.
+#pragma once
+
+#include "launch.h"
+
+namespace aqlm {
+
+// sum = x + delta, y = gain * U^T (su * weight * sum / rms(sum)) with U = H_F (x) S_{n/F}, the
+// Sylvester part n / F at least 128 and n a multiple of 4. Every pointer is 16-byte aligned, and so
+// are rows of x and delta.
+struct NormRotateParams {
+  const void* x;            // [tokens, n], rows x_stride elements apart
+  const void* delta;        // [tokens, n], rows delta_stride elements apart
+  long long x_stride, delta_stride;
+  const void* weight;       // [n] of the same type
+  const float* su;          // [n]
+  const int8_t* h;          // [F, F]; F = 1: not read
+  void* sum;                // [tokens, n] contiguous
+  void* y;                  // [tokens, n] contiguous
+  DType type;               // of x, delta, weight, sum and y
+  int n, factor, tokens;
+  float eps, gain;
+};
+
+cudaError_t launch_norm_rotate(const NormRotateParams& p, cudaStream_t stream);
+
+}  // namespace aqlm
