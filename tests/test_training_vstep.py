@@ -5,10 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tuning_cases import SCHEMES, one_thread, random_hessian, representation  # noqa: F401
+from tuning_cases import (  # noqa: F401
+    SCHEMES,
+    one_thread,
+    random_hessian,
+    representation,
+    v_step_of,
+)
 
 from aqlm_infer.training import Lamb
-from aqlm_infer.training.vstep import Choice, largest, v_step, within
+from aqlm_infer.training.vstep import Choice, largest, within
 
 RULES = {
     "all": Choice(),
@@ -33,7 +39,7 @@ def test_buffer_on_the_codes_changes_nothing(scheme, rule):
     rep = representation(scheme)
     before = rep.codes.clone()
     words = rep.decode(rep.codes)
-    moved = v_step(rep, words.clone(), RULES[rule], (1, 2), torch.ones_like(words))
+    moved = v_step_of(rep, words.clone(), RULES[rule], (1, 2), torch.ones_like(words))
     assert torch.equal(rep.codes, before) and moved.flips == 0
     assert moved.moved == 0 and moved.residual == 0 and moved.size > 0
 
@@ -42,7 +48,7 @@ def test_buffer_on_the_codes_changes_nothing(scheme, rule):
 def test_stochastic_rounding_of_a_word_is_the_word(scheme):
     rep = representation(scheme)
     before = rep.codes.clone()
-    v_step(rep, rep.decode(rep.codes), Choice(stochastic=True, beam=2))
+    v_step_of(rep, rep.decode(rep.codes), Choice(stochastic=True, beam=2))
     assert torch.equal(rep.codes, before)
 
 
@@ -53,7 +59,7 @@ def test_cap(scheme, ranking):
         rep = representation(scheme)
         before = rep.codes.clone()
         buffer, gradient = noisy(rep)
-        moved = v_step(rep, buffer, Choice(fraction, 0, 0, ranking, 4), (0,), gradient)
+        moved = v_step_of(rep, buffer, Choice(fraction, 0, 0, ranking, 4), (0,), gradient)
         changed = int((rep.codes != before).any(1).sum())
         assert changed == int(moved.flips)
         assert changed <= math.ceil(fraction * rep.groups)
@@ -67,7 +73,7 @@ def test_trust_ratio_and_one_more(scheme):
         rep = representation(scheme)
         before = rep.decode(rep.codes)
         buffer, _ = noisy(rep)
-        moved = v_step(rep, buffer, Choice(0.5, ratio, ranking="change", beam=4))
+        moved = v_step_of(rep, buffer, Choice(0.5, ratio, ranking="change", beam=4))
         steps = (rep.decode(rep.codes) - before).double().square().sum(1)
         changed = steps[steps > 0]
         total, limit = changed.sum(), (ratio * before.double().norm()) ** 2
@@ -83,8 +89,8 @@ def test_trust_ratio_and_one_more(scheme):
 def test_full_and_ordered_steps_agree():
     first, second = representation("aqlm-2x4-g8"), representation("aqlm-2x4-g8")
     buffer, _ = noisy(first)
-    v_step(first, buffer, Choice(1.0, 0.0, beam=4), (7,))
-    v_step(second, buffer, Choice(1.0, 1e6, beam=4), (7,))
+    v_step_of(first, buffer, Choice(1.0, 0.0, beam=4), (7,))
+    v_step_of(second, buffer, Choice(1.0, 1e6, beam=4), (7,))
     assert torch.equal(first.codes, second.codes)
     assert not torch.equal(first.codes, representation("aqlm-2x4-g8").codes)
 
@@ -94,7 +100,7 @@ def test_residual_ranking_takes_the_furthest():
     buffer, _ = noisy(rep)
     before = rep.codes.clone()
     far = (buffer - rep.decode(rep.codes)).abs()[:, 0].topk(20).indices
-    v_step(rep, buffer, Choice(20 / rep.groups))
+    v_step_of(rep, buffer, Choice(20 / rep.groups))
     changed = (rep.codes != before)[:, 0].nonzero()[:, 0]
     assert len(changed) > 3 and set(changed.tolist()) <= set(far.tolist())
 
@@ -106,7 +112,7 @@ def test_gain_ranking_takes_what_the_gradient_promises():
     before, words = rep.codes.clone(), rep.decode(rep.codes)
     change = rep.decode(rep.search(buffer)) - words
     best = (-gradient * change)[:, 0].topk(15).indices
-    v_step(rep, buffer, Choice(15 / rep.groups, ranking="gain"), (0,), gradient)
+    v_step_of(rep, buffer, Choice(15 / rep.groups, ranking="gain"), (0,), gradient)
     changed = (rep.codes != before)[:, 0].nonzero()[:, 0]
     assert set(changed.tolist()) == set(best.tolist())
 
@@ -115,26 +121,27 @@ def test_largest_is_stable():
     score = torch.tensor([0.0, 3.0, -2.0, 3.0, -torch.inf, 0.5, 3.0, -2.0])
     expected = score.sort(descending=True, stable=True).indices
     for count in range(1, 9):
-        assert largest(score, count).tolist() == expected[:count].tolist()
+        assert largest(score[None], count)[0].tolist() == expected[:count].tolist()
 
 
 def test_largest_samples_by_temperature():
     score = torch.tensor([1.0, 4.0, 16.0, 0.0])  # distances 1, 2, 4, 0
     counts = torch.zeros(4)
     for draw in range(4000):
-        counts[largest(score, 1, 1.0, (draw,))] += 1
+        counts[largest(score[None], 1, 1.0, [(draw,)])[0]] += 1
     torch.testing.assert_close(counts / 4000, torch.tensor([1, 2, 4, 0]) / 7, atol=0.03, rtol=0)
-    order = largest(score, 4, 1e-3, (0,)).tolist()
+    order = largest(score[None], 4, 1e-3, [(0,)])[0].tolist()
     assert order == [2, 1, 0, 3]  # cold: the largest first
-    assert largest(score, 2, 1.0, (5,)).tolist() == largest(score, 2, 1.0, (5,)).tolist()
+    pair = largest(score.expand(2, -1), 2, 1.0, [(5,), (5,)]).tolist()
+    assert pair[0] == pair[1]
 
 
 def test_within():
     moved = torch.tensor([3.0, 0.0, 2.0, 4.0, 0.0, 1.0]).double()
     for budget, kept in ((5.0, 4), (4.99, 3), (2.0, 1), (100.0, 6)):
-        mask = within(moved, torch.tensor(budget).double())
-        assert mask.tolist() == [i < kept for i in range(6)], budget
-    assert within(torch.zeros(3).double(), torch.zeros(()).double()).all()
+        mask = within(moved[None], torch.tensor([budget]).double())
+        assert mask[0].tolist() == [i < kept for i in range(6)], budget
+    assert within(torch.zeros(1, 3).double(), torch.zeros(1).double()).all()
 
 
 def test_stochastic_rounding_is_unbiased_on_a_grid():
@@ -147,7 +154,7 @@ def test_stochastic_rounding_is_unbiased_on_a_grid():
     start = rep.codes.clone()
     for draw in range(60):
         rep.codes = start.clone()
-        v_step(rep, buffer, Choice(stochastic=True), (draw,))
+        v_step_of(rep, buffer, Choice(stochastic=True), (draw,))
         mean += rep.decode(rep.codes) / 60
     share = ((mean - words) / step)[inner]
     assert float(share.mean()) == pytest.approx(0.3, abs=0.005)
@@ -207,7 +214,7 @@ def test_exact_steps_never_raise_a_quadratic(scheme, cap):
         if scheme.startswith("quip"):
             scale = basis_scale(rep)
         buffer = rep.decode(rep.codes) - basis / (phi.smooth * scale)
-        flips += int(v_step(rep, buffer, Choice(cap, beam=4, ranking="change"), (round,)).flips)
+        flips += int(v_step_of(rep, buffer, Choice(cap, beam=4, ranking="change"), (round,)).flips)
         losses.append(phi(rep))
     for before, after in pairwise(losses):
         assert after <= before * (1 + 1e-6), losses

@@ -87,7 +87,10 @@ def tune(
         int | None, typer.Option(help="Score only the first so many windows.")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 50,
-    chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at once.")] = 1024,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens whose logits exist at once (default: by vocabulary, device)."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,

@@ -102,7 +102,7 @@ class TuneSettings:
             early stop (0: never).
         valid_windows: most validation windows (None: all).
         save_every: steps between checkpoints of the run.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once (None: see ``loss.default_chunk``).
         gradient_checkpointing: recompute each block's activations in the backward pass.
         poison: fill weights with NaN before they are refreshed, to catch one that is not.
     """
@@ -131,7 +131,7 @@ class TuneSettings:
     patience: int = 0
     valid_windows: int | None = None
     save_every: int = 50
-    chunk: int = 1024
+    chunk: int | None = None
     gradient_checkpointing: bool = False
     poison: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Order
-from .loss import ChunkedLoss, check_split, score_means, score_sums
+from .loss import ChunkedLoss, check_split, default_chunk, score_means, score_sums
 from .modes import recompute_blocks, reproducible
 from .optimizers import make_optimizer
 from .representation import TuningError
@@ -54,7 +54,6 @@ class Trainer:
         train, valid: windows [n, L], int64.
         settings: of the run.
         folder: of its checkpoints and log.
-        dtype: of autocast; float32 is none.
         progress: whether to show a progress bar.
 
     Raises TuningError when models, data and settings do not go together.
@@ -68,7 +67,6 @@ class Trainer:
         valid: torch.Tensor,
         settings: TuneSettings,
         folder: RunFolder,
-        dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ):
         if (teacher is None) != (settings.loss == "ce"):
@@ -84,11 +82,9 @@ class Trainer:
             if teacher is not None:
                 self.parallel.shard_blocks(teacher)
         self.device = next(student.model.parameters()).device
-        # No cache of casts: a chunk's recomputation would find other tensors than its forward.
-        self.autocast = torch.autocast(
-            self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
-        self.loss = ChunkedLoss(student.model, teacher, settings.chunk)
+        vocabulary = student.model.get_output_embeddings().weight.shape[0]
+        self.chunk = settings.chunk or default_chunk(vocabulary, self.device)
+        self.loss = ChunkedLoss(student.model, teacher, self.chunk)
         self.micro = settings.microbatch or max(1, settings.batch // self.size)
         if settings.batch % (self.size * self.micro):
             raise TuningError(
@@ -102,29 +98,30 @@ class Trainer:
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         ids = train[:1].to(self.device)
-        with self.autocast:
-            student.run(lambda: check_split(student.model, ids, "student"))
-            if teacher is not None:
-                check_split(teacher, ids, "teacher")
+        student.run(lambda: check_split(student.model, ids, "student"))
+        if teacher is not None:
+            check_split(teacher, ids, "teacher")
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _gradients(self, step: int) -> float:
-        """Forward and backward over the step's batch; the mean loss. Raises NotFinite."""
+    def _gradients(self, step: int) -> tuple[float, dict[str, torch.Tensor]]:
+        """Forward and backward over the step's batch: the mean loss, and the student's gradients.
+
+        Raises NotFinite.
+        """
         windows = self.train[self.order[step]]
         tokens = self.loss.scored(*windows.shape)
         losses = []
         for ids in windows.chunk(self.size)[self.rank].split(self.micro):
             ids = ids.to(self.device)
             with reproducible(self.device):
-                with self.autocast:
-                    loss = self.student.run(lambda ids=ids: self.loss(ids)) / tokens
+                loss = self.student.run(lambda ids=ids: self.loss(ids)) / tokens
                 (loss * self.size).backward()  # FSDP2 takes the mean over ranks
             losses.append(loss.detach())
-        self.student.spread_gradients()
-        named = [(n, p.grad) for n, p, _ in self.student.parameters() if p.grad is not None]
+        gradients = self.student.gradients()
+        named = list(gradients.items())
         norms = torch._foreach_norm([g for _, g in named])
-        checked = torch.stack([*losses, *norms]).tolist()  # the step's one wait for the device
+        checked = torch.stack([x.float() for x in (*losses, *norms)]).tolist()  # the one wait
         losses, norms = checked[: len(losses)], checked[len(losses) :]
         where = f"on rank {self.rank} at step {step + 1}"
         bad = [
@@ -137,7 +134,7 @@ class Trainer:
             for (name, _), value in zip(named, norms, strict=True)
             if not math.isfinite(value)
         ]
-        return self._total(sum(losses), bad[0] if bad else "")
+        return self._total(sum(losses), bad[0] if bad else ""), gradients
 
     def _total(self, loss: float, trouble: str) -> float:
         """The loss summed over ranks, which all stop where one is in ``trouble``."""
@@ -159,20 +156,19 @@ class Trainer:
 
     def _step(self, step: int) -> dict:
         """One optimiser step and V step; the row of the log."""
-        loss = self._gradients(step)
-        self.optimizer.step()
-        moved = self.student.choose_codes(step + 1)
+        loss, gradients = self._gradients(step)
+        moved = self.student.update(gradients, self.optimizer, step + 1)
         return {"kind": "step", "step": step + 1, "loss": loss, **self._movement(moved)}
 
-    def _movement(self, moved: Mapping[str, Moved]) -> dict[str, float]:
+    def _movement(self, moved: Sequence[Moved]) -> dict[str, float]:
         """Flips as a fraction of all groups, norms relative to |What|, the trust region's use."""
         if self.student.choice is None:
             return {"flips": 0.0}
         limit = self.settings.rule.trust_ratio
         sums = [0.0] * 5  # flips, changes^2, residuals^2, sizes^2, shares of the trust region
         if moved:
-            each = torch.stack(
-                [torch.stack([m.flips, m.moved, m.residual, m.size]) for m in moved.values()]
+            each = torch.cat(
+                [torch.stack([m.flips, m.moved, m.residual, m.size], 1) for m in moved]
             ).tolist()
             shares = [math.sqrt(m / s) / limit if limit and s else 0.0 for _, m, _, s in each]
             sums = [sum(column) for column in (*zip(*each, strict=True), shares)]
@@ -195,17 +191,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``score`` of the student on the validation windows, with ``ppl``."""
-        model, chunk = self.student.model, self.settings.chunk
+        model, chunk = self.student.model, self.chunk
         mine = self.valid[self.rank :: self.size]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for start in range(0, -(-len(self.valid) // self.size), self.micro):
             group = mine[start : start + self.micro]
             # A rank that is through computes along: the others need its part of the weights.
             ids = (group if len(group) else self.valid[:1]).to(self.device)
-            with self.autocast:
-                found = self.student.run(
-                    lambda ids=ids: score_sums(model, self.teacher, ids, chunk)
-                )
+            found = self.student.run(lambda ids=ids: score_sums(model, self.teacher, ids, chunk))
             sums += found * bool(len(group))
         if self.parallel is not None:
             self.parallel.sum(sums)
