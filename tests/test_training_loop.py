@@ -307,7 +307,7 @@ class Killed(Exception):
     [
         {"method": "pv-ste", "code_lr": 0.1, "warm_up": False, "temperature": 0.5},
         {"method": "stochastic", "scheme": "gptq-int2-g32", "optimizer": "adam"},
-        {"method": "pv", "scheme": "quip-e8p-2bit", "microbatch": 2},
+        {"method": "pv", "scheme": "quip-e8p-2bit", "microbatch": 2, "final_lr": 0.1},
     ],
 )
 def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, changes):
@@ -403,6 +403,19 @@ def test_log_rows(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_learning_rates_fall_by_a_half_cosine(tmp_path):
+    settings = TuneSettings(steps=5, final_lr=0.2)
+    rates = [settings.rate(step) for step in range(5)]
+    assert rates == pytest.approx([1, 0.8828, 0.6, 0.3172, 0.2], abs=1e-4)
+    trainer = make_trainer(tmp_path, steps=5, final_lr=0.2)
+    for step in range(5):
+        trainer._step(step)
+    assert {g["lr"] / g["first_lr"] for g in trainer.optimizer.param_groups} == {0.2}
+    trainer.run()
+    with pytest.raises(TuningError, match="steps=5, not 6"):  # the rates depend on it
+        make_trainer(tmp_path, steps=6, final_lr=0.2).run(resume=True)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, where):
     trainer = make_trainer(tmp_path, steps=6)
@@ -483,6 +496,7 @@ def test_exported_model_computes_what_was_trained(tmp_path, scheme, dtype):
         ({"seq_len": 1}, "seq_len=1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"final_lr": 1.5}, "final_lr=1.5 is not in 0..1"),
         ({"delta_decay": 1.5}, "delta_decay=1.5"),
         ({"max_code_change": 0.0}, "max_code_change=0.0"),
         ({"trust_ratio": -0.1}, "trust_ratio=-0.1"),

@@ -42,6 +42,10 @@ def tune(
     lr: Annotated[
         float, typer.Option(help="Relative step of codebooks, scales, norms, embeddings.")
     ] = 3e-4,
+    final_lr: Annotated[
+        float,
+        typer.Option(help="What learning rates fall to, a fraction, by a half cosine; 1: constant."),
+    ] = 1.0,
     code_lr: Annotated[
         float | None,
         typer.Option(help="Relative step of the weights that codes follow (default: by method)."),
@@ -132,6 +136,7 @@ def tune(
         microbatch=microbatch,
         optimizer=optimizer,
         lr=lr,
+        final_lr=final_lr,
         code_lr=code_lr,
         delta_decay=delta_decay,
         max_code_change=max_code_change,

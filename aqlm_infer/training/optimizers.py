@@ -34,4 +34,12 @@ def make_optimizer(student: Student, settings: TuneSettings) -> torch.optim.Opti
             like[0]["params"].append(master.parameter)
         else:
             groups.append({**group, "params": [master.parameter]})
+    for group in groups:
+        group["first_lr"] = group["lr"]
     return (Lamb if lamb else torch.optim.Adam)(groups)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Make every learning rate ``factor`` of what it was at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["first_lr"] * factor

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .data import Order
 from .loss import ChunkedLoss, check_split, default_chunk, score_means, score_sums
 from .modes import recompute_blocks, reproducible
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, set_rate
 from .representation import TuningError
 from .runs import RunFolder
 from .settings import TuneSettings
@@ -24,7 +24,8 @@ from .student import Student
 from .vstep import Moved
 
 RESUMABLE = ("steps", "patience", "save_every")
-"""Settings that a resumed run may change: what was computed so far does not depend on them."""
+"""Settings that a resumed run may change: what was computed so far does not depend on them (but
+on the steps where learning rates fall)."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Trainer:
     def _step(self, step: int) -> dict:
         """One optimiser step and V step; the row of the log."""
         loss, gradients = self._gradients(step)
+        set_rate(self.optimizer, self.settings.rate(step))
         moved = self.student.update(gradients, self.optimizer, step + 1)
         return {"kind": "step", "step": step + 1, "loss": loss, **self._movement(moved)}
 
@@ -290,5 +292,6 @@ def check_same(saved: Mapping, settings: TuneSettings, folder: Path) -> None:
     for name, value in asdict(settings).items():
         before = saved.get(name)
         value = list(value) if isinstance(value, tuple) else value
-        if name not in RESUMABLE and before != value:
+        free = name in RESUMABLE and (name != "steps" or settings.final_lr == 1)
+        if not free and before != value:
             raise TuningError(f"{folder} is a run with {name}={before}, not {value}")
