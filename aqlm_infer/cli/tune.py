@@ -44,7 +44,7 @@ def tune(
     ] = 3e-4,
     final_lr: Annotated[
         float,
-        typer.Option(help="What learning rates fall to, a fraction, by a half cosine; 1: constant."),
+        typer.Option(help="Fraction that learning rates fall to by a half cosine; 1: constant."),
     ] = 1.0,
     code_lr: Annotated[
         float | None,

@@ -89,8 +89,7 @@ class TuneSettings:
         lr: relative step of values, norms, embeddings and head: LAMB moves a tensor by this
             fraction of its norm, Adam every element by about this fraction of the tensor's root
             mean square at the start.
-        final_lr: what both learning rates fall to in the last step, as a fraction, by a half cosine;
-            1 keeps them.
+        final_lr: fraction that both learning rates fall to until the last step, by a half cosine.
         code_lr, delta_decay, max_code_change, trust_ratio, warm_up: see ``Method``.
         temperature: of the choice of groups; 0 takes the largest, T > 0 samples without
             replacement with probabilities proportional to score^(1/T).
