@@ -82,6 +82,25 @@ def test_chunked_loss_equals_the_whole(loss):
     assert chunked.scored(3, 10) == (30 if loss == "kl" else 27)
 
 
+@pytest.mark.parametrize("columns", [50, 4096, 5000])
+def test_divergence_kernel(columns):
+    """In Triton's interpreter without a GPU: against float64, and the gradient in place."""
+    divergence = pytest.importorskip("aqlm_infer.triton_kernels.divergence").divergence
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = 5 * torch.randn(2, 6, columns, generator=rng)
+    teacher[0] = student[0]
+    p, q = teacher.double().softmax(1), student.double().softmax(1)
+    expected = (p * (p.log() - q.log())).sum(1)
+    logits = student.to(device).clone()
+    found = divergence(logits, teacher.to(device)).cpu().double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.cpu().double(), q - p, rtol=1e-5, atol=1e-7)
+    again = student.to(device).clone()
+    assert torch.equal(divergence(again, teacher.to(device)).cpu().double(), found)
+    assert torch.equal(again, logits)
+
+
 def test_score_is_the_perplexity_of_evaluation():
     from aqlm_infer.evaluation import perplexity
 

@@ -1,4 +1,4 @@
-"""One rank of several processes: a JSON list of {"folder", settings of ``make_trainer``}, a device."""
+"""One rank of several processes: a JSON list of {"folder", settings of ``make_trainer``}; device."""
 
 import json
 import sys

@@ -69,7 +69,14 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
 def kl_and_gradient(
     logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``token_kl`` and its gradient in the logits, softmax(logits) - softmax(teacher's)."""
+    """``token_kl`` and its gradient in the logits, softmax(logits) - softmax(teacher's).
+
+    Overwrites the logits on a GPU.
+    """
+    if logits.device.type == "cuda":
+        from ..triton_kernels.divergence import divergence
+
+        return divergence(logits, teacher_logits.contiguous()).sum(), logits
     student = F.log_softmax(logits, -1, dtype=torch.float32)
     teacher = F.log_softmax(teacher_logits, -1, dtype=torch.float32)
     loss = F.kl_div(student, teacher, reduction="sum", log_target=True)
