@@ -1,4 +1,5 @@
-"""One rank of several processes: a JSON list of {"folder", settings of ``make_trainer``}; device."""
+"""One rank of several processes: a JSON list of {"folder", settings of ``make_trainer``}, and a
+device."""
 
 import json
 import sys
