@@ -30,6 +30,15 @@ def _codebooks(format: E8PFormat, device: torch.device) -> tuple[torch.Tensor, .
     return (grid, fine / format.residual)
 
 
+def looked_up(book: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Words of ``codes`` [...] in a codebook [C, 8], [..., 8]."""
+    if codes.device.type != "cuda":
+        return F.embedding(codes, book)
+    from ..triton_kernels.codewords import codewords
+
+    return codewords(book[None, None], codes.reshape(1, -1, 1)).view(*codes.shape, 8)
+
+
 def _two_best(targets: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """The nearest of ``words`` [C, 8] to each target [n, 8] and the next nearest, int32 [n, 2].
 
@@ -63,8 +72,8 @@ class E8PRepresentation(RotatedRepresentation):
 
     def decode(self, codes: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         books = _codebooks(self.format, codes.device)
-        total = F.embedding(codes[..., 0], books[0])
-        return total if len(books) == 1 else total + F.embedding(codes[..., 1], books[1])
+        total = looked_up(books[0], codes[..., 0])
+        return total if len(books) == 1 else total + looked_up(books[1], codes[..., 1])
 
     def search(
         self,

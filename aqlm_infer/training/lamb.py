@@ -9,6 +9,7 @@ tensor or u is zero). torch has no LAMB; this one keeps no first moment where be
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -58,17 +59,21 @@ class Lamb(Optimizer):
         update = torch._foreach_sqrt(v)
         torch._foreach_add_(update, group["eps"])
         update = torch._foreach_div(m, update)
-        for p, u, state in zip(params, update, states, strict=True):
+        sizes, lengths = (_norms(x, group["stacked"]) for x in (params, update))
+        for p, u, size, length, state in zip(params, update, sizes, lengths, states, strict=True):
             t, bias = state["step"].item(), 1.0
             if group["debias"]:
                 bias = math.sqrt(1 - beta2**t) / (1 - beta1**t)
-            size, length = (_norm(x, group["stacked"]) for x in (p, u))
-            ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
+            # Where either is zero the ratio is 1: |p| / |u| is then 0, inf or nan.
+            ratio = size / length
+            ratio = torch.where((ratio > 0) & (ratio < torch.inf), ratio, 1.0)
             p.addcmul_(u, ratio, value=-group["lr"] * bias)
 
 
-def _norm(x: torch.Tensor, stacked: bool) -> torch.Tensor:
-    """The norm of ``x``, or those of its slices, broadcastable to it."""
+def _norms(tensors: list[torch.Tensor], stacked: bool) -> Sequence[torch.Tensor]:
+    """The norm of each tensor, or those of its slices, broadcastable to it."""
     if not stacked:
-        return torch.linalg.vector_norm(x)
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+        return torch._foreach_norm(tensors)
+    dims = [tuple(range(1, x.dim())) for x in tensors]
+    pairs = zip(tensors, dims, strict=True)
+    return [torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in pairs]

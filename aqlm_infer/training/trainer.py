@@ -105,11 +105,9 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _gradients(self, step: int) -> tuple[float, dict[str, torch.Tensor]]:
-        """Forward and backward over the step's batch: the mean loss, and the student's gradients.
-
-        Raises NotFinite.
-        """
+    def _gradients(self, step: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Forward and backward over the step's batch: the part of the mean loss that each
+        microbatch has, and the student's gradients."""
         windows = self.train[self.order[step]]
         tokens = self.loss.scored(*windows.shape)
         losses = []
@@ -119,23 +117,23 @@ class Trainer:
                 loss = self.student.run(lambda ids=ids: self.loss(ids)) / tokens
                 (loss * self.size).backward()  # FSDP2 takes the mean over ranks
             losses.append(loss.detach())
-        gradients = self.student.gradients()
-        named = list(gradients.items())
-        norms = torch._foreach_norm([g for _, g in named])
-        checked = torch.stack([x.float() for x in (*losses, *norms)]).tolist()  # the one wait
-        losses, norms = checked[: len(losses)], checked[len(losses) :]
+        return losses, self.student.gradients()
+
+    def _checked(self, step: int, losses: list[torch.Tensor], norms: dict) -> float:
+        """The loss of the whole batch. Raises NotFinite; what the student holds is then lost."""
+        found = torch.stack([x.float() for x in (*losses, *norms.values())]).tolist()
         where = f"on rank {self.rank} at step {step + 1}"
         bad = [
             f"the loss is {value} in microbatch {number} {where}"
-            for number, value in enumerate(losses)
+            for number, value in enumerate(found[: len(losses)])
             if not math.isfinite(value)
         ]
         bad += [
             f"the gradient of {name} has norm {value} {where}"
-            for (name, _), value in zip(named, norms, strict=True)
+            for name, value in zip(norms, found[len(losses) :], strict=True)
             if not math.isfinite(value)
         ]
-        return self._total(sum(losses), bad[0] if bad else ""), gradients
+        return self._total(sum(found[: len(losses)]), bad[0] if bad else "")
 
     def _total(self, loss: float, trouble: str) -> float:
         """The loss summed over ranks, which all stop where one is in ``trouble``."""
@@ -157,9 +155,11 @@ class Trainer:
 
     def _step(self, step: int) -> dict:
         """One optimiser step and V step; the row of the log."""
-        loss, gradients = self._gradients(step)
+        losses, gradients = self._gradients(step)
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         set_rate(self.optimizer, self.settings.rate(step))
         moved = self.student.update(gradients, self.optimizer, step + 1)
+        loss = self._checked(step, losses, norms)  # the first wait for the device
         return {"kind": "step", "step": step + 1, "loss": loss, **self._movement(moved)}
 
     def _movement(self, moved: Sequence[Moved]) -> dict[str, float]:
