@@ -90,7 +90,10 @@ def orders(
     rows = [list(range(books)) for _ in seeds]
     for row, seed in zip(rows, seeds, strict=True):
         random.Random(repr(seed)).shuffle(row)
-    return torch.tensor(rows, device=device)
+    found = torch.tensor(rows)
+    if device.type == "cuda":  # a copy from other memory would wait for all that was launched
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
 
 
 @torch.no_grad()
