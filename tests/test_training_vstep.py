@@ -13,8 +13,8 @@ from tuning_cases import (  # noqa: F401
     v_step_of,
 )
 
-from aqlm_infer.training import Lamb
-from aqlm_infer.training.vstep import Choice, largest, within
+from aqlm_infer.training import Lamb, represent
+from aqlm_infer.training.vstep import Choice, largest, v_step, within
 
 RULES = {
     "all": Choice(),
@@ -84,6 +84,36 @@ def test_trust_ratio_and_one_more(scheme):
         assert total > limit or len(changed) == math.ceil(0.5 * rep.groups)
         if ratio < 1e-9:
             assert len(changed) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_stack_is_its_layers_one_by_one(scheme, rule):
+    first, second = representation(scheme), representation(scheme)
+    second.codes = second.search(torch.randn(second.groups, second.width))
+    for value in second.values.values():
+        value.data.mul_(1.5)
+    stack = represent(first.format, [first.tensors(), second.tensors()])
+    buffers, gradients, moved = [], [], []
+    for place, rep in enumerate((first, second)):
+        buffer, gradient = noisy(rep, seed=place)
+        outer = torch.randn(rep.weight().shape, generator=torch.Generator().manual_seed(place))
+        rep.basis = rep.gradients(outer)
+        buffers.append(buffer), gradients.append(gradient)
+        moved.append((rep, outer, v_step_of(rep, buffer, RULES[rule], (3, place), gradient)))
+    basis = stack.gradients(torch.stack([outer for _, outer, _ in moved]))
+    found = v_step(
+        stack, torch.stack(buffers), RULES[rule], [(3, 0), (3, 1)], torch.stack(gradients)
+    )
+    for place, (rep, _, alone) in enumerate(moved):
+        torch.testing.assert_close(basis[place], rep.basis)
+        for name, value in rep.values.items():
+            torch.testing.assert_close(stack.values[name].grad[place], value.grad)
+        same = (stack.codes[place] == rep.codes).double().mean()  # near ties round otherwise
+        assert same > 0.999
+        for name in ("flips", "moved", "residual", "size"):
+            one, both = getattr(alone, name), getattr(found, name)[place]
+            torch.testing.assert_close(both.double(), one.double(), rtol=2e-3, atol=3)
 
 
 def test_full_and_ordered_steps_agree():
@@ -253,6 +283,22 @@ def test_lamb_equals_its_formula(betas, debias):
         assert moved == pytest.approx(0.01 * bias, rel=1e-9)
     assert zero.detach().abs().max() > 0  # ratio 1 where the tensor is zero
     assert ("m" in optimizer.state[p]) == (betas[0] > 0)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.95)])
+def test_lamb_of_a_stack_is_that_of_its_slices(betas):
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1.0, 9.0, 0.0]).view(3, 1, 1)
+    stack = torch.nn.Parameter(sizes * torch.randn(3, 4, 5, generator=rng))
+    slices = [torch.nn.Parameter(s.clone()) for s in stack.detach()]
+    together = Lamb([{"params": [stack], "stacked": True}], lr=0.1, betas=betas)
+    apart = Lamb(slices, lr=0.1, betas=betas)
+    for _ in range(3):
+        stack.grad = torch.randn(stack.shape, generator=rng)
+        for one, gradient in zip(slices, stack.grad, strict=True):
+            one.grad = gradient.clone()
+        together.step(), apart.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([s.detach() for s in slices]))
 
 
 def test_lamb_without_a_gradient_does_nothing():
