@@ -269,6 +269,20 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     assert (tmp_path / "r.jsonl").read_text().startswith(lines)
 
 
+def test_sampled_tokens_follow_the_given_ones(files, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sample_tokens
+
+    given = [files / "t", "--out", tmp_path / "s.bin", "--data", files / "valid.bin", "--device",
+             "cpu", "--windows", 3, "--window", 16, "--batch", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sample_tokens.py", *map(str, given)])
+    sample_tokens.main()
+    before, ids = (np.fromfile(f, "<u2") for f in (files / "valid.bin", tmp_path / "s.bin"))
+    assert len(ids) == 96 + 48 and (ids[:96] == before[:96]).all()
+    windows = ids[96:].reshape(3, 16)
+    assert (windows[:, 0] == tiny_config().bos_token_id).all() and len(np.unique(windows)) > 8
+
+
 def test_bench_tuning_step_writes_a_row(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench_tuning_step
