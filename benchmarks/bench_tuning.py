@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -204,12 +205,15 @@ def quantize(arguments, job: Job, device: str) -> dict:
 
 
 def work(arguments, job: Job, device: str) -> dict:
-    """Do the job; its row."""
+    """Do the job; its row. A job that fails is told in its row and not tried again."""
     start = time.time()
     try:
         found = {"quantize": quantize, "tune": tune, "test": test}[job.kind](arguments, job, device)
     except TuningError as error:
         found = {"error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": repr(error)}
     return {**asdict(job), **found, "device": device, "wall": round(time.time() - start, 2)}
 
 
