@@ -1,9 +1,10 @@
 """What does each way of tuning a quantized model gain, from the same data, steps and seeds?
 
-Tunes every quantized MODEL by every method against the dense --teacher. Code learning rate and
-trust ratio are chosen by method on the validation tokens (first seed, grids below), then every seed
-runs with them, and the test tokens are read once. Windows are paired between arms: the summary has
-a bootstrap over them of each method against ``continuous``.
+Tunes every quantized MODEL by every method against the dense --teacher. The learning rate of values
+is chosen for ``continuous`` and is then every method's; code learning rate and limits are chosen by
+method; all on the validation tokens (first seed, grids below). Then every seed runs with them, and
+the test tokens are read once. Windows are paired between arms: the summary has a bootstrap over
+them of each method against ``continuous``. --long trains the best of all for so many steps more.
 
 Jobs are spread over the devices, those of the first model first. What a job found is a line of
 --rows at once, and a job whose line is there is not repeated: a command that was cut off goes on,
@@ -21,7 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,17 @@ def grid(rates: tuple[float, ...], trust: tuple[float, ...] = ()) -> tuple[dict[
 
 
 GRIDS = {
-    "continuous": ({},),
+    "continuous": ({"lr": 3e-3}, {"lr": 1e-2}),
     "naive-pv": grid((3e-3,)),
-    "pv": grid((0.1, 0.3, 1.0), (1e-2, NONE)),
-    "pv-ste": grid((3e-3, 1e-2, 3e-2), (1e-2, NONE)),
-    "ste": grid((1e-3, 3e-3, 1e-2)),
-    "stochastic": grid((1e-3, 3e-3, 1e-2)),
+    "pv": grid((0.1, 0.3), (1e-2, 2e-3)),
+    "pv-ste": grid((1e-2, 3e-2, 1e-1), (NONE,)),
+    "ste": grid((1e-2, 3e-2, 1e-1)),
+    "stochastic": grid((3e-3, 1e-2)),
 }
 """What is tried by method; a method that is not here has the grid of ste."""
+
+Choice = tuple[tuple[str, float | str], ...]
+"""Settings of a run that differ from the arguments', by name."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,48 @@ class Job:
     kind: str
     model: str
     method: str = "start"
-    choice: tuple[tuple[str, float], ...] = ()
+    choice: Choice = ()
     seed: int = 0
 
     @property
     def name(self) -> str:
-        values = "".join(f"-{name}{value:g}" for name, value in self.choice)
+        values = "".join(f"-{name}{value}" for name, value in self.choice)
         return f"{Path(self.model).name}-{self.method}{values}-s{self.seed}"
 
 
-def points(method: str) -> list[tuple[tuple[str, float], ...]]:
-    """Settings that are tried of a method."""
-    return [tuple(point.items()) for point in GRIDS.get(method, GRIDS["ste"])]
+def points(arguments, rows: dict[Job, dict], model: str, method: str) -> list[Choice]:
+    """Settings to try of a method; none as long as the learning rate of values is not known."""
+    found = [tuple(point.items()) for point in GRIDS.get(method, GRIDS["ste"])]
+    if method == "continuous" or "continuous" not in arguments.method:
+        return found
+    base = chosen(arguments, rows, model, "continuous")
+    return [] if base is None else [point + base for point in found]
 
 
-def chosen(
-    arguments, rows: dict[Job, dict], model: str, method: str
-) -> tuple[tuple[str, float], ...] | None:
+def trials(arguments, rows: dict[Job, dict], model: str, method: str) -> list[Job]:
+    """The runs that choose settings of a method."""
+    found = points(arguments, rows, model, method)
+    return [Job("tune", model, method, point, arguments.seed[0]) for point in found]
+
+
+def chosen(arguments, rows: dict[Job, dict], model: str, method: str) -> Choice | None:
     """The best settings on validation, None while some are not tried or where none can be."""
-    jobs = [Job("tune", model, method, point, arguments.seed[0]) for point in points(method)]
-    if any(job not in rows or "error" in rows[job] for job in jobs):
+    jobs = trials(arguments, rows, model, method)
+    if not jobs or any(job not in rows or "error" in rows[job] for job in jobs):
         return None
     return min(jobs, key=lambda job: rows[job]["best"]["kl"]).choice
+
+
+def long_run(arguments, rows: dict[Job, dict], model: str) -> Job | None:
+    """The longer run of what is best on validation of all methods, once that is known."""
+    jobs = [trials(arguments, rows, model, method) for method in arguments.method]
+    if not arguments.long or not all(jobs) or any(j not in rows for each in jobs for j in each):
+        return None
+    good = [job for each in jobs for job in each if "error" not in rows[job]]
+    if not good:
+        return None
+    first = min(good, key=lambda job: rows[job]["best"]["kl"])
+    return replace(first, choice=(*first.choice, ("steps", arguments.long)))
 
 
 def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
@@ -100,14 +124,15 @@ def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
             continue
         yield Job("test", model)
         for method in arguments.method:
-            for point in points(method):
-                yield Job("tune", model, method, point, arguments.seed[0])
+            yield from trials(arguments, rows, model, method)
+        runs = [long_run(arguments, rows, model)]
         for seed in arguments.seed:
             for method in arguments.method:
                 best = chosen(arguments, rows, model, method)
-                if best is not None:
-                    run = Job("tune", model, method, best, seed)
-                    yield Job("test", model, method, best, seed) if run in rows else run
+                runs.append(best and Job("tune", model, method, best, seed))
+        for run in runs:
+            if run is not None:
+                yield replace(run, kind="test") if run in rows else run
 
 
 # -- one job ---------------------------------------------------------------------------------------
@@ -116,30 +141,30 @@ def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
 def tune(arguments, job: Job, device: str) -> dict:
     """One run; its checkpoint stays in --work."""
     lamb = arguments.optimizer == "lamb" and METHODS[job.method].moves_codes
+    choice = {"steps": arguments.steps, "lr": arguments.lr, "ranking": arguments.ranking}
+    choice |= dict(job.choice)
     settings = TuneSettings(
         method=job.method,
-        steps=arguments.steps,
         batch=arguments.batch,
         microbatch=arguments.microbatch,
         seq_len=arguments.window,
         optimizer=arguments.optimizer,
-        lr=arguments.lr,
         final_lr=arguments.final_lr,
         warm_up=False if lamb else None,
         beam=arguments.beam,
-        ranking=arguments.ranking,
         seed=job.seed,
         eval_every=arguments.eval_every,
-        save_every=arguments.steps + 1,
+        save_every=choice["steps"] + 1,
         valid_windows=arguments.valid_windows,
-        **dict(job.choice),
+        **choice,
     )
     out = arguments.work / job.name
     shutil.rmtree(run_folder(out), ignore_errors=True)  # of a run that was cut off
+    long = choice["steps"] != arguments.steps and arguments.long_data is not None
     report = tune_checkpoint(
         job.model,
         out,
-        arguments.data,
+        arguments.long_data if long else arguments.data,
         arguments.valid,
         settings,
         teacher=arguments.teacher,
@@ -311,20 +336,24 @@ def summarise(arguments) -> dict:
     }
     for model in map(str, arguments.model):
         baseline: dict[str, np.ndarray] = {}
-        for method in ("start", *arguments.method):
-            best = () if method == "start" else chosen(arguments, rows, model, method)
+        long = long_run(arguments, rows, model)
+        arms = [("start", "start", ())]
+        arms += [(m, m, chosen(arguments, rows, model, m)) for m in arguments.method]
+        arms += [] if long is None else [("long", long.method, long.choice)]
+        for arm, method, best in arms:
             if best is None:
                 continue
             seeds = [0] if method == "start" else arguments.seed
             tested = [rows.get(Job("test", model, method, best, seed)) for seed in seeds]
-            tested = [row for row in tested if row is not None]
+            tested = [row for row in tested if row is not None and "error" not in row]
             if not tested:
                 continue
-            row = {"model": Path(model).name, "method": method, "settings": dict(best), "test": {}}
+            row = {"model": Path(model).name, "method": arm, "settings": dict(best), "test": {}}
             if method != "start":
                 runs = [rows[Job("tune", model, method, best, r["seed"])] for r in tested]
-                tried = [Job("tune", model, method, p, arguments.seed[0]) for p in points(method)]
+                tried = trials(arguments, rows, model, method)
                 row |= {
+                    "of": method,
                     "bits": runs[0]["bits"],
                     "tried": [{**dict(j.choice), "valid_kl": rows[j]["best"]["kl"]} for j in tried],
                     "first_kl": runs[0]["first"]["kl"],
@@ -336,10 +365,10 @@ def summarise(arguments) -> dict:
                 }
             for name, reference in dense.items():
                 losses = np.array([r["losses"][name] for r in tested])
-                if method == "continuous":
+                if arm == "continuous":
                     baseline[name] = losses
                 row["test"][name] = summary(losses, baseline.get(name), reference)
-                print(f"{row['model']} {method} {name}: {row['test'][name]}", flush=True)
+                print(f"{row['model']} {arm} {name}: {row['test'][name]}", flush=True)
             table.append(row)
     return {
         **environment("tuning", arguments.device[0]),
@@ -389,6 +418,8 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(GRIDS))
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--long", type=int, default=0, help="steps of one more run of the best")
+    parser.add_argument("--long-data", type=Path, help="its training tokens, .bin")
     parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--microbatch", type=int, help="windows at once")
     parser.add_argument("--window", type=int, default=512)

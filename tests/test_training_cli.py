@@ -243,14 +243,18 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     given = [files / "q", "--teacher", files / "t", "--data", files / "train.bin",
              "--valid", files / "valid.bin", "--test", files / "valid.bin", "--work", tmp_path,
              "--out", tmp_path / "r.json", "--method", "pv", "continuous", "softclamp",
-             "--seed", 0, 1, "--steps", 2, "--batch", 4, "--window", 16]  # fmt: skip
+             "--seed", 0, 1, "--steps", 2, "--batch", 4, "--window", 16,
+             "--grid", '{"continuous": [{"lr": 0.01}]}']  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench_tuning.py", *map(str, given)])
     bench_tuning.main()
     body = json.loads((tmp_path / "r.json").read_text())
     start, first, second = body["rows"]  # softclamp is for scalar grids: named, and left out
     assert (first["method"], second["method"]) == ("continuous", "pv")
     best = min(second["tried"], key=lambda t: t["valid_kl"])
-    assert second["settings"] == {"code_lr": best["code_lr"]} and len(second["valid_kl"]) == 2
+    assert (
+        second["settings"] == {"code_lr": best["code_lr"], "lr": 0.01}
+        and len(second["valid_kl"]) == 2
+    )
     assert start["method"] == "start" and "gain" not in start["test"]["valid.bin"]
     for row in (first, second):
         scored = row["test"]["valid.bin"]
