@@ -297,7 +297,9 @@ def perform(arguments) -> None:
     ) as pool:
         while True:
             busy = set(running.values())
+            making = {job.model for job in busy if job.kind == "quantize"}  # half written
             free = [j for j in plan(arguments, rows) if j not in rows and j not in busy]
+            free = [j for j in free if j.model not in making]
             for job in dict.fromkeys(free[: len(arguments.device) - len(running)]):
                 running[pool.submit(_work, arguments, job)] = job
             if not running:
