@@ -30,6 +30,7 @@ import torch
 from bench_quality import with_dense_weights
 from torch import nn
 
+from aqlm_infer.bench import append_rows
 from aqlm_infer.bench.record import environment
 from aqlm_infer.calibration import TuneOptions, quantize_calibrated
 from aqlm_infer.evaluation import load_model, read_token_file
@@ -351,7 +352,10 @@ def summarise(arguments) -> dict:
             if not tested:
                 continue
             row = {"model": Path(model).name, "method": arm, "settings": dict(best), "test": {}}
-            if method != "start":
+            if method == "start":
+                made = rows.get(Job("quantize", model), {})
+                row |= {"bits": made.get("bits", 0.0), "seconds": [made.get("seconds", 0.0)]}
+            else:
                 runs = [rows[Job("tune", model, method, best, r["seed"])] for r in tested]
                 tried = trials(arguments, rows, model, method)
                 row |= {
@@ -415,6 +419,7 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, required=True, help="tokens to choose by, .bin")
     parser.add_argument("--test", type=Path, nargs="*", default=[], help="tokens to report, .bin")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, and FILE.png beside it")
+    parser.add_argument("--results", type=Path, help="JSON-lines file to append the tables to")
     parser.add_argument("--rows", type=Path, help="JSON lines of finished jobs (--out .jsonl)")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(GRIDS))
@@ -447,6 +452,12 @@ def main() -> None:
         perform(arguments)
     body = summarise(arguments)
     arguments.out.write_text(json.dumps(body, indent=2) + "\n")
+    if arguments.results:
+        about = {k: v for k, v in body.items() if k not in ("rows", "arguments")}
+        given = {
+            k: body["arguments"][k] for k in ("teacher", "steps", "batch", "window", "final_lr")
+        }
+        append_rows(arguments.results, [{**about, **given, **row} for row in body["rows"]])
     if arguments.plot:
         plot(body["rows"], arguments.out.with_suffix(".png"))
 
