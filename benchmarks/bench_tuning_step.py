@@ -8,6 +8,7 @@ a step does not depend on them. The plain step is the same model in bfloat16, cr
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -80,6 +81,8 @@ def tuning(
 ) -> tuple[float, int, int]:
     """Seconds and peak bytes of a step, and bytes held between steps."""
     device, cuda = arguments.device, arguments.device != "cpu"
+    gc.collect()  # models hold cycles: what is left of the one before would count as held
+    before = torch.cuda.memory_allocated() if cuda else 0
     model = random_model(arguments.model, torch.float32, device)
     quantize_blocks(model, scheme, device)
     teacher = random_model(arguments.model, torch.bfloat16, device)
@@ -89,10 +92,10 @@ def tuning(
     with tempfile.TemporaryDirectory() as folder:
         student = Student(model, settings, torch.bfloat16)
         run = RunFolder(Path(folder) / "run")
-        trainer = Trainer(student, teacher, windows, windows[:1], settings, run, torch.bfloat16)
+        trainer = Trainer(student, teacher, windows, windows[:1], settings, run)
         count = iter(range(1000))
         seconds, peak = timed(lambda: trainer._step(next(count)), arguments.steps, cuda)
-        held = torch.cuda.memory_allocated() if cuda else 0
+        held = torch.cuda.memory_allocated() - before if cuda else 0
     return seconds, peak, held
 
 
@@ -114,6 +117,9 @@ def main() -> None:
     shape = (arguments.batch, arguments.seq_len)
     windows = torch.randint(0, vocabulary, shape, generator=generator)
     dense_seconds, dense_peak = plain(arguments, windows, micro)
+    parameters = sum(
+        p.numel() for p in random_model(arguments.model, torch.bfloat16, "cpu").parameters()
+    )
     for scheme in arguments.scheme:
         for method in arguments.method:
             seconds, peak, held = tuning(arguments, windows, micro, scheme, method)
@@ -131,6 +137,7 @@ def main() -> None:
                 "peak_bytes": peak,
                 "plain_peak_bytes": dense_peak,
                 "held_bytes": held,
+                "held_per_parameter": held / parameters,
             }
             append_rows(arguments.out, [rounded(row)])
             print(f"{scheme} {method}: {seconds:.4f} s, plain {dense_seconds:.4f}", flush=True)

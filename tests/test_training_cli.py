@@ -245,26 +245,48 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     given = [files / "q", "--teacher", files / "t", "--data", files / "train.bin",
              "--valid", files / "valid.bin", "--test", files / "valid.bin", "--work", tmp_path,
              "--out", tmp_path / "r.json", "--method", "pv", "continuous", "softclamp",
-             "--seed", 0, 1, "--steps", 2, "--batch", 4, "--window", 16]  # fmt: skip
+             "--seed", 0, 1, "--steps", 2, "--batch", 4, "--window", 16,
+             "--grid", '{"continuous": [{"lr": 0.01}]}']  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench_tuning.py", *map(str, given)])
     bench_tuning.main()
     body = json.loads((tmp_path / "r.json").read_text())
-    first, second = body["rows"]  # softclamp is for scalar grids: named, and left out
+    start, first, second = body["rows"]  # softclamp is for scalar grids: named, and left out
     assert (first["method"], second["method"]) == ("continuous", "pv")
     best = min(second["tried"], key=lambda t: t["valid_kl"])
-    assert second["settings"] == {"code_lr": best["code_lr"]} and len(second["valid_kl"]) == 2
-    for row in body["rows"]:
+    assert (
+        second["settings"] == {"code_lr": best["code_lr"], "lr": 0.01}
+        and len(second["valid_kl"]) == 2
+    )
+    assert start["method"] == "start" and "gain" not in start["test"]["valid.bin"]
+    for row in (first, second):
         scored = row["test"]["valid.bin"]
         assert len(scored["ppl_by_seed"]) == 2
         ratio, low, high = scored["ratio"]
         assert low < ratio < high
         assert ratio == pytest.approx(scored["ppl"] / body["dense"]["valid.bin"], rel=1e-6)
     assert first["test"]["valid.bin"]["gain"] == [1, 1, 1]
-    before = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*.tuning/report.json")}
-    assert len(before) == 5
+    lines = (tmp_path / "r.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    runs = [row for row in rows if row["kind"] == "tune"]
+    assert len([row for row in runs if "error" not in row]) == 5 and len(runs) == 8
+    (tmp_path / "r.jsonl").write_text(lines + '{"kind": "tune", "mod')  # cut off
     bench_tuning.main()
-    assert before == {f: f.stat().st_mtime_ns for f in before}
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == body["rows"]
+    assert (tmp_path / "r.jsonl").read_text().startswith(lines)
+
+
+def test_sampled_tokens_follow_the_given_ones(files, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sample_tokens
+
+    given = [files / "t", "--out", tmp_path / "s.bin", "--data", files / "valid.bin", "--device",
+             "cpu", "--windows", 3, "--window", 16, "--batch", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sample_tokens.py", *map(str, given)])
+    sample_tokens.main()
+    before, ids = (np.fromfile(f, "<u2") for f in (files / "valid.bin", tmp_path / "s.bin"))
+    assert len(ids) == 96 + 48 and (ids[:96] == before[:96]).all()
+    windows = ids[96:].reshape(3, 16)
+    assert (windows[:, 0] == tiny_config().bos_token_id).all() and len(np.unique(windows)) > 8
 
 
 def test_bench_tuning_step_writes_a_row(tmp_path, monkeypatch):

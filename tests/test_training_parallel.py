@@ -1,4 +1,5 @@
-"""Two ranks (gloo, two CPU processes) against one: the same steps, checkpoints that both load."""
+"""Two ranks (gloo on the CPU, NCCL on two GPUs) against one: the same steps, checkpoints that both
+load."""
 
 import json
 import os
@@ -18,6 +19,15 @@ from aqlm_infer.training.parallel import Parallel
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).parents[1]
+
+
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    ],
+)
 
 
 def launch(command: list[str], ranks: int = 2) -> list[str]:
@@ -67,10 +77,12 @@ CASES = {
 }  # fmt: skip
 
 
-def test_two_ranks_equal_one_and_exchange_checkpoints(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+def test_two_ranks_equal_one_and_exchange_checkpoints(tmp_path, device):
     results = {}
     for name, case in CASES.items():
-        trainer, _ = prepared({**case, "folder": tmp_path / f"{name}-1", "steps": 4})
+        given = {**case, "folder": tmp_path / f"{name}-1", "steps": 4, "device": device}
+        trainer, _ = prepared(given)
         results[name] = trainer.run()
     for folder in ("longer-1", "onto-2"):
         shutil.copytree(tmp_path / "additive-1", tmp_path / folder)
@@ -78,7 +90,7 @@ def test_two_ranks_equal_one_and_exchange_checkpoints(tmp_path):
             for name, case in CASES.items()]  # fmt: skip
     longer = {**CASES["additive"], "steps": 6, "resume": True}
     runs.append({**longer, "folder": str(tmp_path / "onto-2")})
-    launch([sys.executable, str(ROOT / "tests" / "tuning_worker.py"), json.dumps(runs)])
+    launch([sys.executable, str(ROOT / "tests" / "tuning_worker.py"), json.dumps(runs), device])
 
     for name, result in results.items():
         last = tmp_path / f"{name}-2" / "step-000004"
@@ -91,15 +103,17 @@ def test_two_ranks_equal_one_and_exchange_checkpoints(tmp_path):
 
     # From step 4 to 6: one rank with its own checkpoint and with that of two, two with that of one.
     for folder in ("longer-1", "additive-2"):
-        trainer, _ = prepared({**longer, "folder": tmp_path / folder})
+        trainer, _ = prepared({**longer, "folder": tmp_path / folder, "device": device})
         trainer.run(resume=True)
     assert len(list((tmp_path / "additive-2" / "step-000006").glob("state-*"))) == 1
     for folder in ("additive-2", "onto-2"):
         assert_near(state_of(tmp_path / "longer-1"), state_of(tmp_path / folder))
 
 
-def test_tune_command_on_two_ranks(files, tmp_path, capfd):  # noqa: F811
-    more = ("--method", "pv", "--code-lr", "1", "--json")
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+def test_tune_command_on_two_ranks(files, tmp_path, capfd, device):  # noqa: F811
+    more = ("--method", "pv", "--code-lr", "1", "--json", "--device", device)
+    more = (*more, "--compute", "float32")
     command = [sys.executable, "-m", "aqlm_infer"]
     outputs = launch([*command, *arguments(files, tmp_path / "two", *more)])
     status, alone, err = call(capfd, *arguments(files, tmp_path / "one", *more))

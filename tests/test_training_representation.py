@@ -6,6 +6,7 @@ from tuning_cases import (
     SCHEMES,
     K,
     N,
+    Single,
     random_windows,
     representation,
     tensors_of,
@@ -27,7 +28,7 @@ def random_like(shape, seed=0):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weight_and_tensors_are_those_of_the_format(scheme):
     format, tensors = parse_scheme(scheme), tensors_of(scheme)
-    rep = represent(format, tensors)
+    rep = representation(scheme)
     expected = format.dequantize(tensors, torch.float64)
     assert (rep.weight().detach().double() - expected).norm() < 1e-6 * expected.norm()
     made = rep.tensors()
@@ -140,12 +141,14 @@ def test_sweep_never_loses_and_beam_finds_planted_codes(beam):
     start = random_windows(200, 3, seed=4) % 16
     targets = random_like((200, 6), seed=2) * 2
     before = targets - sum(books[m][start[:, m]] for m in range(3))
-    found = sweep(targets, start, books, beam, (2, 0, 1))[:, 0].long()
+    order = torch.tensor([[2, 0, 1]])
+    found = sweep(targets[None], start[None], books[None], beam, order)[0, :, 0].long()
     after = targets - sum(books[m][found[:, m]] for m in range(3))
     assert (after.square().sum(1) <= before.square().sum(1) * (1 + 1e-5)).all()
     assert after.square().sum() < 0.5 * before.square().sum()
     planted = sum(books[m][start[:, m]] for m in range(3))
-    assert torch.equal(sweep(planted, start, books, beam, (0, 1, 2))[:, 0].long(), start)
+    again = sweep(planted[None], start[None], books[None], beam)
+    assert torch.equal(again[0, :, 0].long(), start)
 
 
 def test_wider_beam_is_nearer():
@@ -153,7 +156,7 @@ def test_wider_beam_is_nearer():
     start = torch.zeros(500, 3, dtype=torch.int64)
     errors = []
     for beam in (1, 4, 256):
-        found = sweep(targets, start, books, beam, (0, 1, 2))[:, 0].long()
+        found = sweep(targets[None], start[None], books[None], beam)[0, :, 0].long()
         errors.append(float((targets - sum(books[m][found[:, m]] for m in range(3))).norm()))
     assert errors[0] > errors[1] > errors[2]
     every = torch.cartesian_prod(*[torch.arange(16)] * 3)
@@ -165,7 +168,7 @@ def test_wider_beam_is_nearer():
 def test_rows_of_scale_zero_stay():
     tensors = tensors_of("aqlm-2x4-g8")
     tensors["scales"][0] = 0
-    rep = represent(parse_scheme("aqlm-2x4-g8"), tensors)
+    rep = Single(represent(parse_scheme("aqlm-2x4-g8"), [tensors]))
     targets = random_like((rep.groups, rep.width))
     words = rep.decode(rep.search(targets, None, 4))
     assert torch.isfinite(words).all() and not words[: rep.columns].any()
@@ -176,7 +179,7 @@ def test_unknown_format_is_refused():
         id = "other-1"
 
     with pytest.raises(TuningError, match="other-1"):
-        represent(Other(), {})
+        represent(Other(), [{}])
 
 
 # -- gradients through rounding and clamping -------------------------------------------------------

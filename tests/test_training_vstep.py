@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tuning_cases import SCHEMES, random_hessian, representation
+from tuning_cases import SCHEMES, random_hessian, representation, v_step_of
 
-from aqlm_infer.training import Lamb
+from aqlm_infer.training import Lamb, represent
 from aqlm_infer.training.vstep import Choice, largest, v_step, within
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ def test_buffer_on_the_codes_changes_nothing(scheme, rule):
     rep = representation(scheme)
     before = rep.codes.clone()
     words = rep.decode(rep.codes)
-    moved = v_step(rep, words.clone(), RULES[rule], (1, 2), torch.ones_like(words))
+    moved = v_step_of(rep, words.clone(), RULES[rule], (1, 2), torch.ones_like(words))
     assert torch.equal(rep.codes, before) and moved.flips == 0
     assert moved.moved == 0 and moved.residual == 0 and moved.size > 0
 
@@ -44,7 +44,7 @@ def test_buffer_on_the_codes_changes_nothing(scheme, rule):
 def test_stochastic_rounding_of_a_word_is_the_word(scheme):
     rep = representation(scheme)
     before = rep.codes.clone()
-    v_step(rep, rep.decode(rep.codes), Choice(stochastic=True, beam=2))
+    v_step_of(rep, rep.decode(rep.codes), Choice(stochastic=True, beam=2))
     assert torch.equal(rep.codes, before)
 
 
@@ -55,7 +55,7 @@ def test_cap(scheme, ranking):
         rep = representation(scheme)
         before = rep.codes.clone()
         buffer, gradient = noisy(rep)
-        moved = v_step(rep, buffer, Choice(fraction, 0, 0, ranking, 4), (0,), gradient)
+        moved = v_step_of(rep, buffer, Choice(fraction, 0, 0, ranking, 4), (0,), gradient)
         changed = int((rep.codes != before).any(1).sum())
         assert changed == int(moved.flips)
         assert changed <= math.ceil(fraction * rep.groups)
@@ -69,7 +69,7 @@ def test_trust_ratio_and_one_more(scheme):
         rep = representation(scheme)
         before = rep.decode(rep.codes)
         buffer, _ = noisy(rep)
-        moved = v_step(rep, buffer, Choice(0.5, ratio, ranking="change", beam=4))
+        moved = v_step_of(rep, buffer, Choice(0.5, ratio, ranking="change", beam=4))
         steps = (rep.decode(rep.codes) - before).double().square().sum(1)
         changed = steps[steps > 0]
         total, limit = changed.sum(), (ratio * before.double().norm()) ** 2
@@ -82,11 +82,41 @@ def test_trust_ratio_and_one_more(scheme):
             assert len(changed) == 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_stack_is_its_layers_one_by_one(scheme, rule):
+    first, second = representation(scheme), representation(scheme)
+    second.codes = second.search(torch.randn(second.groups, second.width))
+    for value in second.values.values():
+        value.data.mul_(1.5)
+    stack = represent(first.format, [first.tensors(), second.tensors()])
+    buffers, gradients, moved = [], [], []
+    for place, rep in enumerate((first, second)):
+        buffer, gradient = noisy(rep, seed=place)
+        outer = torch.randn(rep.weight().shape, generator=torch.Generator().manual_seed(place))
+        rep.basis = rep.gradients(outer)
+        buffers.append(buffer), gradients.append(gradient)
+        moved.append((rep, outer, v_step_of(rep, buffer, RULES[rule], (3, place), gradient)))
+    basis = stack.gradients(torch.stack([outer for _, outer, _ in moved]))
+    found = v_step(
+        stack, torch.stack(buffers), RULES[rule], [(3, 0), (3, 1)], torch.stack(gradients)
+    )
+    for place, (rep, _, alone) in enumerate(moved):
+        torch.testing.assert_close(basis[place], rep.basis)
+        for name, value in rep.values.items():
+            torch.testing.assert_close(stack.values[name].grad[place], value.grad)
+        same = (stack.codes[place] == rep.codes).double().mean()  # near ties round otherwise
+        assert same > 0.999
+        for name in ("flips", "moved", "residual", "size"):
+            one, both = getattr(alone, name), getattr(found, name)[place]
+            torch.testing.assert_close(both.double(), one.double(), rtol=2e-3, atol=3)
+
+
 def test_full_and_ordered_steps_agree():
     first, second = representation("aqlm-2x4-g8"), representation("aqlm-2x4-g8")
     buffer, _ = noisy(first)
-    v_step(first, buffer, Choice(1.0, 0.0, beam=4), (7,))
-    v_step(second, buffer, Choice(1.0, 1e6, beam=4), (7,))
+    v_step_of(first, buffer, Choice(1.0, 0.0, beam=4), (7,))
+    v_step_of(second, buffer, Choice(1.0, 1e6, beam=4), (7,))
     assert torch.equal(first.codes, second.codes)
     assert not torch.equal(first.codes, representation("aqlm-2x4-g8").codes)
 
@@ -96,7 +126,7 @@ def test_residual_ranking_takes_the_furthest():
     buffer, _ = noisy(rep)
     before = rep.codes.clone()
     far = (buffer - rep.decode(rep.codes)).abs()[:, 0].topk(20).indices
-    v_step(rep, buffer, Choice(20 / rep.groups))
+    v_step_of(rep, buffer, Choice(20 / rep.groups))
     changed = (rep.codes != before)[:, 0].nonzero()[:, 0]
     assert len(changed) > 3 and set(changed.tolist()) <= set(far.tolist())
 
@@ -108,7 +138,7 @@ def test_gain_ranking_takes_what_the_gradient_promises():
     before, words = rep.codes.clone(), rep.decode(rep.codes)
     change = rep.decode(rep.search(buffer)) - words
     best = (-gradient * change)[:, 0].topk(15).indices
-    v_step(rep, buffer, Choice(15 / rep.groups, ranking="gain"), (0,), gradient)
+    v_step_of(rep, buffer, Choice(15 / rep.groups, ranking="gain"), (0,), gradient)
     changed = (rep.codes != before)[:, 0].nonzero()[:, 0]
     assert set(changed.tolist()) == set(best.tolist())
 
@@ -117,26 +147,27 @@ def test_largest_is_stable():
     score = torch.tensor([0.0, 3.0, -2.0, 3.0, -torch.inf, 0.5, 3.0, -2.0])
     expected = score.sort(descending=True, stable=True).indices
     for count in range(1, 9):
-        assert largest(score, count).tolist() == expected[:count].tolist()
+        assert largest(score[None], count)[0].tolist() == expected[:count].tolist()
 
 
 def test_largest_samples_by_temperature():
     score = torch.tensor([1.0, 4.0, 16.0, 0.0])  # distances 1, 2, 4, 0
     counts = torch.zeros(4)
     for draw in range(4000):
-        counts[largest(score, 1, 1.0, (draw,))] += 1
+        counts[largest(score[None], 1, 1.0, [(draw,)])[0]] += 1
     torch.testing.assert_close(counts / 4000, torch.tensor([1, 2, 4, 0]) / 7, atol=0.03, rtol=0)
-    order = largest(score, 4, 1e-3, (0,)).tolist()
+    order = largest(score[None], 4, 1e-3, [(0,)])[0].tolist()
     assert order == [2, 1, 0, 3]  # cold: the largest first
-    assert largest(score, 2, 1.0, (5,)).tolist() == largest(score, 2, 1.0, (5,)).tolist()
+    pair = largest(score.expand(2, -1), 2, 1.0, [(5,), (5,)]).tolist()
+    assert pair[0] == pair[1]
 
 
 def test_within():
     moved = torch.tensor([3.0, 0.0, 2.0, 4.0, 0.0, 1.0]).double()
     for budget, kept in ((5.0, 4), (4.99, 3), (2.0, 1), (100.0, 6)):
-        mask = within(moved, torch.tensor(budget).double())
-        assert mask.tolist() == [i < kept for i in range(6)], budget
-    assert within(torch.zeros(3).double(), torch.zeros(()).double()).all()
+        mask = within(moved[None], torch.tensor([budget]).double())
+        assert mask[0].tolist() == [i < kept for i in range(6)], budget
+    assert within(torch.zeros(1, 3).double(), torch.zeros(1).double()).all()
 
 
 def test_stochastic_rounding_is_unbiased_on_a_grid():
@@ -149,7 +180,7 @@ def test_stochastic_rounding_is_unbiased_on_a_grid():
     start = rep.codes.clone()
     for draw in range(60):
         rep.codes = start.clone()
-        v_step(rep, buffer, Choice(stochastic=True), (draw,))
+        v_step_of(rep, buffer, Choice(stochastic=True), (draw,))
         mean += rep.decode(rep.codes) / 60
     share = ((mean - words) / step)[inner]
     assert float(share.mean()) == pytest.approx(0.3, abs=0.005)
@@ -209,7 +240,7 @@ def test_exact_steps_never_raise_a_quadratic(scheme, cap):
         if scheme.startswith("quip"):
             scale = basis_scale(rep)
         buffer = rep.decode(rep.codes) - basis / (phi.smooth * scale)
-        flips += int(v_step(rep, buffer, Choice(cap, beam=4, ranking="change"), (round,)).flips)
+        flips += int(v_step_of(rep, buffer, Choice(cap, beam=4, ranking="change"), (round,)).flips)
         losses.append(phi(rep))
     for before, after in pairwise(losses):
         assert after <= before * (1 + 1e-6), losses
@@ -248,6 +279,22 @@ def test_lamb_equals_its_formula(betas, debias):
         assert moved == pytest.approx(0.01 * bias, rel=1e-9)
     assert zero.detach().abs().max() > 0  # ratio 1 where the tensor is zero
     assert ("m" in optimizer.state[p]) == (betas[0] > 0)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.95)])
+def test_lamb_of_a_stack_is_that_of_its_slices(betas):
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1.0, 9.0, 0.0]).view(3, 1, 1)
+    stack = torch.nn.Parameter(sizes * torch.randn(3, 4, 5, generator=rng))
+    slices = [torch.nn.Parameter(s.clone()) for s in stack.detach()]
+    together = Lamb([{"params": [stack], "stacked": True}], lr=0.1, betas=betas)
+    apart = Lamb(slices, lr=0.1, betas=betas)
+    for _ in range(3):
+        stack.grad = torch.randn(stack.shape, generator=rng)
+        for one, gradient in zip(slices, stack.grad, strict=True):
+            one.grad = gradient.clone()
+        together.step(), apart.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([s.detach() for s in slices]))
 
 
 def test_lamb_without_a_gradient_does_nothing():

@@ -13,6 +13,7 @@ from aqlm_infer.formats import parse_scheme
 from aqlm_infer.layers import replace_linears
 from aqlm_infer.quantizers import quantizer_for
 from aqlm_infer.training import Representation, RunFolder, Student, Trainer, TuneSettings, represent
+from aqlm_infer.training.vstep import Choice, Moved, v_step
 
 SCHEMES = (
     "aqlm-2x4-g8",
@@ -57,8 +58,83 @@ def tensors_of(scheme: str, rows: int = N, columns: int = K) -> dict[str, torch.
     return {n: t.clone() for n, t in _quantized(scheme, rows, columns).items()}
 
 
-def representation(scheme: str, rows: int = N, columns: int = K) -> Representation:
-    return represent(parse_scheme(scheme), tensors_of(scheme, rows, columns))
+class Single:
+    """A representation of one matrix, without the first dimension; codes can be assigned."""
+
+    def __init__(self, stack: Representation):
+        self.stack, self.format = stack, stack.format
+        self.groups, self.width, self.books = stack.groups, stack.width, stack.books
+        self.values = {n: _Slice(v) for n, v in stack.values.items()}
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.stack.codes[0]
+
+    @codes.setter
+    def codes(self, codes: torch.Tensor) -> None:
+        self.stack.codes = codes[None].to(self.stack.codes.dtype)
+
+    @property
+    def top(self) -> int:
+        return self.stack.top
+
+    @property
+    def columns(self) -> int:
+        return self.stack.columns
+
+    def grid(self):
+        return tuple(t.repeat_interleave(self.stack.tile, 1)[0] for t in self.stack.grid())
+
+    def weight(self) -> torch.Tensor:
+        return self.stack.weight()[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.stack.tensors(0)
+
+    def decode(self, codes, index=None) -> torch.Tensor:
+        return self.stack.decode(codes[None], _first(index))[0]
+
+    def gradients(self, gradient) -> torch.Tensor:
+        return self.stack.gradients(gradient[None])[0]
+
+    def search(self, targets, index=None, beam=1, order=None) -> torch.Tensor:
+        return self.stack.search(targets[None], _first(index), beam, _first(order))[0]
+
+    def two_nearest(self, targets, beam, order) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = self.stack.two_nearest(targets[None], beam, _first(order))
+        return first[0], second[0]
+
+
+class _Slice:
+    """The first of a stack of values, as a parameter looks."""
+
+    def __init__(self, value: nn.Parameter):
+        self._value = value
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self._value.data[0]
+
+    @property
+    def grad(self) -> torch.Tensor:
+        return self._value.grad[0]
+
+    def detach(self) -> torch.Tensor:
+        return self._value.detach()[0]
+
+
+def _first(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x[None]
+
+
+def representation(scheme: str, rows: int = N, columns: int = K) -> Single:
+    return Single(represent(parse_scheme(scheme), [tensors_of(scheme, rows, columns)]))
+
+
+def v_step_of(rep: Single, buffer, choice: Choice, seed=(0,), gradient=None) -> Moved:
+    """``v_step`` of one matrix: its numbers have no dimension."""
+    moved = v_step(rep.stack, buffer[None], choice, [seed], _first(gradient))
+    return Moved(**{name: value[0] for name, value in vars(moved).items()})
 
 
 class _Fitted:
@@ -114,5 +190,4 @@ def make_trainer(
         random_windows(3, 16, seed=2),
         settings,
         RunFolder(folder, parallel),
-        dtype,
     )

@@ -1,4 +1,5 @@
-"""One rank of several CPU processes: a JSON list of {"folder", settings of ``make_trainer``}."""
+"""One rank of several processes: a JSON list of {"folder", settings of ``make_trainer``}, and a
+device."""
 
 import json
 import sys
@@ -19,14 +20,14 @@ def prepared(changes: dict, parallel: Parallel | None = None):
     return make_trainer(folder, parallel=parallel, **fields), resume
 
 
-def main(runs: str) -> None:
+def main(runs: str, device: str) -> None:
     torch.set_num_threads(1)
-    parallel = Parallel("cpu")
+    parallel = Parallel(device)
     for changes in json.loads(runs):
-        trainer, resume = prepared(changes, parallel)
+        trainer, resume = prepared({**changes, "device": parallel.device}, parallel)
         trainer.run(resume)
     parallel.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -42,6 +42,10 @@ def tune(
     lr: Annotated[
         float, typer.Option(help="Relative step of codebooks, scales, norms, embeddings.")
     ] = 3e-4,
+    final_lr: Annotated[
+        float,
+        typer.Option(help="Fraction that learning rates fall to by a half cosine; 1: constant."),
+    ] = 1.0,
     code_lr: Annotated[
         float | None,
         typer.Option(help="Relative step of the weights that codes follow (default: by method)."),
@@ -87,7 +91,10 @@ def tune(
         int | None, typer.Option(help="Score only the first so many windows.")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 50,
-    chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at once.")] = 1024,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens whose logits exist at once (default: by vocabulary, device)."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -129,6 +136,7 @@ def tune(
         microbatch=microbatch,
         optimizer=optimizer,
         lr=lr,
+        final_lr=final_lr,
         code_lr=code_lr,
         delta_decay=delta_decay,
         max_code_change=max_code_change,

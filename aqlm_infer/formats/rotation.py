@@ -70,6 +70,13 @@ def _device_factor(factor: int, device: torch.device) -> torch.Tensor:
     return factor_matrix(factor).to(device)
 
 
+@lru_cache(maxsize=64)
+def _device_sylvester(order: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """S_q where it is used: a copy on every call would wait for the device."""
+    with torch.inference_mode(False):
+        return sylvester(order).to(device=device, dtype=dtype)
+
+
 def hadamard_transform(
     x: torch.Tensor, factor: int, block: int, transpose: bool = False, h: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -91,7 +98,7 @@ def hadamard_transform(
         raise FormatError(f"a rotation of size {K} is not {factor} times a power of two")
     y = _sylvester_last(x.reshape(-1, power)) if power > 1 else x
     if factor > 1:
-        h = factor_matrix(factor) if h is None else h
+        h = _device_factor(factor, x.device) if h is None else h
         h = h.to(device=x.device, dtype=x.dtype)
         y = torch.matmul(h.T if transpose else h, y.reshape(-1, factor, power))
     return (y * K**-0.5).reshape(x.shape)
@@ -106,7 +113,7 @@ def _sylvester_last(rows: torch.Tensor) -> torch.Tensor:
     done = 1
     while done < p:
         q = min(64, p // done)
-        s = sylvester(q).to(device=rows.device, dtype=rows.dtype)
+        s = _device_sylvester(q, rows.device, rows.dtype)
         # S is symmetric; the first factor acts on the fastest digit of the index.
         rows = rows.reshape(-1, q) @ s if done == 1 else s @ rows.reshape(-1, q, done)
         done *= q

@@ -131,8 +131,8 @@ def tune_checkpoint(
     windows = [read_windows(Path(p), model, vocabulary, settings.seq_len) for p in (data, valid)]
     bits = quantized_cost(loaded).bits_per_weight
     student = Student(loaded, settings, compute, parallel)
-    trainer = Trainer(student, dense, *windows, settings, folder, compute, progress)
-    result, micro = trainer.run(resume), trainer.micro
+    trainer = Trainer(student, dense, *windows, settings, folder, progress)
+    result, micro, chunk = trainer.run(resume), trainer.micro, trainer.chunk
     if parallel is not None:
         parallel.stop()
         if parallel.rank:
@@ -153,7 +153,7 @@ def tune_checkpoint(
         dense,
         windows[1][: settings.valid_windows],
         micro,
-        settings.chunk,
+        chunk,
     )
     if plot:
         plot_log(folder.rows(), f"{model}: {settings.method}", folder.folder / "curves.png")

@@ -9,19 +9,23 @@ tensor or u is zero). torch has no LAMB; this one keeps no first moment where be
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
 
 
 class Lamb(Optimizer):
-    """Args: parameter groups with ``lr``, ``betas``, ``eps`` and ``debias``.
+    """Args: parameter groups with ``lr``, ``betas``, ``eps``, ``debias`` and ``stacked``.
 
     ``debias``: the step is multiplied by sqrt(1 - beta2^t) / (1 - beta1^t), else by 1.
+    ``stacked``: a parameter is a stack of tensors along its first dimension, each with its own
+    norms.
     """
 
-    def __init__(self, params, lr=3e-4, betas=(0.9, 0.95), eps=1e-6, debias=True):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "debias": debias})
+    def __init__(self, params, lr=3e-4, betas=(0.9, 0.95), eps=1e-6, debias=True, stacked=False):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "debias": debias, "stacked": stacked}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -55,10 +59,21 @@ class Lamb(Optimizer):
         update = torch._foreach_sqrt(v)
         torch._foreach_add_(update, group["eps"])
         update = torch._foreach_div(m, update)
-        sizes, lengths = torch._foreach_norm(params), torch._foreach_norm(update)
+        sizes, lengths = (_norms(x, group["stacked"]) for x in (params, update))
         for p, u, size, length, state in zip(params, update, sizes, lengths, states, strict=True):
             t, bias = state["step"].item(), 1.0
             if group["debias"]:
                 bias = math.sqrt(1 - beta2**t) / (1 - beta1**t)
-            ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
+            # Where either is zero the ratio is 1: |p| / |u| is then 0, inf or nan.
+            ratio = size / length
+            ratio = torch.where((ratio > 0) & (ratio < torch.inf), ratio, 1.0)
             p.addcmul_(u, ratio, value=-group["lr"] * bias)
+
+
+def _norms(tensors: list[torch.Tensor], stacked: bool) -> Sequence[torch.Tensor]:
+    """The norm of each tensor, or those of its slices, broadcastable to it."""
+    if not stacked:
+        return torch._foreach_norm(tensors)
+    dims = [tuple(range(1, x.dim())) for x in tensors]
+    pairs = zip(tensors, dims, strict=True)
+    return [torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in pairs]

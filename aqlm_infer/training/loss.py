@@ -3,18 +3,28 @@
     kl    mean over all tokens of KL(teacher || student), temperature 1, softmax in float32
     ce    mean negative log-likelihood of every token but the first of a window
 
-Both trunks run to their last hidden state; then, chunk by chunk, the head and the loss, under
-recomputation: a chunk's logits are made again in the backward pass.
+Both trunks run to their last hidden state; then, chunk by chunk, the heads and the loss. A chunk's
+gradient is known with its loss and taken back through the head at once, so that its logits are made
+once and go again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .representation import TuningError
+
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits of a chunk: on a GPU it must be many launches' worth of work (1.5 GB while it lasts)."""
+
+
+def default_chunk(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at once, where no setting says it."""
+    return max(1, LOGITS[device.type] // vocabulary)
 
 
 def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -56,6 +66,77 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
     return F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
 
+def kl_and_gradient(
+    logits: torch.Tensor, teacher_logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_kl`` and its gradient in the logits, softmax(logits) - softmax(teacher's).
+
+    Overwrites the logits on a GPU.
+    """
+    if logits.device.type == "cuda":
+        from ..triton_kernels.divergence import divergence
+
+        return divergence(logits, teacher_logits.contiguous()).sum(), logits
+    student = F.log_softmax(logits, -1, dtype=torch.float32)
+    teacher = F.log_softmax(teacher_logits, -1, dtype=torch.float32)
+    loss = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return loss, student.exp_().sub_(teacher.exp_())
+
+
+def nll_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_nll`` and its gradient in the logits, softmax(logits) - onehot(label)."""
+    scores = F.log_softmax(logits, -1, dtype=torch.float32)
+    loss = F.nll_loss(scores, labels, reduction="sum", ignore_index=-100)
+    scored = labels >= 0
+    chosen = labels.clamp_min(0)[:, None]
+    gradient = scores.exp_()
+    gradient.scatter_(1, chosen, gradient.gather(1, chosen) - 1)
+    return loss, gradient * scored[:, None]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of a loss over all tokens; its gradients are made in the forward pass.
+
+    Args:
+        hidden: last hidden states [n, d].
+        weight, bias: of the head.
+        of_chunk: (logits, slice of the tokens) -> (sum of the loss, its gradient in the logits).
+        chunk: tokens of a chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, of_chunk: Callable, chunk: int) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        back = torch.empty_like(hidden) if wanted[0] else None
+        sums = [
+            torch.zeros_like(t, dtype=torch.float32) if wish else None
+            for t, wish in zip((weight, bias), wanted[1:], strict=True)
+        ]
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            loss, gradient = of_chunk(F.linear(hidden[part], weight, bias), part)
+            total += loss
+            gradient = gradient.to(weight.dtype)
+            if wanted[0]:
+                torch.mm(gradient, weight, out=back[part])
+            if wanted[1]:
+                sums[0] += gradient.T @ hidden[part]
+            if wanted[2]:
+                sums[1] += gradient.sum(0)
+        ctx.save_for_backward(back, *sums)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, outer: torch.Tensor):
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        found = [None if t is None else (t * outer).to(dtype) for t, dtype in pairs]
+        return *found, None, None
+
+
 class ChunkedLoss:
     """Sum of the loss over a microbatch, differentiable in the student.
 
@@ -68,31 +149,24 @@ class ChunkedLoss:
     def __init__(self, student: nn.Module, teacher: nn.Module | None, chunk: int):
         self.student, self.teacher, self.chunk = student, teacher, chunk
 
-    def _kl(self, hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            target = self.teacher.get_output_embeddings()(teacher_hidden)
-        return token_kl(self.student.get_output_embeddings()(hidden), target)
-
-    def _ce(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return token_nll(self.student.get_output_embeddings()(hidden), labels)
-
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """The sum over the windows ``ids`` [n, L]; KL scores n*L tokens, CE n*(L-1)."""
         if self.teacher is not None:
+            teach = self.teacher.get_output_embeddings()
             with torch.no_grad():
                 reference = hidden_states(self.teacher, ids)
-            of_chunk = self._kl
+
+            def of_chunk(logits: torch.Tensor, part: slice):
+                return kl_and_gradient(logits, teach(reference[part]))
         else:
-            reference, of_chunk = labels_of(ids), self._ce
-        total = 0.0
-        parts = zip(
-            hidden_states(self.student, ids).split(self.chunk),
-            reference.split(self.chunk),
-            strict=True,
-        )
-        for hidden, other in parts:
-            total = total + checkpoint(of_chunk, hidden, other, use_reentrant=False)
-        return total
+            labels = labels_of(ids)
+
+            def of_chunk(logits: torch.Tensor, part: slice):
+                return nll_and_gradient(logits, labels[part])
+
+        head = self.student.get_output_embeddings()
+        hidden = hidden_states(self.student, ids)
+        return HeadLoss.apply(hidden, head.weight, head.bias, of_chunk, self.chunk)
 
     def scored(self, windows: int, length: int) -> int:
         """Tokens that the sum runs over."""

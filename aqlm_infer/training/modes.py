@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,14 +23,19 @@ def recompute_blocks(model: nn.Module) -> None:
 
 @contextmanager
 def reproducible(device: torch.device | str) -> Iterator[None]:
-    """On CUDA, backward passes that add in the same order every time (attention's does not)."""
+    """On CUDA, backward passes that add in the same order every time.
+
+    Strictly: with warnings only, attention would go on adding in any order. torch raises where an
+    operation of the model cannot do without that.
+    """
     if torch.device(device).type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield

@@ -19,17 +19,27 @@ def make_optimizer(student: Student, settings: TuneSettings) -> torch.optim.Opti
     """
     rule, lamb = settings.rule, settings.optimizer == "lamb"
     groups: list[dict] = []
-    for _, parameter, buffer in student.parameters():
+    for master in student.masters():
         group = {"lr": settings.lr, "betas": BETAS}
-        if buffer:
+        if master.buffer:
             group = {"lr": rule.code_lr, "betas": CODE_BETAS}
         if lamb:
-            group["debias"] = rule.warm_up if buffer else True
+            group["debias"] = rule.warm_up if master.buffer else True
+            group["stacked"] = master.stacked
         else:
-            group["lr"] *= float(parameter.detach().double().square().mean().sqrt()) or 1.0
+            size = float(master.parameter.detach().double().square().mean().sqrt())
+            group["lr"] *= size or 1.0
         like = [g for g in groups if {**g, "params": None} == {**group, "params": None}]
         if like:
-            like[0]["params"].append(parameter)
+            like[0]["params"].append(master.parameter)
         else:
-            groups.append({**group, "params": [parameter]})
+            groups.append({**group, "params": [master.parameter]})
+    for group in groups:
+        group["first_lr"] = group["lr"]
     return (Lamb if lamb else torch.optim.Adam)(groups)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Make every learning rate ``factor`` of what it was at the start."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["first_lr"] * factor

@@ -30,9 +30,9 @@ from .student import Student
 
 def tensors_of(student: Student) -> dict[str, torch.Tensor]:
     """Codes and float32 masters of this rank (no buffers): all that an export needs."""
-    owned = ((name, layer) for name, layer in student.layers.items() if layer.rep is not None)
-    found = {f"{name}.codes": layer.rep.codes for name, layer in owned}
-    return found | {name: p.detach() for name, p, buffer in student.parameters() if not buffer}
+    owned = ((name, layer) for name, layer in student.layers.items() if layer.stack is not None)
+    found = {f"{name}.codes": layer.codes for name, layer in owned}
+    return found | {name: t for name, t, buffer in student.parameters() if not buffer}
 
 
 @torch.no_grad()
@@ -42,17 +42,22 @@ def load_tensors(student: Student, tensors: Mapping[str, torch.Tensor]) -> None:
     ``tensors`` are those of all ranks.
     """
     for name, layer in student.layers.items():
-        if layer.rep is not None:
-            layer.rep.codes = tensors[f"{name}.codes"].to(layer.rep.codes.device)
-    for name, parameter, buffer in student.parameters():
+        if layer.stack is not None:
+            layer.codes.copy_(tensors[f"{name}.codes"])
+    for name, tensor, buffer in student.parameters():
         if not buffer or name in tensors:
-            parameter.copy_(tensors[name])
+            tensor.copy_(tensors[name])
     student.refresh()
 
 
 def _read(files: Iterable[Path]) -> dict[str, torch.Tensor]:
     """The tensors of all files."""
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 class RunFolder:
@@ -110,10 +115,14 @@ class RunFolder:
     def save(self, student: Student, optimizer: Optimizer, run: Mapping) -> Path:
         """Write the checkpoint of ``run["step"]``, then drop older ones. Returns its folder."""
         state = tensors_of(student)
-        for name, parameter, _ in student.parameters():
-            state[name] = parameter.detach()
-            for key, value in optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{key}"] = value
+        for master in student.masters():
+            state |= master.slices()
+            for key, value in optimizer.state.get(master.parameter, {}).items():
+                if value.dim():
+                    each = master.slices(value)
+                else:  # a count of steps, which a stack has in common
+                    each = {name: value.clone() for name in master.names}
+                state |= {f"optimizer.{name}.{key}": tensor for name, tensor in each.items()}
         place, draft = self.folder / f"step-{run['step']:06}", self.folder / "draft"
         self._together()
         if place.exists():
@@ -151,14 +160,19 @@ class RunFolder:
             name = min(wanted ^ found)
             raise TuningError(f"{self.folder} is a run of another model: {name} is in one only")
         load_tensors(student, state)
-        for name, parameter, _ in student.parameters():
-            prefix = f"optimizer.{name}."
-            held = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            if held:  # counts of steps stay on the CPU, where both optimisers have them
-                device = parameter.device
-                optimizer.state[parameter] = {
-                    key: t if key == "step" else t.to(device) for key, t in held.items()
-                }
+        for master in student.masters():
+            held = [_under(state, f"optimizer.{name}.") for name in master.names]
+            if not held[0]:
+                continue
+            device, found = master.parameter.device, {}
+            for key, first in held[0].items():
+                if not first.dim():  # counts of steps stay on the CPU: both optimisers have them so
+                    found[key] = first
+                elif master.stacked:
+                    found[key] = torch.stack([one[key] for one in held]).to(device)
+                else:
+                    found[key] = first.to(device)
+            optimizer.state[master.parameter] = found
         if self.rank == 0:
             rows = [json.dumps(row) for row in self.rows() if row["step"] <= run["step"]]
             self.log.write_text("".join(f"{row}\n" for row in rows))

@@ -14,6 +14,7 @@ The four below are ``ste`` on scalar grids with other gradients through rounding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -88,6 +89,7 @@ class TuneSettings:
         lr: relative step of values, norms, embeddings and head: LAMB moves a tensor by this
             fraction of its norm, Adam every element by about this fraction of the tensor's root
             mean square at the start.
+        final_lr: fraction that both learning rates fall to until the last step, by a half cosine.
         code_lr, delta_decay, max_code_change, trust_ratio, warm_up: see ``Method``.
         temperature: of the choice of groups; 0 takes the largest, T > 0 samples without
             replacement with probabilities proportional to score^(1/T).
@@ -102,7 +104,7 @@ class TuneSettings:
             early stop (0: never).
         valid_windows: most validation windows (None: all).
         save_every: steps between checkpoints of the run.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once (None: see ``loss.default_chunk``).
         gradient_checkpointing: recompute each block's activations in the backward pass.
         poison: fill weights with NaN before they are refreshed, to catch one that is not.
     """
@@ -115,6 +117,7 @@ class TuneSettings:
     microbatch: int | None = None
     optimizer: str = "lamb"
     lr: float = 3e-4
+    final_lr: float = 1.0
     code_lr: float | None = None
     delta_decay: float | None = None
     max_code_change: float | None = None
@@ -131,7 +134,7 @@ class TuneSettings:
     patience: int = 0
     valid_windows: int | None = None
     save_every: int = 50
-    chunk: int = 1024
+    chunk: int | None = None
     gradient_checkpointing: bool = False
     poison: bool = False
 
@@ -156,6 +159,7 @@ class TuneSettings:
             self._check(name, lambda v: v >= 0, "at least 0")
         self._check("chunk", lambda v: v >= 1, "at least 1")
         self._check("seq_len", lambda v: v >= 2, "at least 2")
+        self._check("final_lr", lambda v: 0 <= v <= 1, "in 0..1")
         self._check("delta_decay", lambda v: 0 <= v <= 1, "in 0..1")
         self._check("max_code_change", lambda v: 0 < v <= 1, "above 0, at most 1")
         for name in ("rounding_temperature", "sigmoid_temperature"):
@@ -181,6 +185,11 @@ class TuneSettings:
                     )
         if self.optimizer == "adam" and self.warm_up is not None:
             raise TuningError(f"warm_up={self.warm_up} is a setting of lamb, not of adam")
+
+    def rate(self, step: int) -> float:
+        """What multiplies the learning rates in the step after ``step`` others."""
+        along = min(1.0, step / max(1, self.steps - 1))
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * along)) / 2
 
     def _check(self, name: str, good, expected: str) -> None:
         value = getattr(self, name)

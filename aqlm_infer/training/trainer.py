@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Order
-from .loss import ChunkedLoss, check_split, score_means, score_sums
+from .loss import ChunkedLoss, check_split, default_chunk, score_means, score_sums
 from .modes import recompute_blocks, reproducible
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, set_rate
 from .representation import TuningError
 from .runs import RunFolder
 from .settings import TuneSettings
@@ -24,7 +24,8 @@ from .student import Student
 from .vstep import Moved
 
 RESUMABLE = ("steps", "patience", "save_every")
-"""Settings that a resumed run may change: what was computed so far does not depend on them."""
+"""Settings that a resumed run may change: what was computed so far does not depend on them (but
+on the steps where learning rates fall)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Trainer:
         train, valid: windows [n, L], int64.
         settings: of the run.
         folder: of its checkpoints and log.
-        dtype: of autocast; float32 is none.
         progress: whether to show a progress bar.
 
     Raises TuningError when models, data and settings do not go together.
@@ -68,7 +68,6 @@ class Trainer:
         valid: torch.Tensor,
         settings: TuneSettings,
         folder: RunFolder,
-        dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ):
         if (teacher is None) != (settings.loss == "ce"):
@@ -84,11 +83,9 @@ class Trainer:
             if teacher is not None:
                 self.parallel.shard_blocks(teacher)
         self.device = next(student.model.parameters()).device
-        # No cache of casts: a chunk's recomputation would find other tensors than its forward.
-        self.autocast = torch.autocast(
-            self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
-        self.loss = ChunkedLoss(student.model, teacher, settings.chunk)
+        vocabulary = student.model.get_output_embeddings().weight.shape[0]
+        self.chunk = settings.chunk or default_chunk(vocabulary, self.device)
+        self.loss = ChunkedLoss(student.model, teacher, self.chunk)
         self.micro = settings.microbatch or max(1, settings.batch // self.size)
         if settings.batch % (self.size * self.micro):
             raise TuningError(
@@ -102,42 +99,41 @@ class Trainer:
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         ids = train[:1].to(self.device)
-        with self.autocast:
-            student.run(lambda: check_split(student.model, ids, "student"))
-            if teacher is not None:
-                check_split(teacher, ids, "teacher")
+        student.run(lambda: check_split(student.model, ids, "student"))
+        if teacher is not None:
+            check_split(teacher, ids, "teacher")
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _gradients(self, step: int) -> float:
-        """Forward and backward over the step's batch; the mean loss. Raises NotFinite."""
+    def _gradients(self, step: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Forward and backward over the step's batch: the part of the mean loss that each
+        microbatch has, and the student's gradients."""
         windows = self.train[self.order[step]]
         tokens = self.loss.scored(*windows.shape)
         losses = []
         for ids in windows.chunk(self.size)[self.rank].split(self.micro):
             ids = ids.to(self.device)
             with reproducible(self.device):
-                with self.autocast:
-                    loss = self.student.run(lambda ids=ids: self.loss(ids)) / tokens
+                loss = self.student.run(lambda ids=ids: self.loss(ids)) / tokens
                 (loss * self.size).backward()  # FSDP2 takes the mean over ranks
             losses.append(loss.detach())
-        self.student.spread_gradients()
-        named = [(n, p.grad) for n, p, _ in self.student.parameters() if p.grad is not None]
-        norms = torch._foreach_norm([g for _, g in named])
-        checked = torch.stack([*losses, *norms]).tolist()  # the step's one wait for the device
-        losses, norms = checked[: len(losses)], checked[len(losses) :]
+        return losses, self.student.gradients()
+
+    def _checked(self, step: int, losses: list[torch.Tensor], norms: dict) -> float:
+        """The loss of the whole batch. Raises NotFinite; what the student holds is then lost."""
+        found = torch.stack([x.float() for x in (*losses, *norms.values())]).tolist()
         where = f"on rank {self.rank} at step {step + 1}"
         bad = [
             f"the loss is {value} in microbatch {number} {where}"
-            for number, value in enumerate(losses)
+            for number, value in enumerate(found[: len(losses)])
             if not math.isfinite(value)
         ]
         bad += [
             f"the gradient of {name} has norm {value} {where}"
-            for (name, _), value in zip(named, norms, strict=True)
+            for name, value in zip(norms, found[len(losses) :], strict=True)
             if not math.isfinite(value)
         ]
-        return self._total(sum(losses), bad[0] if bad else "")
+        return self._total(sum(found[: len(losses)]), bad[0] if bad else "")
 
     def _total(self, loss: float, trouble: str) -> float:
         """The loss summed over ranks, which all stop where one is in ``trouble``."""
@@ -159,20 +155,22 @@ class Trainer:
 
     def _step(self, step: int) -> dict:
         """One optimiser step and V step; the row of the log."""
-        loss = self._gradients(step)
-        self.optimizer.step()
-        moved = self.student.choose_codes(step + 1)
+        losses, gradients = self._gradients(step)
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+        set_rate(self.optimizer, self.settings.rate(step))
+        moved = self.student.update(gradients, self.optimizer, step + 1)
+        loss = self._checked(step, losses, norms)  # the first wait for the device
         return {"kind": "step", "step": step + 1, "loss": loss, **self._movement(moved)}
 
-    def _movement(self, moved: Mapping[str, Moved]) -> dict[str, float]:
+    def _movement(self, moved: Sequence[Moved]) -> dict[str, float]:
         """Flips as a fraction of all groups, norms relative to |What|, the trust region's use."""
         if self.student.choice is None:
             return {"flips": 0.0}
         limit = self.settings.rule.trust_ratio
         sums = [0.0] * 5  # flips, changes^2, residuals^2, sizes^2, shares of the trust region
         if moved:
-            each = torch.stack(
-                [torch.stack([m.flips, m.moved, m.residual, m.size]) for m in moved.values()]
+            each = torch.cat(
+                [torch.stack([m.flips, m.moved, m.residual, m.size], 1) for m in moved]
             ).tolist()
             shares = [math.sqrt(m / s) / limit if limit and s else 0.0 for _, m, _, s in each]
             sums = [sum(column) for column in (*zip(*each, strict=True), shares)]
@@ -195,17 +193,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``score`` of the student on the validation windows, with ``ppl``."""
-        model, chunk = self.student.model, self.settings.chunk
+        model, chunk = self.student.model, self.chunk
         mine = self.valid[self.rank :: self.size]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for start in range(0, -(-len(self.valid) // self.size), self.micro):
             group = mine[start : start + self.micro]
             # A rank that is through computes along: the others need its part of the weights.
             ids = (group if len(group) else self.valid[:1]).to(self.device)
-            with self.autocast:
-                found = self.student.run(
-                    lambda ids=ids: score_sums(model, self.teacher, ids, chunk)
-                )
+            found = self.student.run(lambda ids=ids: score_sums(model, self.teacher, ids, chunk))
             sums += found * bool(len(group))
         if self.parallel is not None:
             self.parallel.sum(sums)
@@ -297,5 +292,6 @@ def check_same(saved: Mapping, settings: TuneSettings, folder: Path) -> None:
     for name, value in asdict(settings).items():
         before = saved.get(name)
         value = list(value) if isinstance(value, tuple) else value
-        if name not in RESUMABLE and before != value:
+        free = name in RESUMABLE and (name != "steps" or settings.final_lr == 1)
+        if not free and before != value:
             raise TuningError(f"{folder} is a run with {name}={before}, not {value}")

@@ -7,18 +7,20 @@
 
 A step may therefore always change one group. Nothing here waits for the device: the numbers that a
 step reports stay tensors. Sums over groups that decide something are sums of integers, so the same
-groups are chosen in any order of summation.
+groups are chosen in any order of summation. A representation is of several tensors: each has its
+own limits, and every number of it is in a row of its own.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .representation import Representation
+from .representation import Representation, taken
 from .settings import Method
 
 UNIT = 1 << 36
@@ -54,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a V step did, as tensors of no dimension: squares of norms in the code basis."""
+    """What a V step did, tensors [L] but for the words: squares of norms in the code basis."""
 
     flips: torch.Tensor
     """Groups whose codes changed."""
@@ -64,6 +66,8 @@ class Moved:
     """|Buf - What before|^2."""
     size: torch.Tensor
     """|What before|^2."""
+    words: torch.Tensor | None
+    """What after, [L, groups, width]; None once it is used."""
 
 
 def seeded(device: torch.device, *numbers: int) -> torch.Generator:
@@ -71,52 +75,78 @@ def seeded(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(random.Random(repr(numbers)).getrandbits(62))
 
 
+def uniform(device: torch.device, count: int, seeds: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Random numbers in 0..1 [L, count], a row from each seed."""
+    rows = [torch.rand(count, device=device, generator=seeded(device, *seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def orders(
+    books: int, seeds: Sequence[tuple[int, ...]], device: torch.device
+) -> torch.Tensor | None:
+    """A shuffle of the codebooks from each seed, [L, books]; None where there is one."""
+    if books == 1:
+        return None
+    rows = [list(range(books)) for _ in seeds]
+    for row, seed in zip(rows, seeds, strict=True):
+        random.Random(repr(seed)).shuffle(row)
+    found = torch.tensor(rows)
+    if device.type == "cuda":  # a copy from other memory would wait for all that was launched
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def v_step(
     rep: Representation,
     buffer: torch.Tensor,
     choice: Choice,
-    seed: tuple[int, ...] = (0,),
+    seeds: Sequence[tuple[int, ...]],
     gradient: torch.Tensor | None = None,
 ) -> Moved:
-    """Re-encode ``rep`` towards ``buffer`` [groups, width], in place.
+    """Re-encode ``rep`` towards ``buffer`` [L, groups, width], in place.
 
-    ``gradient`` [groups, width], in the code basis, is needed by the ranking "gain". ``seed``
-    names the draw, where something is sampled.
+    ``gradient`` [L, groups, width], in the code basis, is needed by the ranking "gain". ``seeds``
+    name the draws of each tensor, where something is sampled.
     """
     before = rep.decode(rep.codes)
-    order = list(range(rep.books))
-    random.Random(repr(seed)).shuffle(order)
+    pending = (buffer - before).square().sum(2)  # [L, groups]
+    order = orders(rep.books, seeds, buffer.device)
+    index = None
     if choice.stochastic:
-        codes, better = _at_random(rep, buffer, before, choice, tuple(order), seed)
-        index = None
+        codes, better = _at_random(rep, buffer, choice, order, seeds)
     elif choice.ranking == "residual" and choice.max_code_change < 1:
-        score = (buffer - before).square().sum(1)
-        index = largest(score, _limit(rep, choice), choice.temperature, seed)
-        codes = rep.search(buffer[index], index, choice.beam, tuple(order))
-        better = _improves(rep, codes, index, buffer[index], before[index])
+        index = largest(pending, _limit(rep, choice), choice.temperature, seeds)
+        targets = taken(buffer, index)
+        codes = rep.search(targets, index, choice.beam, order)
+        better = _improves(rep, codes, index, targets, pending)
     else:
-        codes = rep.search(buffer, None, choice.beam, tuple(order))
-        better = _improves(rep, codes, None, buffer, before)
-        index = None
+        codes = rep.search(buffer, None, choice.beam, order)
+        better = _improves(rep, codes, None, buffer, pending)
         if choice.max_code_change < 1 or choice.trust_ratio:
-            index = _ranked(rep, codes, better, buffer, before, gradient, choice, seed)
-            codes, better = codes[index], better[index]
-    old = before if index is None else before[index]
-    moved = (rep.decode(codes, index) - old).double().square().sum(1) * better
-    size = torch.linalg.vector_norm(before, dtype=torch.float64).square()
+            score = pending
+            if choice.ranking != "residual":
+                change = rep.decode(codes) - before
+                along = -gradient if choice.ranking == "gain" else change
+                score = torch.where(better, (along * change).sum(2), -torch.inf)
+            index = largest(score, _limit(rep, choice), choice.temperature, seeds)
+            codes, better = taken(codes, index), better.gather(1, index)
+    words = rep.decode(codes, index)
+    moved = (words - taken(before, index)).double().square().sum(2) * better
+    size = torch.linalg.vector_norm(before, dim=(1, 2), dtype=torch.float64).square()
     if choice.trust_ratio:
         better = better & within(moved, choice.trust_ratio**2 * size)
         moved = moved * better
-    held = rep.codes if index is None else rep.codes[index]
-    codes = torch.where(better[:, None], codes, held)
-    flips = (codes != held).any(1).sum()
+    held = taken(rep.codes, index)
+    codes = torch.where(better[..., None], codes, held)
+    words = torch.where(better[..., None], words, taken(before, index))
+    flips = (codes != held).any(2).sum(1)
     if index is None:
-        rep.codes = codes
+        rep.codes.copy_(codes)
     else:
-        rep.codes[index] = codes
-    residual = torch.linalg.vector_norm(buffer - before, dtype=torch.float64).square()
-    return Moved(flips, moved.sum(), residual, size)
+        rep.codes.scatter_(1, index[..., None].expand_as(codes), codes)
+        words = before.scatter_(1, index[..., None].expand_as(words), words)
+    return Moved(flips, moved.sum(1), pending.sum(1, dtype=torch.float64), size, words)
 
 
 def _limit(rep: Representation, choice: Choice) -> int:
@@ -129,40 +159,19 @@ def _improves(
     codes: torch.Tensor,
     index: torch.Tensor | None,
     targets: torch.Tensor,
-    before: torch.Tensor,
+    pending: torch.Tensor,
 ) -> torch.Tensor:
-    """Where new codes are strictly nearer to the targets than the old words."""
-    error = (targets - rep.decode(codes, index)).square().sum(1)
-    return error < (targets - before).square().sum(1)
-
-
-def _ranked(
-    rep: Representation,
-    codes: torch.Tensor,
-    better: torch.Tensor,
-    buffer: torch.Tensor,
-    before: torch.Tensor,
-    gradient: torch.Tensor | None,
-    choice: Choice,
-    seed: tuple[int, ...],
-) -> torch.Tensor:
-    """The chosen groups of a search over all of them, int64, best first."""
-    if choice.ranking == "residual":
-        score = (buffer - before).square().sum(1)
-    else:
-        change = rep.decode(codes) - before
-        along = -gradient if choice.ranking == "gain" else change
-        score = torch.where(better, (along * change).sum(1), -torch.inf)
-    return largest(score, _limit(rep, choice), choice.temperature, seed)
+    """Where new codes are strictly nearer to the targets than the old words, ``pending`` off."""
+    error = (targets - rep.decode(codes, index)).square().sum(2)
+    return error < (pending if index is None else pending.gather(1, index))
 
 
 def _at_random(
     rep: Representation,
     buffer: torch.Tensor,
-    before: torch.Tensor,
     choice: Choice,
-    order: tuple[int, ...],
-    seed: tuple[int, ...],
+    order: torch.Tensor | None,
+    seeds: Sequence[tuple[int, ...]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One of the two nearest words each, the farther with probability 1/(1 + (e2/e1)^(1/T)).
 
@@ -170,35 +179,37 @@ def _at_random(
     expectation at T = 1 is the target. Returns (codes, where they are to be taken: everywhere).
     """
     pair = rep.two_nearest(buffer, choice.beam, order)
-    first, second = ((buffer - rep.decode(codes)).square().sum(1).sqrt() for codes in pair)
+    first, second = ((buffer - rep.decode(codes)).square().sum(2).sqrt() for codes in pair)
     odds = (second / first) ** (1 / choice.rounding_temperature)  # inf where first is 0
-    draw = torch.rand(len(buffer), device=buffer.device, generator=seeded(buffer.device, *seed))
-    farther = draw < 1 / (1 + odds)
-    codes = torch.where(farther[:, None], pair[1], pair[0])
+    farther = uniform(buffer.device, rep.groups, seeds) < 1 / (1 + odds)
+    codes = torch.where(farther[..., None], pair[1], pair[0])
     return codes, torch.ones_like(farther)
 
 
 def largest(
-    score: torch.Tensor, count: int, temperature: float = 0.0, seed: tuple[int, ...] = (0,)
+    score: torch.Tensor,
+    count: int,
+    temperature: float = 0.0,
+    seeds: Sequence[tuple[int, ...]] = (),
 ) -> torch.Tensor:
-    """Indices of the ``count`` largest of float32 ``score`` [n], largest first, ties by index.
+    """Indices [L, count] of the largest of float32 ``score`` [L, n], in order, ties by index.
 
     ``temperature`` T > 0 samples them without replacement instead, with probabilities proportional
     to score^(1/2T) (a score is a square), by adding Gumbel noise to the logarithms.
     """
     if temperature:
-        noise = torch.rand(len(score), device=score.device, generator=seeded(score.device, *seed))
-        gumbel = -torch.log(-torch.log(noise.clamp(1e-30, 1 - 2**-24)))
-        score = score.clamp_min(0).log() / (2 * temperature) + gumbel
+        noise = uniform(score.device, score.shape[1], seeds).clamp(1e-30, 1 - 2**-24)
+        score = score.clamp_min(0).log() / (2 * temperature) - torch.log(-torch.log(noise))
     bits = score.float().view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the floats' order as that of integers
-    number = torch.arange(len(score), device=score.device)
+    number = torch.arange(score.shape[1], device=score.device)
     key = (ordered.long() << 32) | (0xFFFFFFFF - number)
     return 0xFFFFFFFF - (key.topk(count).values & 0xFFFFFFFF)
 
 
 def within(moved: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """Mask of the leading ``moved`` [k] (squares) whose sum is within ``budget``, and one more."""
-    share = (moved / budget.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=2.0)
+    """Mask of the leading ``moved`` [L, k] (squares) whose sum is within ``budget`` [L], and one
+    more of each row."""
+    share = (moved / budget.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).clamp(max=2.0)
     units = (share * UNIT).round().long()
-    return units.cumsum(0) - units <= UNIT
+    return units.cumsum(1) - units <= UNIT
