@@ -63,6 +63,21 @@ def test_whole_waves():
     assert torch.equal(y, quant(x)), "two runs differ"
 
 
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x8-g8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_passes(scheme, dtype):
+    """Passes of 256 tokens, which only larger matrices take; at 512 some items fill a wave."""
+    N, K = 14401, 6160
+    layer = random_layer(scheme, N, K, dtype)
+    quant = make(layer, "exact")
+    weight, bias = quant.weight.double(), layer.bias.double().cuda()
+    for M in (176, 300, 512):
+        x = random_input(M, K, dtype).contiguous().cuda()
+        y = quant(x)
+        assert torch.equal(y, quant(x)), f"M={M}: two runs differ"
+        assert_close(y, x.double() @ weight.T + bias, x, weight, dtype)
+
+
 @pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
 @pytest.mark.parametrize("M", [9, 64, 130])
 def test_fused_parts(scheme, M):

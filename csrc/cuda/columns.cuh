@@ -10,14 +10,15 @@
 //      conflicts and no replicas. One PRMT makes the offset: byte 0 lane and stage, byte 1 code.
 //   CTA: kWarps warps of 64 rows; a lane holds the sums of all rows of its warp over its columns.
 //      The lanes are added once per row group, by shuffles.
-//   Codes: bulk copies into a ring of steps.
+//   Codes: bulk copies into a ring of steps; the warps issue them in turn, because every warp waits
+//      for the slowest one (an issuer of its own doubled that one's instructions).
 //
 // In the middle of step k every warp builds its share of table k + 1, so that neither waiting for
 // tables (`ready`) nor for their readers (`read`) keeps a warp unless it is half a step ahead.
 // CTAs cut the K range evenly (streamk.cuh); reduce.cuh adds their partial sums.
 //
 // Bytes per weight vector and codebook: 1 of codes, 4 of shared memory. Architectures sm_90+.
-// H200, 2026-11-22, 2x8 g8: 4096 x 4096 5.1 us, 14336 x 4096 10.4 (lut: 6.6, 13.1).
+// H200, 2026-11-28, 2x8 g8: 28672 x 8192 24.0 us, 14336 x 4096 10.7 (lut: 30, 13.2).
 #pragma once
 
 #include "decode/additive.cuh"

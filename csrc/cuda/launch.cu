@@ -116,7 +116,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                  tokens <= tune::wgmma_tokens(a.codebooks, cells);
     bool mma_sync = mma && device.max_smem >= smem &&
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
-    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 && tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
+    bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 &&
+                      tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
     const int long_tokens = tune::long_tokens(a.codebooks, cells);
     bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kLongFirst && tokens <= long_tokens;
@@ -237,7 +238,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
 #endif
   // A shorter K range per block would cost more in partial sums than it gains.
   const bool wide = c.body == Body::kWgmmaWide;  // its units are four times as long
-  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma || c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8;
+  const bool mma = c.body == Body::kMma || c.body == Body::kWgmma ||
+                   c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8;
   const int min_units = wide ? 2 : mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
@@ -314,7 +316,8 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, -1: as tuned) and dependent launch of every later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, -1: as tuned) and dependent launch of every
+// later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

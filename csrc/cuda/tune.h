@@ -100,8 +100,9 @@ constexpr LutRow kLut[] = {
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
 
-// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM; 2 = 8
-// warps, two CTAs; 3 = 16 warps, one CTA; 4 .. 6: the same with prefetches to L2 (ladder only).
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM;
+// 2 = 8 warps, two CTAs; for the ladder only: 3 = 16 warps, one CTA; 4 .. 6 = 1 .. 3 with prefetches
+// to L2.
 constexpr int kColumnsArch = 90;
 inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
 inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }

