@@ -181,9 +181,6 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
     c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
   }
 #endif
-#ifdef AQLM_TUNE
-  if (g_rotated_share == 2 && c.share == Share::kOwned) c.wide = true;
-#endif
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
 }

@@ -28,7 +28,7 @@
 namespace aqlm {
 
 template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, Share kShare>
-__global__ void __launch_bounds__(kWarps * 32, kShare == Share::kOwned && kWarps == 8 ? 2 : 1)
+__global__ void __launch_bounds__(tune::rotated_bound(kCoding, kBits, kTiles, kGrouped, kWarps, kShare), 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
   constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;
@@ -92,7 +92,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
   if constexpr (kLocal) {
     if (kTiles > 1 || (!kGrouped && tokens > 1)) {
-      stage_tokens<kE8p, kWarps>(p, unit0, slots, cells, cell_stride, sums, peaks, scales);
+      stage_tokens<kE8p, kWarps, kTiles == 1 ? 2 : 4>(p, unit0, slots, cells, cell_stride, sums,
+                                                      peaks, scales);
     } else {
       for (int m = 0; m < tokens; ++m) {
         const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,

@@ -203,9 +203,9 @@ __device__ __forceinline__ uint4 load_eight_raw(const RotatedMatmul& p, long lon
 }
 
 // The units [first, first + count) of all of 2 .. kWarps tokens, by all warps: warps of a token share
-// its units, so that every load is in flight at once. 16-bit values wait in their own cell, which
+// its units, kBatch loads of a thread in flight at once. 16-bit values wait in their own cell, which
 // has just the room.
-template <bool kE8p, int kWarps>
+template <bool kE8p, int kWarps, int kBatch>
 __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, int count,
                                              uint8_t* cells, int cell_stride, float2* sums,
                                              float* peaks, float* scales) {
@@ -227,7 +227,6 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
     else unpack8<__nv_bfloat16>(raw, v);
   };
   auto cell_of = [&](int slot) { return cells + slot * cell_stride + 2 * m * kStageColumn; };
-  constexpr int kBatch = 4;
   float peak = 0.f;
   for (int slot = part * 4 + lane / 8; busy && slot < count; slot += kBatch * parts * 4) {
     float v[kBatch][8];

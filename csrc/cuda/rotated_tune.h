@@ -15,6 +15,16 @@ AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool gro
   return tiles >= 8 || (tiles >= 2 && (grouped || (coding == Coding::kE8p && bits > 2))) ? 8 : 16;
 }
 
+// Threads that ptxas must leave registers for: 96 each of a body for few tokens, so that a block of
+// the rotations before and after it fits beside it (with 105, a layer of 4096 x 4096 took 10.2
+// instead of 8.6 us). Where they are enough, that is.
+AQLM_HD constexpr int rotated_bound(Coding coding, int bits, int tiles, bool grouped, int warps,
+                                    Share share) {
+  const bool enough = share == Share::kLocal ||
+                      (bits != 3 && (coding == Coding::kScalar || bits == 2));
+  return tiles == 1 && !grouped && warps == 16 && enough ? 640 : warps * 32;
+}
+
 // One token of a large 2-bit matrix: 24 warps with less in flight each, 22.0 -> 20.9 us at
 // 28672 x 8192 (E8P: no gain, and 8 % slower at 14336 x 4096). 32 x 64 cells per SM from which on.
 constexpr int kWideWarps = 24, kWideDepth = 3, kWideCells = 400;
@@ -58,20 +68,22 @@ inline bool rotated_group_scales(const RotatedWeight& w) {
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
 AQLM_HD constexpr int rotated_wg_warps(Coding coding, int bits, int tiles, bool grouped) {
+  if (tiles == 4 && bits < 8) return 16;
   const int accumulators = tiles * (8 + (grouped ? 6 : 0));
-  return accumulators <= 32 && bits < 8 ? 16 : accumulators <= 64 ? 12 : 8;
+  return accumulators <= 64 ? 12 : 8;
 }
 // Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
 // that costs more than it saves (28672 x 8192, M = 64: whole layer 102 against 92 us).
 AQLM_HD constexpr bool rotated_exchanges(int tiles) { return tiles <= 4; }
-// Cells a step: two, but where a scale group has an odd number of them, or shared memory is short.
-AQLM_HD constexpr int rotated_wg_most_cells(Coding coding, int bits, int tiles) {
-  return tiles == 16 && rotated_planes(coding, bits) == 2 ? 1 : 2;
+// Cells a step: two, but for 64 tokens (63 against 66 us), where a scale group has an odd number of
+// them, and where it would cost 16 warps their registers.
+AQLM_HD constexpr int rotated_wg_most_cells(int tiles, bool grouped) {
+  return tiles == 16 || (grouped && tiles == 4) ? 1 : 2;
 }
 inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
   return grouped && w.group % (2 * kCellColumns) != 0
              ? 1
-             : rotated_wg_most_cells(w.coding, w.bits, tiles);
+             : rotated_wg_most_cells(tiles, grouped);
 }
 AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
   return coding == Coding::kE8p && bits == 3 ? 3 : 4;
@@ -113,13 +125,13 @@ inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share s
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
 // Whether blocks own rows: no slots to add, for a matrix of at most one block an SM, and of few
-// columns, because every block stages them all. Several tokens: neither for few blocks (4 tokens,
-// 2048 x 4096 5.9 against 5.5 us) nor with a rotation, which would mix more rows (4096 x 4096 12.3
-// against 11.3).
+// columns, because every block stages them all. Several tokens: neither for fewer blocks (4 tokens,
+// 3584 x 3584 6.6 against 5.9 us, 4096 x 4096 6.9 against 7.5) nor with a rotation, which would mix
+// more rows (4096 x 4096 12.3 against 11.3).
 constexpr int kOwnedUnits = 64;
 inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
                           const DeviceInfo& device) {
-  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 4 * w.blocks() < 3 * device.sms)))
+  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 10 * w.blocks() < 9 * device.sms)))
     return false;
   const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1, 1};
   const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));

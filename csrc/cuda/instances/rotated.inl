@@ -35,7 +35,7 @@ cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
 }
 
 template <int kTiles, bool kGrouped,
-          int kCells = tune::rotated_wg_most_cells(AQLM_CODING, AQLM_BITS, kTiles)>
+          int kCells = tune::rotated_wg_most_cells(kTiles, kGrouped)>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   if constexpr (kGrouped && kCells == 2)
     if (p.s.cells == 1) return wgmma_tiles<kTiles, kGrouped, 1>(p, stream);
@@ -73,10 +73,6 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);
   if constexpr (!kGrouped) {
     constexpr int kMostLocal = tune::rotated_local_tiles(AQLM_CODING, AQLM_BITS);
-#ifdef AQLM_TUNE
-    if (c.share == Share::kOwned && c.wide)
-      return matmul_tiles<1, false, Share::kOwned, 8>(p, stream);
-#endif
     if (c.share == Share::kOwned) return matmul_tiles<1, false, Share::kOwned>(p, stream);
     if (c.share == Share::kLocal && tiles == 2)
       return matmul_tiles<2, false, Share::kLocal>(p, stream);
