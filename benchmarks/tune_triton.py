@@ -43,8 +43,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64,), "COPIES": (0, 1), "PROGRAMS": (528, 1056, 2112),
+        "num_warps": (4,), "num_stages": (1,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),

@@ -53,15 +53,16 @@ def test_matmul(scheme, N, K, dtype):
     [("aqlm-1x8-g8", 63, 200), ("aqlm-2x6-g8", 64, 104), ("aqlm-2x8-g8", 130, 520),
      ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 65, 136), ("aqlm-1x12-g8", 67, 264)],
 )  # fmt: skip
-@pytest.mark.parametrize("body", ["words_dot", "dot"])
+@pytest.mark.parametrize("body", ["words_dot", "unshared", "dot"])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
     """Words gathered into registers from shared memory where codebooks fit, or into a tile."""
+    config = {"body": "words_dot", "COPIES": 0} if body == "unshared" else {"body": body}
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()
         for M in (2, 16, 31, 50):
             x = random_input(M, K, dtype)
-            with tuning.forced({"body": body}):
+            with tuning.forced(config):
                 y = quant(x.to(DEVICE))
             assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
 

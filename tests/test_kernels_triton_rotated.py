@@ -98,34 +98,37 @@ BYTES = (
 )
 
 
-@pytest.mark.parametrize("body", ["integers", "gemv"])
+@pytest.mark.parametrize("body", ["integers", "shared", "gemv"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scheme", "N", "K"), BYTES)
 def test_both_bodies_of_one_token(scheme, N, K, dtype, body):
-    """The one for NVIDIA's byte products (emulated in the interpreter), and the one for all."""
+    """The one for NVIDIA's byte products (emulated in the interpreter) with E8P's tables from
+    either memory, and the one for all."""
+    config = {"body": "integers", "SHARED": 0, "COPIES": 1} if body == "shared" else {"body": body}
     layer = random_layer(scheme, N, K, dtype)
     quant, weight = make(layer), layer.weight()
     for seed in range(3):
         x = random_input(1, K, dtype, seed)
-        with tuning.forced({"body": body}):
+        with tuning.forced(config):
             y = quant(x.to(DEVICE))
         expected = x.double() @ weight.T + layer.bias.double()
         assert_close(y.cpu(), expected, x, weight, dtype)
-    with tuning.forced({"body": body}):
+    with tuning.forced(config):
         y = quant(torch.zeros(1, K, dtype=dtype, device=DEVICE))
     assert torch.equal(y[0].cpu(), layer.bias)
 
 
-@pytest.mark.parametrize("body", ["integer_dot", "dot"])
+@pytest.mark.parametrize("body", ["integer_dot", "shared", "dot"])
 @pytest.mark.parametrize(("scheme", "N", "K"), [c for c in BYTES if "int8" not in c[0]])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
     """Integers that go into registers, or a tile in the inputs' type."""
+    config = {"body": "integer_dot", "COPIES": 1} if body == "shared" else {"body": body}
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()
         for M in (2, 16, 31, 50):
             x = random_input(M, K, dtype)
-            with tuning.forced({"body": body}):
+            with tuning.forced(config):
                 y = quant(x.to(DEVICE))
             expected = x.double() @ weight.T + layer.bias.double()
             assert_close(y.cpu(), expected, x, weight, dtype)

@@ -243,7 +243,7 @@ def _word4(books_ptr, base, code, lane, b: tl.constexpr, ENTRIES: tl.constexpr,
 @triton.jit
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, per_split,
                B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr, COPIES: tl.constexpr,
-               BYTES: tl.constexpr, ASM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+               BYTES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
                BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's steps of 32 groups of x[m] . word sums[n], of up to
     BLOCK_M tokens (16, 32, or 64 as two tiles of 32); vectors of 8, x and codebooks of one 16-bit
@@ -253,8 +253,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
     registers: a thread loads the codes and gathers the words that the MMA takes from it (a quarter
     of a step's groups of its rows), so the weight is never in shared memory. Codebooks may be:
     COPIES0 of the first, COPIES of the others, for the lanes that read at once; 8 have no bank
-    conflicts. WIDTH: how many neighbouring inputs of the tile Triton gives to a thread, 8 or 4;
-    with another one the tile is shuffled.
+    conflicts. 16 rows a warp keep it so: of 32 Triton (3.6) moves the tile through shared memory.
     """
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -271,9 +270,10 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
     n = tl.arange(0, BLOCK_N)[None, :, None]
     row = tl.minimum(tl.program_id(0) * BLOCK_N + n, N - 1)
     lane = t + n % 2 * 4
-    # The MMA takes the groups t * 8 + q of the threads t in turn.
+    # The tile has half words of groups t * 8 + q of the threads t in turn: four neighbouring
+    # numbers are what Triton gives to a thread of the MMA. (In another order it would shuffle.)
     i = tl.arange(0, 256)
-    i = i // WIDTH % 4 * 64 + i // 32 * 8 + i // (4 * WIDTH) % (8 // WIDTH) * WIDTH + i % WIDTH
+    i = i // 4 % 4 * 64 + i // 32 * 8 + i // 16 % 2 * 4 + i % 4
     for step in range(begin, end):
         k = step * 256 + i
         x_at = x_ptr + tokens[:, None] * x_stride + k[None, :]
@@ -305,8 +305,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, 
                 code = tl.load(at + b * IN * N).to(tl.int32) & (ENTRIES - 1)
                 w += tl.load(books_ptr + (b * ENTRIES + code)[:, :, :, None] * 8 + j)
             w = tl.reshape(w, (4, BLOCK_N, 8, 2, 2, 2))
-        w = tl.permute(w, (2, 0, 3, 4, 5, 1) if WIDTH == 8 else (2, 3, 0, 4, 5, 1))
-        tile = tl.reshape(w, (256, BLOCK_N))
+        tile = tl.reshape(tl.permute(w, (2, 3, 0, 4, 5, 1)), (256, BLOCK_N))
         total = tl.dot(x, tile, total, input_precision="ieee")
         if BLOCK_M > 32:
             total2 = tl.dot(x2, tile, total2, input_precision="ieee")

@@ -23,9 +23,9 @@ DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 
 def _copies(books: int, entries: int, tokens: int) -> tuple[int, int, int]:
     """Copies of the first codebook and of the others in shared memory, and its bytes; zeros: they
-    do not fit. (8 KB are left for 16 tokens' inputs, 16 for 32.)"""
-    size = {16: 40960, 32: 32768}.get(tokens, 0)
-    for first, others in ((8, 8), (8, 2), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
+    do not fit. (With 8 KB for 16 tokens' inputs, or 16 for 32, they stay within 48 KB.)"""
+    size = {16: 32768, 32: 24576}.get(tokens, 0)
+    for first, others in ((8, 8), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
         if 16 * entries * (first + (books - 1) * others) <= size:
             return first, others, size
     return 0, 0, 0
@@ -52,8 +52,6 @@ class _Part:
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
         words = M > 1 and (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         words = words and x.dtype == self.codebooks.dtype
-        if words and has_dp4a(x):
-            body = "words_dot"
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
         if config["body"] == "words_dot" and not words:
             return tuning.default("additive.dot")
@@ -98,8 +96,8 @@ class _Part:
         wrap_triton(bodies._words_dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.K, self.in_groups,
             x.stride(0), each, B=self.B, ENTRIES=self.entries, COPIES0=first, COPIES=others,
-            BYTES=size, ASM=has_dp4a(x), WIDTH=8 // self.codes.dtype.itemsize, BLOCK_N=block_n,
-            BLOCK_M=block_m, **tuning.launch_options(config),
+            BYTES=size, ASM=has_dp4a(x), BLOCK_N=block_n, BLOCK_M=block_m,
+            **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 

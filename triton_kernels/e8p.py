@@ -65,27 +65,26 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 
 
 @triton.jit
-def _tables(tables_ptr, BITS: tl.constexpr):
-    """The address of the tables in shared memory: 16 copies, 8 of the 8-bit residuals."""
-    base = _declare(40960 if BITS == 3 else 32768)
-    _share(tables_ptr, base, 16)
-    _share(tables_ptr + 256, base + 16384, 16)
-    if BITS == 3:
-        _share(tables_ptr + 512, base + 32768, 8)
+def _tables(tables_ptr, BITS: tl.constexpr, COPIES: tl.constexpr):
+    """The address of the tables in shared memory, COPIES of each."""
+    base = _declare(1024 * COPIES * (3 if BITS == 3 else 2))
+    for table in tl.static_range(3 if BITS == 3 else 2):
+        _share(tables_ptr + 256 * table, base + 1024 * COPIES * table, COPIES)
     return _ready(base)
 
 
 @triton.jit
-def _shared_words(base, code, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
+def _shared_words(base, code, KIND: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_G: tl.constexpr):  # fmt: skip
     """``_words`` of codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
     lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
     lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
+    own = base + lane % COPIES * 4
     if KIND == 1:
-        return _load(base + lane % 8 * 4 + 32768 + (code & 255) * 32, True)
+        return _load(own + 2048 * COPIES + (code & 255) * (4 * COPIES), True)
     else:
-        own = base + lane % 16 * 4
-        word = _load(own + ((code >> 8) & 255) * 64, True)
-        return word ^ _load(own + 16384 + (code & 255) * 64, True)
+        word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
+        return word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
 
 
 @triton.jit
@@ -191,8 +190,8 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
               BLOCK_G: tl.constexpr):  # fmt: skip
     """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
 
-    Sums of those are exact; four products take one instruction and four nibbles one mask. COPIES:
-    tables are shared in copies (``shared``), SHARED: for each step.
+    Sums of those are exact; four products take one instruction and four nibbles one mask. COPIES
+    of the tables are in shared memory (0: they are not), or SHARED: they come there in each step.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
@@ -202,8 +201,8 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
     high2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     base = 0
-    if COPIES:
-        base = _tables(tables_ptr, BITS)
+    if COPIES > 0:
+        base = _tables(tables_ptr, BITS, COPIES)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)
     code = _codes(codes_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
@@ -216,13 +215,13 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         next_code2 = next_code
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
-        if COPIES:
-            word = _shared_words(base, code, 2, BLOCK_N, BLOCK_G)
+        if COPIES > 0:
+            word = _shared_words(base, code, 2, COPIES, BLOCK_N, BLOCK_G)
         else:
             word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
-        if BITS > 2 and COPIES:
-            second = _shared_words(base, code2, BITS - 2, BLOCK_N, BLOCK_G)
+        if BITS > 2 and COPIES > 0:
+            second = _shared_words(base, code2, BITS - 2, COPIES, BLOCK_N, BLOCK_G)
         elif BITS > 2:
             second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         code = next_code
@@ -254,8 +253,8 @@ def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constex
                   ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
     the thread that loaded a code has its nibbles where an MMA wants them."""
-    if COPIES:
-        word = _shared_words(base, code, KIND, BLOCK_N, BLOCK_G)
+    if COPIES > 0:
+        word = _shared_words(base, code, KIND, COPIES, BLOCK_N, BLOCK_G)
     elif ASM and KIND == 1:
         word = _load(tables_ptr + 512 + (code & 255), False)
     elif ASM:
@@ -289,8 +288,8 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     base = 0
-    if COPIES:
-        base = _tables(tables_ptr, BITS)
+    if COPIES > 0:
+        base = _tables(tables_ptr, BITS, COPIES)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)[None, :]
     code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)

@@ -120,7 +120,10 @@ class _Weight:
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
-        copies = has_dp4a(x) and bool(config.get("COPIES"))
+        copies = 0
+        if has_dp4a(x) and config.get("COPIES"):
+            # With the inputs they stay within 48 KB (``shared``).
+            copies = 16 if self.bits != 3 and M <= 16 else 8
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](

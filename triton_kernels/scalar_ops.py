@@ -139,7 +139,9 @@ class _Weight:
         # float32 keeps its own precision where MMAs have a type for it.
         integers = sets > 0 and (M == 1 or (self.bits < 8 and x.dtype != torch.float32))
         body = "gemv" if M == 1 else "dot"
-        if integers and has_dp4a(x):
+        # (Sums of a part of a block are scaled so often that floats are faster for one token.)
+        whole = not self.grouped or sets * self.bits == 8
+        if integers and has_dp4a(x) and (whole or M > 1):
             body = "integers" if M == 1 else "integer_dot"
         scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
         config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)

@@ -18,15 +18,19 @@ import triton.language as tl
 
 @triton.jit
 def _declare(BYTES: tl.constexpr):
-    """The address of so many bytes (32 or 40 KB), int32. Once a kernel."""
-    tl.static_assert(BYTES == 32768 or BYTES == 40960)
-    if BYTES == 32768:
+    """The address of 16, 24 or 32 KB of shared memory, int32. Once a kernel."""
+    tl.static_assert(BYTES == 16384 or BYTES == 24576 or BYTES == 32768)
+    if BYTES == 16384:
         return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+            "{ .shared .align 16 .b8 t[16384]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+        )
+    elif BYTES == 24576:
+        return tl.inline_asm_elementwise(
+            "{ .shared .align 16 .b8 t[24576]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
         )
     else:
         return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[40960]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
         )
 
 
@@ -34,26 +38,18 @@ def _declare(BYTES: tl.constexpr):
 def _load_byte(at):
     """The unsigned byte at each pointer, int32."""
     return tl.inline_asm_elementwise(
-        "{ .reg .u16 b; ld.global.nc.u8 b, [$1]; cvt.u32.u16 $0, b; }",
-        "=r,l",
-        [at],
-        tl.int32,
-        True,
-        1,
-    )
+        "{ .reg .u16 b; ld.global.nc.u8 b, [$1]; cvt.u32.u16 $0, b; }", "=r,l", [at], tl.int32,
+        True, 1,
+    )  # fmt: skip
 
 
 @triton.jit
 def _load_half(at):
     """The unsigned 16 bits at each pointer, int32."""
     return tl.inline_asm_elementwise(
-        "{ .reg .u16 b; ld.global.nc.u16 b, [$1]; cvt.u32.u16 $0, b; }",
-        "=r,l",
-        [at],
-        tl.int32,
-        True,
-        1,
-    )
+        "{ .reg .u16 b; ld.global.nc.u16 b, [$1]; cvt.u32.u16 $0, b; }", "=r,l", [at], tl.int32,
+        True, 1,
+    )  # fmt: skip
 
 
 @triton.jit
