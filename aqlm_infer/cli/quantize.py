@@ -48,7 +48,9 @@ def quantize(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Glob of layers to keep dense (default: the output head)."),
+        typer.Option(
+            help="Glob of layers to keep dense (default: the head, unless the plan has it)."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
