@@ -13,10 +13,10 @@ TRITON = $(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname -s)
 
 .PHONY: demo test bench sdist wheel-cpu wheel-cuda test-wheel lint clean
 
-demo: $(READY)
-	$(PY) examples/demo.py
-
 # Passive waits: OpenMP threads that spin take turns for seconds where cores are shared.
+demo: $(READY)
+	OMP_WAIT_POLICY=passive $(PY) examples/demo.py
+
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest $(TESTS)
 

@@ -24,7 +24,7 @@ SKIPPED = {
     "torchrun": "needs two GPUs; tests/test_training_parallel.py runs it on two processes",
     "make test-wheel": "minutes; .ci/run does it",
     "make wheel": "minutes; .ci/run does it",
-    "make demo": "half a minute; .ci/run does it",
+    "make demo": "a minute; .ci/run does it",
     "make lint": ".ci/run does it",
     "make test": "this suite",
     "sanitize_cpu.py": "minutes: another build of the CPU kernels",
