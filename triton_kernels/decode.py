@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _TILE = 64
-_MAX_CHUNKS = 16
-_SUMMED = 8192
+_MAX_CHUNKS = 32
+_SUMMED = 4096
 """Numbers of other programs that a program loads at once where it adds up chunks."""
 
 

@@ -10,8 +10,9 @@ from transformers.cache_utils import StaticLayer
 class StepLayer(StaticLayer):
     """A layer of a static cache whose storage stays where it is.
 
-    Outside a captured step it is transformers' static layer. In one, new keys go to ``position``
-    (a tensor), and the step counts for all layers at once.
+    Outside a captured step it is transformers' static layer, but that a prompt attends to its own
+    keys alone, not to the empty rest of the storage: as in a dynamic cache, so by the same kernel.
+    In a step, new keys go to ``position`` (a tensor), and the step counts for all layers at once.
     """
 
     position: torch.Tensor | None = None
@@ -28,10 +29,15 @@ class StepLayer(StaticLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self.position is None:
-            return super().update(key_states, value_states, *args, **kwargs)
+            empty = not self.is_initialized
+            stored = super().update(key_states, value_states, *args, **kwargs)
+            return (key_states, value_states) if empty else stored
         self.keys.index_copy_(2, self.position, key_states)
         self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
 
 class StepCache(StaticCache):
