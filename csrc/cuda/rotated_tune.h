@@ -85,12 +85,10 @@ inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
              ? 1
              : rotated_wg_most_cells(tiles, grouped);
 }
-// Stages of x: thread 0 fills two fewer ahead of its own step. 48 KB, or what is left.
+// Stages of x: thread 0 fills two fewer ahead of its own step.
 AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles, int cells) {
-  const int bytes = cells * rotated_planes(coding, bits) * tiles * 512;
-  if (coding == Coding::kE8p && bits == 3) return tiles == 8 ? 3 : 4;
-  if (coding == Coding::kE8p && bits == 4 && tiles == 16) return 6;
-  return std::max(4, std::min(8, (48 << 10) / bytes));
+  if (coding == Coding::kE8p && bits == 3) return cells == 2 ? 3 : 4;
+  return cells == 2 ? 4 : tiles == 4 ? 8 : 6;
 }
 AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int cells) {
   return coding == Coding::kE8p && bits == 3 && cells == 1 ? 4
