@@ -5,8 +5,8 @@
 //           bytes of a code vector (4 r + group) are those of a quad and nothing is unpacked
 //   half    elements 0..3 or 4..7 of a code, one of 32: four bits in the lower byte, the fifth of
 //           code byte i at bits 2 (i / 64) and 2 (i / 64) + 1 of upper byte i % 64
-//   signs   bit j: element j is negative (0 and 4: also if the sum of its half is odd); their parity
-//           is the shift
+//   signs   bit j: element j is negative (0 and 4: also if the sum of its half is odd); their
+//           parity is the shift, and flips bit 0 (e8p.cpp)
 //
 // A nibble is 9 + 2 d for a magnitude 1/2 + d, XOR 14 if negative, XOR 1 for the shift of -1/4. So
 // two look-ups give two elements of two halves each: by the half, and by four signs.

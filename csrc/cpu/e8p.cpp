@@ -137,8 +137,8 @@ E8PTables make_tables() {
   return tables;
 }
 
-// What the stored signs of an index have flipped: odd halves their first element, an odd vector also
-// element 7. An even number, so that their parity is the published one.
+// What the stored signs of an index have flipped: odd halves their first element, an odd vector
+// also element 7. An even number, so that their parity is the published one.
 int flipped_signs(int index) {
   const E8PHalves& halves = e8p_halves();
   const int front = halves.odd[halves.front[index]], back = halves.odd[halves.back[index]];

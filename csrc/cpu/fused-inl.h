@@ -1,4 +1,4 @@
-// One token against codes without tiles: decoded vectors are multiplied while they are in registers.
+// One token against codes without tiles: decoded vectors are multiplied while in registers.
 //
 // A code vector holds kCodeBytes of the 256 bytes of a quad, 64 rows x 4 columns; blocks are 32
 // columns, 8 quads. x is in two planes of bytes (tile.h).
@@ -115,7 +115,8 @@ void fused_planes(int64_t blocks, const ProductArgs& args, const Decode& decode)
 
 #endif
 
-// decode(part, b, body) calls body(j, quad j) for code vector `part` of block b; quads hold at most 15.
+// decode(part, b, body) calls body(j, quad j) for code vector `part` of block b; quads hold at most
+// 15.
 template <class Decode>
 void fused_product(int64_t blocks, const ProductArgs& args, const Decode& decode) {
   if (args.fast) fused_planes<1>(blocks, args, decode);

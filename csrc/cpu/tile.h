@@ -11,8 +11,8 @@
 //                         avx512,avx2 16-bit values 0, 2, 1, 3
 //                         portable    16-bit values 0, 1, 2, 3
 //
-// VBMI has planes always, AVX2 and AVX-512 for one token (fused-inl.h). Quads of E8P are not four neighbours
-// but one element of four codes (e8p-inl.h): position 4 j + i of 32 holds column 8 i + j.
+// VBMI has planes always, AVX2 and AVX-512 for one token (fused-inl.h). Quads of E8P are not four
+// neighbours but one element of four codes (e8p-inl.h): position 4 j + i of 32 holds column 8 i + j.
 #pragma once
 
 #include <cstddef>
@@ -57,8 +57,8 @@ struct ProductArgs {
 
 // The values of E8P codes as the kernels read them (e8p.cpp makes them from the closed form).
 struct E8PTables {
-  // Of half h, elements e and e + 2 as the nibbles of nibbles[e][h]; of four signs, what they XOR to
-  // those of signs[e]; what an odd number of signs XORs to all nibbles, and to those of elements 0
+  // Of half h, elements e and e + 2 as the nibbles of nibbles[e][h]; of four signs, what they XOR
+  // to those: signs[e]; what an odd number of signs XORs to all nibbles, and to those of elements 0
   // and 2. Entries repeat up to 64.
   alignas(64) uint8_t nibbles[2][64], signs[2][64], parity[64], first[64];
   // Residual code b: 4 + twice elements 2p and 2p + 1, as nibbles of byte p * 256 + b.

@@ -34,7 +34,8 @@ TiledWeight TiledWeight::e8p(int bits, double residual, int64_t N, int64_t K) {
         {base.code, offset, base.unit_bytes, base.tile_bytes, scale / 2, base.zero});
   } else if (bits == 3) {
     weight.streams_.push_back(
-        {TileStream::Code::residual, offset, blocks * kQuadBytes, kBlocks * kQuadBytes, scale / 2, 4});
+        {TileStream::Code::residual, offset, blocks * kQuadBytes, kBlocks * kQuadBytes,
+         scale / 2, 4});
   }
   return weight;
 }

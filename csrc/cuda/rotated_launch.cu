@@ -158,7 +158,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
   if (c.grouped && w.group % kCellColumns != 0) return c;
   if (w.K > (1 << 16)) return c;
   // Tables and the ring of activations: the 3-bit tables do not fit in 99 KB.
-  const int least = tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
+  const int least =
+      tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
   const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
   const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);

@@ -8,8 +8,9 @@
 //   Share::kLocal  the CTA quantizes its own range of x into shared memory; one kernel
 //   Share::kRing   stage_kernel has done so; chunks of cells are copied through a ring
 //
-// A block has 32 rows a warp and a range of K; or, Share::kOwned, 32 rows in all and the whole of K, which
-// its warps share out: nothing is left to add, and without a rotation there is no second kernel.
+// A block has 32 rows a warp and a range of K; or, Share::kOwned, 32 rows in all and the whole of
+// K, which its warps share out: nothing is left to add, and without a rotation there is no second
+// kernel.
 //
 // E8P with few tiles keeps high and low nibbles in accumulators of their own (no shift; 2 LOP3 for
 // 8 weights), and corrects by the sums of the activations. Scalar weights with groups along K are
@@ -28,7 +29,8 @@
 namespace aqlm {
 
 template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kWarps, Share kShare>
-__global__ void __launch_bounds__(tune::rotated_bound(kCoding, kBits, kTiles, kGrouped, kWarps, kShare), 1)
+__global__ void __launch_bounds__(
+    tune::rotated_bound(kCoding, kBits, kTiles, kGrouped, kWarps, kShare), 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
   constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;
@@ -177,7 +179,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       clear();
     }
   };
-  // Sum over the cells [begin, begin + n) of the CTA's range (kOwned: the warp's) of this lane's token of tile `tile`.
+  // Sum over the cells [begin, begin + n) of the CTA's range (kOwned: the warp's) of this lane's
+  // token of tile `tile`.
   auto sum_cells = [&](int begin, int n, int token) {
     float2 v = make_float2(0.f, 0.f);
     // Wrapped places, without divisions: n is at most `slots` and `units`.

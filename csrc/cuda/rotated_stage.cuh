@@ -5,8 +5,9 @@
 // scale is max|x| / 32639 over the columns that share it: all that the caller names, or for grouped
 // weights those of the cell's scale group, so that outliers cost only their own group precision.
 //
-// Per cell and token (wgmma: all tokens of the tiles) a float2: .x the sum of the integers, .y that of every second four (E8P: low
-// nibbles) or the cell's scale (grouped). The bodies add constants of the codes through them.
+// Per cell and token (wgmma: all tokens of the tiles) a float2: .x the sum of the integers, .y that
+// of every second four (E8P: low nibbles) or the cell's scale (grouped). The bodies add constants
+// of the codes through them.
 #pragma once
 
 #include "numeric.cuh"
@@ -202,9 +203,9 @@ __device__ __forceinline__ uint4 load_eight_raw(const RotatedMatmul& p, long lon
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// The units [first, first + count) of all of 2 .. kWarps tokens, by all warps: warps of a token share
-// its units, kBatch loads of a thread in flight at once. 16-bit values wait in their own cell, which
-// has just the room.
+// The units [first, first + count) of 2 .. kWarps tokens, by all warps: those of a token share its
+// units, kBatch loads of a thread in flight at once. 16-bit values wait in their own cell,
+// which has just the room.
 template <bool kE8p, int kWarps, int kBatch>
 __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, int count,
                                              uint8_t* cells, int cell_stride, float2* sums,

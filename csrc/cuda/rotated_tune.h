@@ -16,8 +16,8 @@ AQLM_HD constexpr int rotated_warps(Coding coding, int bits, int tiles, bool gro
 }
 
 // Threads that ptxas must leave registers for: 96 each of a body for few tokens, so that a block of
-// the rotations before and after it fits beside it (with 105, a layer of 4096 x 4096 took 10.2
-// instead of 8.6 us). Where they are enough, that is.
+// the rotations before and after it fits beside it (a layer of 4096 x 4096 took 10.2 us with 105
+// registers, 8.6 with 90). Where they are enough, that is.
 AQLM_HD constexpr int rotated_bound(Coding coding, int bits, int tiles, bool grouped, int warps,
                                     Share share) {
   const bool enough = share == Share::kLocal ||
@@ -85,11 +85,14 @@ inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
              ? 1
              : rotated_wg_most_cells(tiles, grouped);
 }
-AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles) {
-  return coding == Coding::kE8p && bits == 3 ? 3 : 4;
+// Stages of x: thread 0 fills two fewer ahead of its own step.
+AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles, int cells) {
+  if (coding == Coding::kE8p && bits == 3) return cells == 2 ? 3 : 4;
+  return cells == 2 ? 4 : tiles == 4 ? 8 : 6;
 }
 AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int cells) {
-  return cells == 1 ? (bits == 8 ? 32 : 64) / warps
+  return coding == Coding::kE8p && bits == 3 && cells == 1 ? 4
+         : cells == 1 ? (bits == 8 ? 32 : 64) / warps
          : coding == Coding::kE8p && bits == 3 && warps > 8 ? 2
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
@@ -159,7 +162,7 @@ AQLM_HD constexpr int rotated_wg_smem(Coding coding, int bits, int tiles, bool g
   const int x = rotated_planes(coding, bits) * tiles * 512 + rotated_wg_sums(tiles, grouped);
   return rotated_tables(coding, bits) +
          warps * rotated_wg_depth(coding, bits, warps, cells) * codes +
-         rotated_wg_stages(coding, bits, tiles) * (cells * x + 16) +
+         rotated_wg_stages(coding, bits, tiles, cells) * (cells * x + 16) +
          rotated_wg_exchange(tiles, warps) + (grouped ? warps * kGroupBytes : 0);
 }
 

@@ -8,8 +8,8 @@
 //   x      bulk copies into a ring that all warps read; thread 0 starts them between its own steps,
 //          which leaves every register to the warps that multiply
 //
-// Scale groups along K: their scales and zeros come with the codes (rotated_scales.cuh), the sums of
-// the activations with the cells. A group's first MMA starts from zero.
+// Scale groups along K: their scales and zeros come with the codes (rotated_scales.cuh), the sums
+// of the activations with the cells. A group's first MMA starts from zero.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -45,7 +45,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
   constexpr int kWarps = tune::rotated_wg_warps(kCoding, kBits, kTiles, kGrouped);
-  constexpr int kStages = tune::rotated_wg_stages(kCoding, kBits, kTiles);
+  constexpr int kStages = tune::rotated_wg_stages(kCoding, kBits, kTiles, kCells);
   constexpr int kPlanes = tune::rotated_planes(kCoding, kBits), kColumns = 8 * kTiles;
   constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;
   constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane;
@@ -266,7 +266,8 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           for (int r = 0; r < 4; ++r) {
             const float scale = scales.value(scale_group, 0, g + 8 * r, buffer);
             step[r] = kStep * scale;
-            shift[r] = scale * (scalar_centre(kBits) - scales.value(scale_group, 1, g + 8 * r, buffer));
+            const float zero = scales.value(scale_group, 1, g + 8 * r, buffer);
+            shift[r] = scale * (scalar_centre(kBits) - zero);
           }
           release();
           finished();

@@ -196,7 +196,7 @@ def bench(out, commit):
     for bits in (2, 3, 4, 8):
         if bits < 8:  # quip-int has 2 to 4
             run(partial(Scalar, bits, *BIG, BIG[1], zeros=False, dtype=torch.float32), short)
-        run(partial(Scalar, bits, *BIG, 128), [1, 4, 16])
+        run(partial(Scalar, bits, *BIG, 128), [1, 4, 8, 16, 32, 64])
     for n in (4096, 8192, 14336, 28672):
         r = Hadamard.full(n)
         h, su = r.matrix(DEV), torch.randn(n, device=DEV)

@@ -57,7 +57,8 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (tiles == 1 && tune::rotated_group_scales(p.w))
       return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);
   if (tiles > 1 && c.share == Share::kRing) {
-    const int units = p.s.units * p.s.cells, ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
+    const int units = p.s.units * p.s.cells;
+    const int ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
     const int planes = c.wgmma ? tune::rotated_planes(AQLM_CODING, AQLM_BITS) : 1;
     const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
                                   kStageThreads, units * 4, stream, p, 8 * tiles, planes, c.wgmma);
