@@ -42,7 +42,7 @@ CASES = {
         (e8p._quantize, {"TILE": 32, "BLOCK": 128, "CHUNK_K": 4096}),
         (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": 16, "ASM": True, "BLOCK_N": 64,
                          "BLOCK_G": 32}),
-        (e8p._integer_dot, {"BITS": 3, "COPIES": 8, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32,
+        (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
                           "PRECISION": "tf32x3", "BLOCK_R": 16}),

@@ -65,26 +65,22 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 
 
 @triton.jit
-def _tables(tables_ptr, BITS: tl.constexpr, COPIES: tl.constexpr):
-    """The address of the tables in shared memory, COPIES of each."""
-    base = _declare(1024 * COPIES * (3 if BITS == 3 else 2))
-    for table in tl.static_range(3 if BITS == 3 else 2):
-        _share(tables_ptr + 256 * table, base + 1024 * COPIES * table, COPIES)
+def _tables(tables_ptr, COPIES: tl.constexpr):
+    """The address of the two tables of 16-bit codes in shared memory, COPIES of each."""
+    base = _declare(2048 * COPIES)
+    _share(tables_ptr, base, COPIES)
+    _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
     return _ready(base)
 
 
 @triton.jit
-def _shared_words(base, code, KIND: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_G: tl.constexpr):  # fmt: skip
-    """``_words`` of codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
+def _shared_words(base, code, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):
+    """``_words`` of 16-bit codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
     lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
     lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
     own = base + lane % COPIES * 4
-    if KIND == 1:
-        return _load(own + 2048 * COPIES + (code & 255) * (4 * COPIES), True)
-    else:
-        word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
-        return word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
+    word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
+    return word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
 
 
 @triton.jit
@@ -191,7 +187,8 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
     """partial[s, n] as ``_gemv``'s, of inputs rounded to 16 bits (``_quantize``).
 
     Sums of those are exact; four products take one instruction and four nibbles one mask. COPIES
-    of the tables are in shared memory (0: they are not), or SHARED: they come there in each step.
+    of the tables are in shared memory (0: none; always at 3 bits), or SHARED: they come there in
+    each step.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
@@ -202,7 +199,7 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
     low2 = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     base = 0
     if COPIES > 0:
-        base = _tables(tables_ptr, BITS, COPIES)
+        base = _tables(tables_ptr, COPIES)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)
     code = _codes(codes_ptr, begin, g[None, :], rows[:, None], N, BLOCK_G)
@@ -216,12 +213,12 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
         if BITS > 2:
             next_code2 = _codes(rest_ptr, ahead, g[None, :], rows[:, None], N, BLOCK_G)
         if COPIES > 0:
-            word = _shared_words(base, code, 2, COPIES, BLOCK_N, BLOCK_G)
+            word = _shared_words(base, code, COPIES, BLOCK_N, BLOCK_G)
         else:
             word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G))
         second = word
         if BITS > 2 and COPIES > 0:
-            second = _shared_words(base, code2, BITS - 2, COPIES, BLOCK_N, BLOCK_G)
+            second = _shared_words(base, code2, COPIES, BLOCK_N, BLOCK_G)
         elif BITS > 2:
             second = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G))
         code = next_code
@@ -254,7 +251,7 @@ def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constex
     """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
     the thread that loaded a code has its nibbles where an MMA wants them."""
     if COPIES > 0:
-        word = _shared_words(base, code, KIND, COPIES, BLOCK_N, BLOCK_G)
+        word = _shared_words(base, code, COPIES, BLOCK_N, BLOCK_G)
     elif ASM and KIND == 1:
         word = _load(tables_ptr + 512 + (code & 255), False)
     elif ASM:
@@ -289,7 +286,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     base = 0
     if COPIES > 0:
-        base = _tables(tables_ptr, BITS, COPIES)
+        base = _tables(tables_ptr, COPIES)
     # Codes are loaded one step ahead.
     g = tl.arange(0, BLOCK_G)[None, :]
     code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)

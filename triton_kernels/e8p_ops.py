@@ -121,9 +121,8 @@ class _Weight:
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
         copies = 0
-        if has_dp4a(x) and config.get("COPIES"):
-            # With the inputs they stay within 48 KB (``shared``).
-            copies = 16 if self.bits != 3 and M <= 16 else 8
+        if has_dp4a(x) and config.get("COPIES") and self.bits != 3:
+            copies = 16 if M <= 16 else 8  # with the inputs within 48 KB (``shared``)
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](
