@@ -101,8 +101,9 @@ def check(layer, dtype):
 
 @pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("N", "K"), [(3072, 1024), (528, 4096)])
+@pytest.mark.parametrize(("N", "K"), [(3072, 1024), (528, 4096), (4096, 1088)])
 def test_e8p_bodies(bits, N, K, dtype):
+    """With a rotation; without: few rows, and a block of rows for nearly every SM (odd cells)."""
     check(E8P(bits, N, K, None if N == 3072 else 0), dtype)
 
 
@@ -124,6 +125,8 @@ def test_output_rotations(bits, N):
         (200, 1280, 128, True),  # 10 and 11 scale groups: not whole chunks, not whole pairs
         (200, 1408, 128, True),
         (1500, 1536, 512, True),
+        (999, 2304, 192, True),  # three cells a group: one a step of the warpgroup body
+        (9000, 2048, 128, True),  # several row groups and chunks of scales a block
         (770, 4096, 1024, True),
         (333, 1984, 1984, False),
         (77, 104, 104, True),
