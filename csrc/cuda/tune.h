@@ -51,8 +51,9 @@ constexpr int kWgmmaInt8First = 5;
 constexpr int kWgmmaInt8Tokens = 32;
 
 // 256 tokens a pass, B <= 2. 28672 x 8192, us, in brackets without: 2x8 M = 256 191 (268), 512 389
-// (503), 2048 1538 (1616), whole waves of items never cut along K (512: 441, 2048: 1783 cut); 1x8 196 (219), 381 (426), 1516 (1475); 14336 x 4096, 2x8: 66 (80), 112
-// (124); 4096 x 4096 is slower. Below kLongFirst passes of 128 and 32 are faster.
+// (503), 2048 1538 (1616); 1x8 196 (219), 381 (426), 1516 (1475); 14336 x 4096, 2x8: 66 (80), 112
+// (124); 4096 x 4096 is slower. Whole waves of items are never cut along K (2x8 M = 2048: 1783 us
+// cut). Below kLongFirst passes of 128 and 32 are faster.
 constexpr int kLongGroupRows = 128;
 constexpr int kLongFirst = 176;
 inline int long_tokens(int codebooks, long long cells) {
