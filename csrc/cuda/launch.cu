@@ -222,9 +222,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   const int items = s.groups * s.passes;
   const bool longer = c.body == Body::kWgmmaLong;
   const bool direct = longer || (c.body == Body::kWgmma && a.codebooks < 4);
-  const bool whole = longer ? a.codebooks == 1 || items < tune::kLongWaves * device.sms
-                            : items >= tune::kWholeWaves * device.sms;
-  if (direct && whole)
+  if (direct && (longer || items >= tune::kWholeWaves * device.sms))
     s.whole = items / device.sms * device.sms;
 #ifdef AQLM_TUNE
   if (g_occupancy == -2) s.whole = 0;

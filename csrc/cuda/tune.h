@@ -52,16 +52,13 @@ constexpr int kWgmmaInt8Tokens = 32;
 
 // 256 tokens a pass, B <= 2. 28672 x 8192, us, in brackets without: 2x8 M = 256 191 (268), 512 389
 // (503), 2048 1538 (1616); 1x8 196 (219), 381 (426), 1516 (1475); 14336 x 4096, 2x8: 66 (80), 112
-// (124); 4096 x 4096 is slower. Below kLongFirst passes of 128 and 32 are faster.
+// (124); 4096 x 4096 is slower. Whole waves of items are never cut along K (2x8 M = 2048: 1783 us
+// cut). Below kLongFirst passes of 128 and 32 are faster.
 constexpr int kLongGroupRows = 128;
 constexpr int kLongFirst = 176;
 inline int long_tokens(int codebooks, long long cells) {
   return cells < 20000 ? 0 : cells < 50000 ? 512 : codebooks == 1 ? 768 : 2048;
 }
-// Whole waves of items are not cut along K (M = 512: 389 us against 441) unless they are many (2x8
-// M = 2048: 1570 us against 1538).
-constexpr int kLongWaves = 8;
-
 // 8x8 g32 on Hopper: passes of up to 64 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
 // to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128. 4096 x 4096: 21 us against 20 a
 // token.
@@ -101,13 +98,13 @@ constexpr LutRow kLut[] = {
 };
 
 // Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM;
-// 2 = 8 warps, two CTAs; for the ladder only: 3 = 16 warps, one CTA; 4 .. 6 = 1 .. 3 with prefetches
-// to L2.
+// 2 = 8 warps, two CTAs; for the ladder only: 3 = 16 warps, one CTA; 4 .. 6 = 1 .. 3 with
+// prefetches to L2.
 constexpr int kColumnsArch = 90;
 inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
 inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
 inline int columns_variant(long long cells) {
-  // 4096 x 4096 is two steps a CTA: 5.1 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
+  // 4096 x 4096 is two steps a CTA: 4.9 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
   // with two, 25.2 with 16 warps.
   return cells < 10000 ? 1 : 2;
 }
