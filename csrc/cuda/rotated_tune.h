@@ -68,22 +68,22 @@ inline bool rotated_group_scales(const RotatedWeight& w) {
 // warp's decode is latency. Stages of x, cells of codes in flight per warp: what fits beside 128 KB
 // of tables at 3 bits.
 AQLM_HD constexpr int rotated_wg_warps(Coding coding, int bits, int tiles, bool grouped) {
-  if (tiles == 4 && bits < 8) return 16;
   const int accumulators = tiles * (8 + (grouped ? 6 : 0));
-  return accumulators <= 64 ? 12 : 8;
+  return accumulators <= 32 && bits < 8 ? 16 : accumulators <= 64 ? 12 : 8;
 }
 // Whether its warps exchange their rows to do more bits of the output rotation: from 17 tokens on
 // that costs more than it saves (28672 x 8192, M = 64: whole layer 102 against 92 us).
 AQLM_HD constexpr bool rotated_exchanges(int tiles) { return tiles <= 4; }
-// Cells a step: two, but for 64 tokens (63 against 66 us), where a scale group has an odd number of
-// them, and where it would cost 16 warps their registers.
-AQLM_HD constexpr int rotated_wg_most_cells(int tiles, bool grouped) {
-  return tiles == 16 || (grouped && tiles == 4) ? 1 : 2;
+// Cells a step: two, but where a scale group has an odd number of them, or shared memory is short.
+// With one, 28672 x 8192: 64 tokens 73.6 against 66.3 us, gptq-int4-g128 of 16 tokens 56.4 (even by
+// 16 warps) against 51.4.
+AQLM_HD constexpr int rotated_wg_most_cells(Coding coding, int bits, int tiles) {
+  return tiles == 16 && rotated_planes(coding, bits) == 2 ? 1 : 2;
 }
 inline int rotated_wg_cells(const RotatedWeight& w, int tiles, bool grouped) {
   return grouped && w.group % (2 * kCellColumns) != 0
              ? 1
-             : rotated_wg_most_cells(tiles, grouped);
+             : rotated_wg_most_cells(w.coding, w.bits, tiles);
 }
 // Stages of x: thread 0 fills two fewer ahead of its own step.
 AQLM_HD constexpr int rotated_wg_stages(Coding coding, int bits, int tiles, int cells) {

@@ -35,7 +35,7 @@ cudaError_t matmul_groups(const RotatedMatmul& p, cudaStream_t stream) {
 }
 
 template <int kTiles, bool kGrouped,
-          int kCells = tune::rotated_wg_most_cells(kTiles, kGrouped)>
+          int kCells = tune::rotated_wg_most_cells(AQLM_CODING, AQLM_BITS, kTiles)>
 cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   if constexpr (kGrouped && kCells == 2)
     if (p.s.cells == 1) return wgmma_tiles<kTiles, kGrouped, 1>(p, stream);
