@@ -178,15 +178,16 @@ def test_two_devices(tmp_path):
     """device_map="auto" spreads a checkpoint over two GPUs: the same tokens, prepared as well."""
     from transformers import AutoModelForCausalLM
 
-    write_checkpoint(tmp_path, "aqlm-2x8-g8", config(num_hidden_layers=4))
-    one = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).cuda()
+    folder = tmp_path / "model"
+    write_checkpoint(folder, "aqlm-2x8-g8", config(num_hidden_layers=4))
+    one = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
     names = [f"model.layers.{i}" for i in range(4)]
     places = {"model.embed_tokens": 0, "model.norm": 1, "lm_head": 1, "model.rotary_emb": 0}
     places |= dict(zip(names, (0, 0, 1, 1), strict=True))
     for device_map in ("auto", places):
         memory = {0: "600KiB", 1: "1GiB"} if device_map == "auto" else None
         two = AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype=torch.float32, device_map=device_map, max_memory=memory
+            folder, dtype=torch.float32, device_map=device_map, max_memory=memory
         )
         devices = {layer.scales.device for _, layer in quantized_layers(two)}
         assert device_map == "auto" or len(devices) == 2
