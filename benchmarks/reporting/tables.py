@@ -33,7 +33,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cuda-matmul": cuda.matmul,
     "cuda-alone": cuda.alone,
     "cuda-generate": lambda rows: models.generate(rows, False),
-    "cuda-generate-short": lambda rows: models.generate(of(rows, "generate", batch=1), False),
+    "cuda-generate-short": models.generate_short,
     "quality": models.quality,
     "quality-short": lambda rows: models.quality(rows, "lm30"),
     "quantizers": models.quantizers,
