@@ -13,9 +13,10 @@ TRITON = $(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname -s)
 
 .PHONY: demo test bench sdist wheel-cpu wheel-cuda test-wheel lint clean
 
-# Passive waits: OpenMP threads that spin take turns for seconds where cores are shared.
+# OpenMP threads that spin take turns for seconds where cores are shared; those that never spin halve
+# the tokens a second (docs/notes/cpu.md). The demo's spin for microseconds, the tests' do not.
 demo: $(READY)
-	OMP_WAIT_POLICY=passive $(PY) examples/demo.py
+	GOMP_SPINCOUNT=5000 $(PY) examples/demo.py
 
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest $(TESTS)
