@@ -36,7 +36,8 @@ def generate(rows: list[Row], cpu: bool) -> str:
 def generate_short(rows: list[Row]) -> str:
     """One GPU row a model and format, one request at a time: beside the dense model if there is
     such a row of the same day, the newest else."""
-    found = [r for r in of(rows, "generate", batch=1) if not is_cpu(r) and (r.get("context") or 0) <= 512]
+    found = [r for r in of(rows, "generate", batch=1) if not is_cpu(r)]
+    found = [r for r in found if (r.get("context") or 0) <= 512]
     found.sort(key=lambda row: (row["date"][:10], row.get("dense_tokens_per_s") is not None))
     keys = ("model", "scheme", "precision", "lm_head", "mode", "backend")
     return generate(list(latest(found, *keys).values()), False)
