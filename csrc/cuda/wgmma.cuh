@@ -192,7 +192,10 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
   } else {
     registers_up<240>();
     const int g = lane / 4, t = lane % 4;
-    const int block = kTiles == 4 ? warp : warp / 2, half = kTiles == 4 ? 0 : warp % 2;
+    // Lane 0's: the compiler then knows that a warp does not diverge, and keeps addresses of stages
+    // and descriptors in uniform registers (16 R2UR less a step of 32 tokens).
+    const int own = __shfl_sync(~0u, warp, 0);
+    const int block = kTiles == 4 ? own : own / 2, half = kTiles == 4 ? 0 : own % 2;
     const uint32_t lane_offset = lane % 8 * 16;
     int loaded_part = -1;
     Ring<kWgStages> ring, ahead;  // of the unit that is multiplied; of the codes that are read
@@ -239,12 +242,13 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       // The lookups of two further groups are under way while this group's MMAs are issued.
       uint32_t a[kSlots][8];
       uint4 e[2][2 * kBooks];
-      Codes c = read_codes(), next = c;
+      Codes c = read_codes(), next = c, after = c;
       if (count > 1) next = read_codes();
       lookup(0, c, e[0]);
       lookup(1, c, e[1]);
       int released = ring.stage;
       for (int i = 0; i < count; ++i) {
+        if (i + 2 < count) after = read_codes();
         const uint64_t x = core_matrices(stages + ring.stage * kStage, kTokens * 16, 128);
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
@@ -276,7 +280,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
         released = ring.stage;
         ring.advance();
         c = next;
-        if (i + 2 < count) next = read_codes();
+        next = after;
       }
       mma_groups_wait<0>();
       if (lane == 0) barrier_arrive(empty + released);

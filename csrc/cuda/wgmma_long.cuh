@@ -78,7 +78,8 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
     });
   } else {
     registers_up<240>();
-    const int block = warp / 4, quarter = warp % 4;
+    const int own = __shfl_sync(~0u, warp, 0);  // known to be uniform: see wgmma.cuh
+    const int block = own / 4, quarter = own % 4;
     const uint32_t lane_offset = lane % 8 * 16, zero = uint32_t(p.tokens) >> 31;
     int loaded_part = -1;
     Ring<kStages> ring, ahead;  // of the unit that is multiplied; of the codes that are read
