@@ -64,13 +64,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
   const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
   const int unit0 = first % units;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -79,13 +73,14 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   int fill_unit = unit0, filled = 0;
   auto fill_stage = [&] {
     if (threadIdx.x != 0 || filled == count) return;
-    if (filled >= kStages) barrier_wait(empty + fill.stage, fill.phase ^ 1);
+    if (filled >= kStages) mbar::wait(empty + fill.stage, fill.phase ^ 1);
     unsigned char* const to = cells + fill.stage * kStage;
-    barrier_expect(full + fill.stage, kStage);
-    bulk_copy(to, p.x_cells + size_t(fill_unit) * kCells * kX, kCells * kX, full + fill.stage);
+    mbar::expect(full + fill.stage, kStage);
+    mbar::bulk_copy(to, p.x_cells + size_t(fill_unit) * kCells * kX, kCells * kX,
+                    full + fill.stage);
     if constexpr (kGrouped)
-      bulk_copy(to + kCells * kX, p.x_sums + size_t(fill_unit) * kCells * 4 * kTiles,
-                kCells * kSums, full + fill.stage);
+      mbar::bulk_copy(to + kCells * kX, p.x_sums + size_t(fill_unit) * kCells * 4 * kTiles,
+                      kCells * kSums, full + fill.stage);
     if (++fill_unit == units) fill_unit = 0;
     ++filled;
     fill.advance();
@@ -154,7 +149,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
   auto release = [&] {
     mma_groups_wait<0>();
-    if (released >= 0 && lane == 0) barrier_arrive(empty + released);
+    if (released >= 0 && lane == 0) mbar::arrive(empty + released);
     released = -1;
   };
   auto combined = [&](int r, int n) {
@@ -217,7 +212,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           release();
           if (i > 0) fill_stage();
           __syncwarp();
-          barrier_wait(full + ring.stage, ring.phase);
+          mbar::wait(full + ring.stage, ring.phase);
         } else {
           mma_groups_wait<0>();
         }

@@ -45,13 +45,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kSplitWgStages * kStage);
   uint64_t* const empty = full + kSplitWgStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dims = blockIdx.x % p.s.classes;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kSplitWgStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kSplitWgWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kSplitWgStages>(full, empty, kSplitWgWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -67,11 +61,11 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       const uint8_t* codes = p.packed + piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
       const int bytes = min(piece.tiles, kSplitWgWarps) * kUnitBytes;
       for (int u = piece.u0; u < piece.u1; ++u, ++produced, ring.advance()) {
-        if (produced >= kSplitWgStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        if (produced >= kSplitWgStages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         unsigned char* const stage = stages + ring.stage * kStage;
-        barrier_expect(full + ring.stage, kX + bytes);
-        bulk_copy(stage + kX, codes, bytes, full + ring.stage);
-        bulk_copy(stage, image + size_t(u) * kX, kX, full + ring.stage);
+        mbar::expect(full + ring.stage, kX + bytes);
+        mbar::bulk_copy(stage + kX, codes, bytes, full + ring.stage);
+        mbar::bulk_copy(stage, image + size_t(u) * kX, kX, full + ring.stage);
         codes += unit_stride;
       }
     });
@@ -98,7 +92,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       uint4 c = make_uint4(0, 0, 0, 0);
       auto read_codes = [&](int i) {  // in order; past the end the last ones stay
         if (i >= count) return;
-        barrier_wait(full + ahead.stage, ahead.phase);
+        mbar::wait(full + ahead.stage, ahead.phase);
         c = *reinterpret_cast<const uint4*>(stages + ahead.stage * kStage + code_offset);
         ahead.advance();
       };
@@ -120,7 +114,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       read_codes(2);
       auto step = [&](const int d, int i) {  // d: constant once inlined
         mma_groups_wait<1>();                // unit i - 2
-        if (i >= 2 && lane == 0) barrier_arrive(empty + released);
+        if (i >= 2 && lane == 0) mbar::arrive(empty + released);
         released = previous;
         previous = ring.stage;
 #pragma unroll
@@ -141,8 +135,8 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
       if (i < count) step(0, i);
       mma_groups_wait<0>();
-      if (count >= 2 && lane == 0) barrier_arrive(empty + released);
-      if (lane == 0) barrier_arrive(empty + previous);
+      if (count >= 2 && lane == 0) mbar::arrive(empty + released);
+      if (lane == 0) mbar::arrive(empty + previous);
 
       if (warp >= piece.tiles) return;
       float* out = slot_of(p, piece, 0) + warp * kTileRows + g;

@@ -143,13 +143,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kWgStages * kStage);
   uint64_t* const empty = full + kWgStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kWgStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kWgWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kWgStages>(full, empty, kWgWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -166,14 +160,14 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
           p.packed + kUnits * piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
       const int bytes = min(piece.tiles * kUnitBytes, kCodes);
       auto copy_x = [&](int u, int stage) {
-        bulk_copy(stages + stage * kStage, x_image + size_t(u * kSteps) * kTokens * 64, kX,
-                  full + stage);
+        mbar::bulk_copy(stages + stage * kStage, x_image + size_t(u * kSteps) * kTokens * 64, kX,
+                        full + stage);
       };
       auto copy_codes = [&](int stage) {
-        barrier_expect(full + stage, kX + kUnits * bytes);
+        mbar::expect(full + stage, kX + kUnits * bytes);
 #pragma unroll
         for (int i = 0; i < kUnits; ++i, codes += unit_stride)
-          bulk_copy(stages + stage * kStage + kX + i * kCodes, codes, bytes, full + stage);
+          mbar::bulk_copy(stages + stage * kStage + kX + i * kCodes, codes, bytes, full + stage);
       };
       int u = piece.u0;
       if (!waited) {  // codes do not depend on the previous kernel
@@ -184,7 +178,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
         for (int i = 0; i < first; ++i, ++u, ++produced, ring.advance()) copy_x(u, i);
       }
       for (; u < piece.u1; ++u, ++produced, ring.advance()) {
-        if (produced >= kWgStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        if (produced >= kWgStages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         copy_codes(ring.stage);
         copy_x(u, ring.stage);
       }
@@ -214,7 +208,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
         uint4 unit[kUnits];
       };
       auto read_codes = [&] {
-        barrier_wait(full + ahead.stage, ahead.phase);
+        mbar::wait(full + ahead.stage, ahead.phase);
         const unsigned char* from = stages + ahead.stage * kStage + code_offset;
         Codes c;
 #pragma unroll
@@ -255,7 +249,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
           const int m = tile_of(n), step = B == 1 ? n / kTiles : 0;
           const bool first = n % kUnits == 0, last = n % kUnits == kUnits - 1;
           if (first) mma_groups_wait<kSlots - 1>();
-          if (n == (kSlots - 1) * kUnits && i > 0 && lane == 0) barrier_arrive(empty + released);
+          if (n == (kSlots - 1) * kUnits && i > 0 && lane == 0) mbar::arrive(empty + released);
           uint4 lo = e[n % 2][0], hi = e[n % 2][1];
           if constexpr (B > 1) {
             lo = Traits::add(lo, e[n % 2][2]);
@@ -283,7 +277,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
         next = after;
       }
       mma_groups_wait<0>();
-      if (lane == 0) barrier_arrive(empty + released);
+      if (lane == 0) mbar::arrive(empty + released);
 
       if (block >= piece.tiles) return;
       const int row = block * kBlockRows + half * 32;

@@ -61,13 +61,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kWg8Stages * kStage);
   uint64_t* const empty = full + kWg8Stages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kWg8Stages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kWg8Warps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kWg8Stages>(full, empty, kWg8Warps);
   grid_dependents_start();
   __syncthreads();
 
@@ -83,11 +77,12 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       const int bytes = min(piece.tiles, kWg8Warps) * kUnitBytes;
       auto copy_x = [&](int u, int stage) {
         const int step = wg8_steps(B) * u;
-        bulk_copy(stages + stage * kStage, p.x_fragments + size_t(step) * kXStep, kX, full + stage);
+        mbar::bulk_copy(stages + stage * kStage, p.x_fragments + size_t(step) * kXStep, kX,
+                        full + stage);
       };
       auto copy_codes = [&](int stage) {
-        barrier_expect(full + stage, kX + bytes);
-        bulk_copy(stages + stage * kStage + kX, codes, bytes, full + stage);
+        mbar::expect(full + stage, kX + bytes);
+        mbar::bulk_copy(stages + stage * kStage + kX, codes, bytes, full + stage);
         codes += unit_stride;
       };
       int u = piece.u0;
@@ -99,7 +94,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
         for (int i = 0; i < first; ++i, ++u, ++produced, ring.advance()) copy_x(u, i);
       }
       for (; u < piece.u1; ++u, ++produced, ring.advance()) {
-        if (produced >= kWg8Stages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        if (produced >= kWg8Stages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         copy_codes(ring.stage);
         copy_x(u, ring.stage);
       }
@@ -134,7 +129,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       const uint32_t code_offset = kX + min(warp, piece.tiles - 1) * kUnitBytes + lane * 16;
       int acc[kTiles][kColumns / 2] = {};
       auto read_codes = [&] {
-        barrier_wait(full + ahead.stage, ahead.phase);
+        mbar::wait(full + ahead.stage, ahead.phase);
         const uint4 c =
             *reinterpret_cast<const uint4*>(stages + ahead.stage * kStage + code_offset);
         ahead.advance();
@@ -175,7 +170,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
         }
         mma_group_commit();
         mma_groups_wait<1>();  // unit i - 1
-        if (i > 0 && lane == 0) barrier_arrive(empty + released);
+        if (i > 0 && lane == 0) mbar::arrive(empty + released);
         released = ring.stage;
         ring.advance();
         lookup(c, a[d ^ 1]);  // unit i + 1; past the end: dropped
@@ -188,7 +183,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       }
       if (i < count) step(0, i);
       mma_groups_wait<0>();
-      if (lane == 0) barrier_arrive(empty + released);
+      if (lane == 0) mbar::arrive(empty + released);
 
       if (warp >= piece.tiles) return;
       float* out = slot_of(p, piece, 0) + warp * kBlockRows + g;

@@ -44,13 +44,7 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStage);
   uint64_t* const empty = full + kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kLongWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kLongWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -67,11 +61,11 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
       const uint8_t* codes = p.packed + piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
       const int bytes = min(piece.tiles * kUnitBytes, kLongCodes);
       for (int u = piece.u0; u < piece.u1; ++u, ++produced, ring.advance()) {
-        if (produced >= kStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        if (produced >= kStages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         unsigned char* const stage = stages + ring.stage * kStage;
-        barrier_expect(full + ring.stage, kX + bytes);
-        bulk_copy(stage + kX, codes, bytes, full + ring.stage);
-        bulk_copy(stage, x, kX, full + ring.stage);
+        mbar::expect(full + ring.stage, kX + bytes);
+        mbar::bulk_copy(stage + kX, codes, bytes, full + ring.stage);
+        mbar::bulk_copy(stage, x, kX, full + ring.stage);
         x += kX;
         codes += unit_stride;
       }
@@ -100,7 +94,7 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
         uint32_t half[2];
       };
       auto read_codes = [&] {
-        barrier_wait(full + ahead.stage, ahead.phase);
+        mbar::wait(full + ahead.stage, ahead.phase);
         const unsigned char* from = stages + ahead.stage * kStage + code_offset;
         Codes c;
         c.half[0] = *reinterpret_cast<const uint16_t*>(from);
@@ -150,7 +144,7 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
         mma_group_commit();
         if (i + 3 < count) c = read_codes();
         mma_groups_wait<1>();  // unit i - 1
-        if (i > 0 && lane == 0) barrier_arrive(empty + released);
+        if (i > 0 && lane == 0) mbar::arrive(empty + released);
         released = ring.stage;
         ring.advance();
       };
@@ -161,7 +155,7 @@ wgmma_long_kernel(const __grid_constant__ MatmulParams p) {
       }
       if (i < count) step(0, i);
       mma_groups_wait<0>();
-      if (lane == 0) barrier_arrive(empty + released);
+      if (lane == 0) mbar::arrive(empty + released);
 
       if (block >= piece.tiles) return;
       const int row = block * kBlockRows + quarter * 16;

@@ -1,4 +1,4 @@
-// Hopper only: barriers, bulk copies and warpgroup MMAs, thin wrappers of one or two instructions.
+// Hopper only: warpgroup MMAs, thin wrappers of one or two instructions.
 //
 // A warpgroup is 4 warps; every instruction here that starts with wgmma needs all of them.
 #pragma once
@@ -6,54 +6,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "ptx.cuh"
+#include "mbarrier.cuh"
 
 namespace aqlm {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-               :: "r"(smem_address(barrier)), "r"(arrivals));
-}
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem_address(barrier)) : "memory");
-}
-// Arrives and announces bytes that a bulk copy will deliver.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-               :: "r"(smem_address(barrier)), "r"(bytes) : "memory");
-}
-// Waits until the phase of this parity is complete.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nretry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra retry;\n}"
-      :: "r"(smem_address(barrier)), "r"(parity) : "memory");
-}
-// Copies contiguous global memory (16-byte multiples); completion is counted on the barrier.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
-                                          uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)) : "memory");
-}
-
-// A ring of shared-memory stages, walked by the producer and by every consumer warp.
-template <int kStages>
-struct Ring {
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // Registers of this warpgroup's threads from here on.
 template <int n>

@@ -80,13 +80,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStage);
   uint64_t* const empty = full + kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cls = blockIdx.x % p.s.classes;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, kWideWgWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kWideWgWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -100,15 +94,16 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
       const int bytes = min(piece.tiles * kUnitBytes, kWideCodes);
       for (int u = piece.u0; u < piece.u1; ++u, ++produced, ring.advance()) {
-        if (produced >= kStages) barrier_wait(empty + ring.stage, ring.phase ^ 1);
+        if (produced >= kStages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         unsigned char* const stage = stages + ring.stage * kStage;
         const size_t unit = size_t(u) * kWideUnits * p.s.classes + cls * kWideUnits;
         const uint8_t* codes = p.packed + unit * unit_stride + size_t(piece.tile) * kUnitBytes;
-        barrier_expect(full + ring.stage, kX + kWideUnits * bytes);
+        mbar::expect(full + ring.stage, kX + kWideUnits * bytes);
 #pragma unroll
         for (int i = 0; i < kWideUnits; ++i)
-          bulk_copy(stage + kX + i * kWideCodes, codes + i * unit_stride, bytes, full + ring.stage);
-        bulk_copy(stage, p.x_fragments + size_t(u) * kX, kX, full + ring.stage);
+          mbar::bulk_copy(stage + kX + i * kWideCodes, codes + i * unit_stride, bytes,
+                          full + ring.stage);
+        mbar::bulk_copy(stage, p.x_fragments + size_t(u) * kX, kX, full + ring.stage);
       }
     });
   } else {
@@ -144,7 +139,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         uint4 unit[kWideUnits];
       };
       auto read_codes = [&] {
-        barrier_wait(full + ahead.stage, ahead.phase);
+        mbar::wait(full + ahead.stage, ahead.phase);
         const unsigned char* from = stages + ahead.stage * kStage + code_offset;
         Codes c;
 #pragma unroll
@@ -180,7 +175,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
           const int m = n / (kLookups * kWideUnits), j = n / kWideUnits % kLookups;
           const bool first = n % kWideUnits == 0;
           if (first) mma_groups_wait<1>();
-          if (n == kWideUnits && i > 0 && lane == 0) barrier_arrive(empty + released);
+          if (n == kWideUnits && i > 0 && lane == 0) mbar::arrive(empty + released);
           uint4 lo = Traits::add(e[n % 2][0], e[n % 2][2]);
           uint4 hi = Traits::add(e[n % 2][1], e[n % 2][3]);
           uint32_t(&r)[8] = a[j % 2];
@@ -205,7 +200,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         if (i + 2 < count) next = read_codes();
       }
       mma_groups_wait<0>();
-      if (lane == 0) barrier_arrive(empty + released);
+      if (lane == 0) mbar::arrive(empty + released);
 
       if (warp >= piece.tiles) return;
       float* out = slot_of(p, piece, 0) + warp * kBlockRows + g;
