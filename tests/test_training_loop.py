@@ -1,6 +1,4 @@
-"""The loop on tiny models: loss, modes, resuming, export, and what it refuses."""
-
-import json
+"""The loop on tiny models: methods, export, and what it refuses."""
 
 import pytest
 import torch
@@ -10,25 +8,21 @@ from tiny_models import IDS, tiny_model
 from torch import nn
 from tuning_cases import (
     SCHEMES,
+    assert_same,
     make_trainer,
+    parameters,
     quantized_model,
-    random_windows,
     wide_config,
 )
 
-import aqlm_infer.training.runs as runs
 from aqlm_infer.layers import quantized_layers
 from aqlm_infer.training import (
     METHODS,
-    NotFinite,
     Student,
     TuneSettings,
     TuningError,
 )
-from aqlm_infer.training.additive import summed
 from aqlm_infer.training.data import Order
-from aqlm_infer.training.loss import ChunkedLoss, score
-from aqlm_infer.training.runs import tensors_of
 from aqlm_infer.training.vstep import Choice, v_step
 
 pytestmark = [
@@ -36,150 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*slow reference kernel"),
 ]
 TUNABLE = tuple(s for s in SCHEMES if not s.endswith("b128"))
-
-
-def parameters(trainer) -> dict[str, torch.Tensor]:
-    """Everything a step changes."""
-    named = {n: p.clone() for n, p, _ in trainer.student.parameters()}
-    return named | {n: y.codes.clone() for n, y in trainer.student.layers.items()}
-
-
-def gradients(trainer) -> dict[str, torch.Tensor]:
-    """``.grad`` of every master after the first step's backward pass, by name."""
-    student = trainer.student
-    found = trainer._gradients(0)[1]
-    for stack in (None, *student.stacks):
-        student.spread(found, stack)
-    return {n: g for m in student.masters() for n, g in m.slices(m.parameter.grad).items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-# -- loss and gradient -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_chunked_loss_equals_the_whole(loss):
-    model, teacher = tiny_model(wide_config()), tiny_model(wide_config(), seed=1)
-    ids = random_windows(3, 10, seed=0)
-    logits, target = model(ids).logits, teacher(ids).logits.detach()
-    if loss == "kl":
-        p = target.double().softmax(-1)
-        direct = (p * (p.log() - logits.double().log_softmax(-1))).sum()
-    else:
-        direct = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        ).double()
-    expected = torch.autograd.grad(direct, list(model.parameters()))
-    for chunk in (1, 7, 1000):
-        chunked = ChunkedLoss(model, teacher if loss == "kl" else None, chunk)
-        total = chunked(ids)
-        assert float(total.detach()) == pytest.approx(float(direct.detach()), rel=1e-5)
-        found = torch.autograd.grad(total, list(model.parameters()))
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert chunked.scored(3, 10) == (30 if loss == "kl" else 27)
-
-
-@pytest.mark.parametrize("columns", [50, 4096, 5000])
-def test_divergence_kernel(columns):
-    """In Triton's interpreter without a GPU: against float64, and the gradient in place."""
-    divergence = pytest.importorskip("aqlm_infer.triton_kernels.divergence").divergence
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rng = torch.Generator().manual_seed(0)
-    student, teacher = 5 * torch.randn(2, 6, columns, generator=rng)
-    teacher[0] = student[0]
-    p, q = teacher.double().softmax(1), student.double().softmax(1)
-    expected = (p * (p.log() - q.log())).sum(1)
-    logits = student.to(device).clone()
-    found = divergence(logits, teacher.to(device)).cpu().double()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.cpu().double(), q - p, rtol=1e-5, atol=1e-7)
-    again = student.to(device).clone()
-    assert torch.equal(divergence(again, teacher.to(device)).cpu().double(), found)
-    assert torch.equal(again, logits)
-
-
-@pytest.mark.parametrize("shape", [(3, 2, 16, 8), (1, 1, 300, 8), (2, 3, 8, 6)])
-def test_codewords_kernel(shape):
-    """In Triton's interpreter without a GPU: the bits of the sums that torch makes."""
-    codewords = pytest.importorskip("aqlm_infer.triton_kernels.codewords").codewords
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    L, books, count, _ = shape
-    rng = torch.Generator().manual_seed(0)
-    tables = torch.randn(shape, generator=rng)
-    dtype = torch.uint8 if count <= 256 else torch.int32
-    codes = torch.randint(0, count, (L, 150, books), generator=rng).to(dtype)
-    scales = torch.randn(L, 50, generator=rng)
-    index = torch.randint(0, 150, (L, 150), generator=rng)
-    expected = summed(tables, codes)
-    given = [t.to(device) for t in (tables, codes, scales, index)]
-    assert torch.equal(codewords(*given[:2]).cpu(), expected)
-    found = codewords(*given[:3], 3).cpu()
-    assert torch.equal(found, expected * scales.repeat_interleave(3, 1)[..., None])
-    found = codewords(*given[:3], 3, given[3]).cpu()
-    assert torch.equal(found, expected * scales.gather(1, index // 3)[..., None])
-
-
-def test_score_is_the_perplexity_of_evaluation():
-    from aqlm_infer.evaluation import perplexity
-
-    model, teacher = tiny_model(wide_config()), tiny_model(wide_config(), seed=1)
-    windows = random_windows(5, 12, seed=3)
-    found = score(model, teacher, windows, 2, 7)
-    expected = perplexity(model, windows.flatten(), window=12)
-    assert found["nll"] == pytest.approx(expected.nll, rel=1e-6)
-    p, q = (m(windows).logits.double().log_softmax(-1) for m in (teacher, model))
-    kl = (p.exp() * (p - q)).sum(-1).mean()
-    assert found["kl"] == pytest.approx(float(kl.detach()), rel=1e-5)
-    agree = (p.argmax(-1) == q.argmax(-1)).double().mean()
-    assert found["top1"] == pytest.approx(float(agree))
-
-
-@pytest.mark.parametrize("changes", [{"microbatch": 1}, {"gradient_checkpointing": True}])
-def test_accumulation_and_checkpointing_change_nothing(tmp_path, changes):
-    plain = make_trainer(tmp_path / "a", method="ste", code_lr=0.02)
-    other = make_trainer(tmp_path / "b", method="ste", code_lr=0.02, **changes)
-    losses = [float(sum(t._gradients(0)[0])) for t in (plain, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for one in (plain, other):
-        one.student.model.zero_grad()
-    one, two = gradients(plain), gradients(other)
-    assert one.keys() == two.keys()
-    for name, a in one.items():
-        error = (a - two[name]).norm() / a.norm()
-        assert error < 1e-5, f"{name}: {error:.1e}"
-
-
-def test_tied_embeddings_train_through_both_uses(tmp_path):
-    model = quantized_model("aqlm-2x4-g8", tie_word_embeddings=True)
-    trainer = make_trainer(tmp_path, model=model)
-    assert trainer.student.tied and "lm_head.weight" not in trainer.student.others
-    trainer._gradients(0)
-    table = trainer.student.others["model.embed_tokens.weight"]
-    used = trainer.train[trainer.order[0]].flatten().unique()
-    unused = torch.tensor([i for i in range(64) if i not in used.tolist()])
-    assert len(unused) and table.grad[unused].abs().min(1).values.max() > 0  # through the head
-    with pytest.raises(TuningError, match="name both or neither"):
-        make_trainer(tmp_path, model=quantized_model(
-            "aqlm-2x4-g8", tie_word_embeddings=True), train=["head"])  # fmt: skip
-
-
-def test_what_trains(tmp_path):
-    for kinds, expected in (
-        ([], set()),
-        (["norms"], {"norm"}),
-        (["embeddings"], {"embed_tokens"}),
-        (["head"], {"lm_head"}),
-    ):
-        student = make_trainer(tmp_path, train=kinds).student
-        found = set(student.others)
-        assert all(any(word in n for word in expected) for n in found)
-        assert bool(found) == bool(expected)
 
 
 # -- methods ---------------------------------------------------------------------------------------
@@ -336,167 +186,6 @@ def test_loss_falls_and_codes_help(tmp_path):
         gains[method] = sum(losses[-5:]) / sum(losses[:5])
     assert gains["continuous"] < 1
     assert gains["pv-ste"] < gains["continuous"] and gains["ste"] < gains["continuous"]
-
-
-# -- runs ------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "pv-ste", "code_lr": 0.1, "warm_up": False, "temperature": 0.5},
-        {"method": "stochastic", "scheme": "gptq-int2-g32", "optimizer": "adam"},
-        {"method": "pv", "scheme": "quip-e8p-2bit", "microbatch": 2, "final_lr": 0.1},
-    ],
-)
-def test_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, changes):
-    settings = {**changes, "steps": 8, "batch": 4}
-    whole = make_trainer(tmp_path / "whole", **settings)
-    result = whole.run()
-    broken = make_trainer(tmp_path / "broken", **settings)
-    step = broken._step
-
-    def dies(number):
-        if number == 5:
-            raise Killed
-        return step(number)
-
-    monkeypatch.setattr(broken, "_step", dies)
-    with pytest.raises(Killed):
-        broken.run()
-    again = make_trainer(tmp_path / "broken", **settings)
-    resumed = again.run(resume=True)
-    states = [t.folder.checkpoints()[-1] / "state-0.safetensors" for t in (whole, again)]
-    assert_same(*(load_file(s) for s in states))
-    assert_same(parameters(whole), parameters(again))  # the best model, in both
-    assert {**vars(result), "seconds": 0} == {**vars(resumed), "seconds": 0}
-    rows = [
-        [{k: v for k, v in r.items() if k != "seconds"} for r in t.folder.rows()]
-        for t in (whole, again)
-    ]
-    assert rows[0] == rows[1] and [r["step"] for r in rows[0] if r["kind"] == "step"] == [
-        *range(1, 9)
-    ]
-
-
-def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    whole = make_trainer(tmp_path / "whole", steps=6)
-    whole.run()
-    save, saved = runs.save_file, []
-
-    def dies(state, file):
-        if file.name == "state-0.safetensors":
-            saved.append(file)
-        if len(saved) == 3:  # those of steps 0 and 2 are whole
-            file.write_bytes(b"half")
-            raise Killed
-        save(state, file)
-
-    monkeypatch.setattr(runs, "save_file", dies)
-    with pytest.raises(Killed):
-        make_trainer(tmp_path / "broken", steps=6).run()
-    monkeypatch.undo()
-    again = make_trainer(tmp_path / "broken", steps=6)
-    assert [c.name for c in again.folder.checkpoints()] == ["step-000002"]
-    again.run(resume=True)
-    assert_same(parameters(whole), parameters(again))
-    again.folder.finish()
-    assert [f.name for f in (tmp_path / "broken").iterdir()] == ["log.jsonl"]
-
-
-def test_same_seed_same_bits_and_other_seed_other_order(tmp_path):
-    found = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        trainer = make_trainer(tmp_path / name, seed=seed, steps=2)
-        trainer.run()
-        found.append(parameters(trainer))
-    assert_same(found[0], found[1])
-    assert any(not torch.equal(t, found[2][n]) for n, t in found[0].items())
-
-
-def test_best_is_kept_and_patience_stops(tmp_path):
-    trainer = make_trainer(tmp_path, method="ste", code_lr=2.0, lr=0.5, steps=40, patience=2,
-                           eval_every=1, save_every=5)  # fmt: skip
-    before = tensors_of(trainer.student)
-    before = {n: t.clone() for n, t in before.items()}
-    result = trainer.run()
-    assert result.stopped == "patience" and result.steps < 40
-    rows = [r for r in trainer.folder.rows() if r["kind"] == "eval"]
-    assert result.best["kl"] == min(r["kl"] for r in rows)
-    found = trainer.evaluate()
-    assert found["kl"] == pytest.approx(result.best["kl"], rel=1e-6)
-    if result.best["step"] == 0:
-        assert_same(before, tensors_of(trainer.student))
-
-
-def test_log_rows(tmp_path):
-    trainer = make_trainer(tmp_path, method="pv", steps=2, code_lr=1.0)
-    trainer.run()
-    rows = trainer.folder.rows()
-    steps = [r for r in rows if r["kind"] == "step"]
-    assert len(steps) == 2 and [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2]
-    for row in steps:
-        assert 0 < row["flips"] <= 0.011 and row["moved"] > 0 and 0 < row["drift"] < 1
-        assert row["budget"] > 0
-    trainer.folder.finish()
-    assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
-
-
-def test_learning_rates_fall_by_a_half_cosine(tmp_path):
-    settings = TuneSettings(steps=5, final_lr=0.2)
-    rates = [settings.rate(step) for step in range(5)]
-    assert rates == pytest.approx([1, 0.8828, 0.6, 0.3172, 0.2], abs=1e-4)
-    trainer = make_trainer(tmp_path, steps=5, final_lr=0.2)
-    for step in range(5):
-        trainer._step(step)
-    assert {g["lr"] / g["first_lr"] for g in trainer.optimizer.param_groups} == {0.2}
-    trainer.run()
-    with pytest.raises(TuningError, match="steps=5, not 6"):  # the rates depend on it
-        make_trainer(tmp_path, steps=6, final_lr=0.2).run(resume=True)
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, where):
-    trainer = make_trainer(tmp_path, steps=6)
-    step = trainer._step
-
-    def poisoned(number):
-        if number == 3 and where == "loss":
-            next(iter(trainer.student.layers.values())).weight.data.fill_(torch.nan)
-        if number == 3 and where == "gradient":
-            norm = trainer.student.others["model.norm.weight"]
-            norm.register_hook(lambda g: g * torch.inf)
-        return step(number)
-
-    trainer._step = poisoned
-    with pytest.raises(NotFinite, match=r"step 4.*step-000002"):
-        trainer.run()
-    kept = trainer.folder.checkpoints()
-    assert [k.name for k in kept] == ["step-000002"]
-    state = load_file(kept[0] / "state-0.safetensors")
-    assert all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point())
-    again = make_trainer(tmp_path, steps=2)
-    assert again.run(resume=True).steps == 2  # the best so far, without another step
-
-
-def test_resume_refuses_other_settings_and_data(tmp_path):
-    make_trainer(tmp_path, steps=2).run()
-    with pytest.raises(TuningError, match=r"lr=0.0003, not 0.001"):
-        make_trainer(tmp_path, steps=2, lr=1e-3).run(resume=True)
-    with pytest.raises(TuningError, match="interrupted run"):
-        make_trainer(tmp_path, steps=2).run()
-    other = make_trainer(tmp_path, steps=2)
-    other.train = other.train + 1
-    with pytest.raises(TuningError, match="other tokens"):
-        other.run(resume=True)
-    with pytest.raises(TuningError, match="no checkpoint"):
-        make_trainer(tmp_path / "none", steps=2).run(resume=True)
-    record = json.loads((tmp_path / "step-000002" / "run.json").read_text())
-    assert record["settings"]["method"] == "pv-ste"
 
 
 # -- export ----------------------------------------------------------------------------------------

@@ -191,3 +191,24 @@ def make_trainer(
         settings,
         RunFolder(folder, parallel),
     )
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    """Everything a step changes."""
+    named = {n: p.clone() for n, p, _ in trainer.student.parameters()}
+    return named | {n: y.codes.clone() for n, y in trainer.student.layers.items()}
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    """``.grad`` of every master after the first step's backward pass, by name."""
+    student = trainer.student
+    found = trainer._gradients(0)[1]
+    for stack in (None, *student.stacks):
+        student.spread(found, stack)
+    return {n: g for m in student.masters() for n, g in m.slices(m.parameter.grad).items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
