@@ -114,8 +114,10 @@ def long_run(arguments, rows: dict[Job, dict], model: str) -> Job | None:
 
 
 def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
-    """Everything that could be done now, the most wanted first, done or not."""
-    yield Job("test", str(arguments.teacher))
+    """Everything that could be done now, the most wanted first, done or not. Without test files
+    nothing is tested: settings can be chosen first, and the test tokens read when they stand."""
+    if arguments.test:
+        yield Job("test", str(arguments.teacher))
     for model in map(str, arguments.model):
         made = Job("quantize", model)
         if not (Path(model) / "config.json").is_file() and made not in rows:
@@ -123,7 +125,8 @@ def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
             continue
         if "error" in rows.get(made, {}):
             continue
-        yield Job("test", model)
+        if arguments.test:
+            yield Job("test", model)
         for method in arguments.method:
             yield from trials(arguments, rows, model, method)
         runs = [long_run(arguments, rows, model)]
@@ -132,8 +135,10 @@ def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
                 best = chosen(arguments, rows, model, method)
                 runs.append(best and Job("tune", model, method, best, seed))
         for run in runs:
-            if run is not None:
-                yield replace(run, kind="test") if run in rows else run
+            if run is not None and run not in rows:
+                yield run
+            elif run is not None and arguments.test:
+                yield replace(run, kind="test")
 
 
 # -- one job ---------------------------------------------------------------------------------------
@@ -354,7 +359,8 @@ def summarise(arguments) -> dict:
             row = {"model": Path(model).name, "method": arm, "settings": dict(best), "test": {}}
             if method == "start":
                 made = rows.get(Job("quantize", model), {})
-                row |= {"bits": made.get("bits", 0.0), "seconds": [made.get("seconds", 0.0)]}
+                known = (r["bits"] for j, r in rows.items() if j.model == model and "bits" in r)
+                row |= {"bits": next(known, None), "seconds": [made.get("seconds")]}
             else:
                 runs = [rows[Job("tune", model, method, best, r["seed"])] for r in tested]
                 tried = trials(arguments, rows, model, method)

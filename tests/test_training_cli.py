@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,46 @@ def test_errors(capfd, files, tmp_path):
         assert sorted(p for p in tmp_path.rglob("*")) == before, changed
 
 
+def test_a_full_disk_is_noticed_before_work(capfd, files, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    given = arguments(files, tmp_path / "out", "--save-every", "1")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    status, _, err = call(capfd, *given)
+    assert status == 1 and "10 bytes free, up to" in err and not list(tmp_path.iterdir())
+    needed = int(err.partition("up to ")[2].split()[0]) + 10
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    largest, rename = [], os.rename
+
+    def measure(draft, place):
+        """The folder is at its largest when a new checkpoint is whole and the old one not gone."""
+        largest.append(sum(f.stat().st_size for f in draft.parent.rglob("*") if f.is_file()))
+        rename(draft, place)
+
+    monkeypatch.setattr(os, "rename", measure)
+    status, _, err = call(capfd, *given)
+    assert status == 0, err
+    written = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.5 * needed < max(largest) + written  # not far above what it takes
+    assert max(largest) < needed + 200_000  # headers: these models are tiny
+
+
+def test_a_teacher_that_numbers_tokens_otherwise_is_refused(capfd, files, tmp_path, monkeypatch):
+    """Of the same size, another vocabulary shows in the tokenizers alone."""
+    import aqlm_infer.training.job as job
+
+    class Tokenizer:
+        def __init__(self, model):
+            self.words = ["a", "b"] if Path(model).name == "q" else ["b", "a"]
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+    monkeypatch.setattr(job, "load_tokenizer", Tokenizer)
+    status, _, err = call(capfd, *arguments(files, tmp_path / "out"))
+    assert status == 1 and "'a' is its token 1, the student's 0" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_dense_model_is_refused(capfd, files, tmp_path):
     given = arguments(files, tmp_path / "out")
     given[1] = str(files / "t")
@@ -273,6 +314,12 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     bench_tuning.main()
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == body["rows"]
     assert (tmp_path / "r.jsonl").read_text().startswith(lines)
+    untested = tmp_path / "untested.jsonl"
+    place = given.index("--test")
+    argv = ["bench_tuning.py", *given[:place], *given[place + 2 :], "--rows", untested]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    bench_tuning.main()
+    assert {json.loads(line)["kind"] for line in untested.read_text().splitlines()} == {"tune"}
 
 
 def test_sampled_tokens_follow_the_given_ones(files, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from .data import read_windows
 from .loss import score
 from .parallel import Parallel
 from .representation import TuningError
-from .runs import RunFolder
+from .runs import RunFolder, check_disk
 from .settings import TuneSettings
 from .student import Student
 from .trainer import Trainer, TuneResult, check_same
@@ -61,6 +61,20 @@ def check_models(student: nn.Module, teacher: nn.Module | None, seq_len: int) ->
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and seq_len > limit:
             raise TuningError(f"seq_len={seq_len} is longer than a model's context of {limit}")
+
+
+def check_tokenizers(model: str, teacher: str | Path) -> None:
+    """Raise TuningError when both models have a tokenizer, and a token has not the same number."""
+    try:
+        ours, theirs = (load_tokenizer(m).get_vocab() for m in (model, teacher))
+    except ModelError:
+        return
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            raise TuningError(
+                f"the teacher's vocabulary is another: {token!r} is its token {theirs.get(token)},"
+                f" the student's {ours.get(token)}"
+            )
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -127,10 +141,13 @@ def tune_checkpoint(
     loaded = load_model(model, torch.float32, device)
     dense = None if teacher is None else load_model(teacher, compute, device)
     check_models(loaded, dense, settings.seq_len)
+    if teacher is not None:
+        check_tokenizers(model, teacher)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     windows = [read_windows(Path(p), model, vocabulary, settings.seq_len) for p in (data, valid)]
     bits = quantized_cost(loaded).bits_per_weight
     student = Student(loaded, settings, compute, parallel)
+    check_disk(folder.folder, student)
     trainer = Trainer(student, dense, *windows, settings, folder, progress)
     result, micro, chunk = trainer.run(resume), trainer.micro, trainer.chunk
     if parallel is not None:

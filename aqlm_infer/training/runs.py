@@ -60,6 +60,30 @@ def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def check_disk(folder: Path, student: Student) -> None:
+    """Raise TuningError when the run's files would not fit beside what the folder holds already.
+
+    At most there are two checkpoints (values with two moments, a LAMB buffer with one), two best
+    models, and the tuned checkpoint, which is no larger than a best model.
+    """
+    moments = {True: 1 if student.settings.optimizer == "lamb" else 2, False: 2}
+    sizes = [(t.numel() * t.element_size(), buffer) for _, t, buffer in student.parameters()]
+    best = sum(t.numel() * t.element_size() for t in tensors_of(student).values())
+    codes = best - sum(size for size, buffer in sizes if not buffer)
+    checkpoint = codes + sum(size * (1 + moments[buffer]) for size, buffer in sizes)
+    ranks = 1 if student.parallel is None else student.parallel.size  # owners are balanced
+    needed = ranks * (2 * checkpoint + 3 * best)
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    held = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    if free + held < needed:
+        raise TuningError(
+            f"{there} has {free} bytes free, up to {needed - held} are needed for the run's files"
+        )
+
+
 class RunFolder:
     """The folder of one run, made when something is written.
 
