@@ -12,6 +12,8 @@ from tuning_cases import (
     wide_config,
 )
 
+from aqlm_infer.formats.e8p import grid_x4
+from aqlm_infer.quantizers import lattice
 from aqlm_infer.training import (
     TuningError,
 )
@@ -85,6 +87,20 @@ def test_codewords_kernel(shape):
     assert torch.equal(found, expected * scales.repeat_interleave(3, 1)[..., None])
     found = codewords(*given[:3], 3, given[3]).cpu()
     assert torch.equal(found, expected * scales.gather(1, index // 3)[..., None])
+
+
+def test_points_kernel():
+    """In Triton's interpreter without a GPU: as near as the nearest of all words."""
+    nearest = pytest.importorskip("aqlm_infer.triton_kernels.points").nearest_points
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 8, generator=rng) * torch.rand(150, 1, generator=rng) * 3
+    words = grid_x4().double() / 4
+    x[:9] = words[:9]  # a word is its own nearest, bit for bit
+    codes = nearest(x.to(device), lattice._tables(device)).cpu().long()
+    assert torch.equal(codes[:9], torch.arange(9))
+    found = (words[codes] - x.double()).norm(dim=1)
+    torch.testing.assert_close(found, torch.cdist(x.double(), words).amin(1), atol=1e-6, rtol=0)
 
 
 def test_score_is_the_perplexity_of_evaluation():

@@ -16,7 +16,7 @@ from ..formats.e8p import POSITIONS, E8PFormat, grid_x4, residual_x2, source_set
 from .ldlq import Rounder
 from .search import best_columns
 
-CHUNK = {"cpu": 1 << 11, "cuda": 1 << 17}
+CHUNK = 1 << 11
 """Vectors searched at a time, for both shifts at once: on the CPU their scores stay in cache."""
 
 
@@ -73,7 +73,11 @@ def _of_shift(y: torch.Tensor, odd_flips: torch.Tensor, tables) -> torch.Tensor:
 def nearest_e8p(targets: torch.Tensor) -> torch.Tensor:
     """16-bit codes int64 [n] of the codebook points nearest to float32 ``targets`` [n, 8]."""
     tables, codes = _tables(targets.device), []
-    for x in targets.split(CHUNK[targets.device.type]):
+    if targets.device.type == "cuda":
+        from ..triton_kernels.points import nearest_points
+
+        return nearest_points(targets.contiguous(), tables).long()
+    for x in targets.split(CHUNK):
         # Bit 0 of the sign byte is toggled where its parity is odd, and then the shift is -1/4.
         odd = torch.arange(2, device=x.device).repeat_interleave(len(x))
         pair = _of_shift(torch.cat([x - 0.25, x + 0.25]), odd, tables).view(2, -1)
