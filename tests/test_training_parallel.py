@@ -30,8 +30,9 @@ TWO_GPUS = pytest.param(
 )
 
 
-def launch(command: list[str], ranks: int = 2) -> list[str]:
-    """Run the command as every rank; their outputs, once all have ended well."""
+def launch(command: list[str], folder: Path, ranks: int = 2) -> list[str]:
+    """Run the command as every rank, in a folder from which nothing of the checkout is imported;
+    their outputs, once all have ended well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -41,11 +42,11 @@ def launch(command: list[str], ranks: int = 2) -> list[str]:
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+                [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
             ),
         }  # fmt: skip
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
+        started.append(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
     outputs = []
     for process in started:
         out, err = process.communicate(timeout=180)
@@ -92,7 +93,10 @@ def test_two_ranks_equal_one_and_exchange_checkpoints(tmp_path, device):
             for name, case in CASES.items()]  # fmt: skip
     longer = {**CASES["additive"], "steps": 6, "resume": True}
     runs.append({**longer, "folder": str(tmp_path / "onto-2")})
-    launch([sys.executable, str(ROOT / "tests" / "tuning_worker.py"), json.dumps(runs), device])
+    launch(
+        [sys.executable, str(ROOT / "tests" / "tuning_worker.py"), json.dumps(runs), device],
+        tmp_path,
+    )
 
     for name, result in results.items():
         last = tmp_path / f"{name}-2" / "step-000004"
@@ -117,7 +121,7 @@ def test_tune_command_on_two_ranks(files, tmp_path, capfd, device):  # noqa: F81
     more = ("--method", "pv", "--code-lr", "1", "--json", "--device", device)
     more = (*more, "--compute", "float32")
     command = [sys.executable, "-m", "aqlm_infer"]
-    outputs = launch([*command, *arguments(files, tmp_path / "two", *more)])
+    outputs = launch([*command, *arguments(files, tmp_path / "two", *more)], tmp_path)
     status, alone, err = call(capfd, *arguments(files, tmp_path / "one", *more))
     assert status == 0, err
     assert not outputs[1]
