@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,9 +35,9 @@ from aqlm_infer.bench import append_rows
 from aqlm_infer.bench.record import environment
 from aqlm_infer.calibration import TuneOptions, quantize_calibrated
 from aqlm_infer.evaluation import load_model, read_token_file
-from aqlm_infer.training import METHODS, TuneSettings, TuningError, tune_checkpoint
+from aqlm_infer.training import METHODS, TuneSettings, TuningError, loss, tune_checkpoint
 from aqlm_infer.training.job import run_folder
-from aqlm_infer.training.loss import labels_of, token_nll
+from aqlm_infer.training.loss import hidden_states, labels_of, token_nll
 
 NONE = 0.0
 """Of a trust ratio: no limit."""
@@ -80,7 +81,8 @@ class Job:
 
 def points(arguments, rows: dict[Job, dict], model: str, method: str) -> list[Choice]:
     """Settings to try of a method; none as long as the learning rate of values is not known."""
-    found = [tuple(point.items()) for point in GRIDS.get(method, GRIDS["ste"])]
+    grids = GRIDS | arguments.grid | arguments.grid.get(Path(model).name, {})
+    found = [tuple(point.items()) for point in grids.get(method, grids["ste"])]
     if method == "continuous" or "continuous" not in arguments.method:
         return found
     base = chosen(arguments, rows, model, "continuous")
@@ -142,6 +144,24 @@ def plan(arguments, rows: dict[Job, dict]) -> Iterator[Job]:
 
 
 # -- one job ---------------------------------------------------------------------------------------
+
+
+class Remembered:
+    """``hidden_states`` of the teacher, made once: every epoch and run asks for the same ones, a
+    quarter of a step's work. Kept by batch size, so that no kernel is another one's."""
+
+    def __init__(self):
+        self.known: dict[tuple[int, bytes], torch.Tensor] = {}
+
+    def __call__(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        if any(p.requires_grad for p in model.parameters()):  # a student
+            return hidden_states(model, ids)
+        keys = [(len(ids), window.tobytes()) for window in ids.cpu().numpy()]
+        if not all(key in self.known for key in keys):
+            found = hidden_states(model, ids)
+            self.known |= zip(keys, found.view(*ids.shape, -1), strict=True)
+            return found
+        return torch.cat([self.known[key] for key in keys])
 
 
 def tune(arguments, job: Job, device: str) -> dict:
@@ -235,11 +255,13 @@ def quantize(arguments, job: Job, device: str) -> dict:
     }
 
 
-def work(arguments, job: Job, device: str) -> dict:
+def work(arguments, job: Job, device: str, remembered: Remembered) -> dict:
     """Do the job; its row. A job that fails is told in its row and not tried again."""
     start = time.time()
     try:
-        found = {"quantize": quantize, "tune": tune, "test": test}[job.kind](arguments, job, device)
+        with mock.patch.object(loss, "hidden_states", remembered):
+            does = {"quantize": quantize, "tune": tune, "test": test}[job.kind]
+            found = does(arguments, job, device)
     except TuningError as error:
         found = {"error": str(error)}
     except Exception as error:
@@ -249,17 +271,18 @@ def work(arguments, job: Job, device: str) -> dict:
 
 
 _device: str = "cpu"
+_remembered: Remembered | None = None
 
 
 def _take_device(devices) -> None:
     """Of a worker process, when it starts."""
-    global _device
-    _device = devices.get()
+    global _device, _remembered
+    _device, _remembered = devices.get(), Remembered()
     torch.set_num_threads(4)
 
 
 def _work(arguments, job: Job) -> dict:
-    return work(arguments, job, _device)
+    return work(arguments, job, _device, _remembered)
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -290,8 +313,9 @@ def perform(arguments) -> None:
         print(f"{job.kind} {job.name}: {brief}", flush=True)
 
     if len(arguments.device) == 1:
+        remembered = Remembered()
         while job := next((j for j in plan(arguments, rows) if j not in rows), None):
-            keep(job, work(arguments, job, arguments.device[0]))
+            keep(job, work(arguments, job, arguments.device[0], remembered))
         return
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
@@ -440,7 +464,8 @@ def main() -> None:
     parser.add_argument("--optimizer", default="lamb")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--final-lr", type=float, default=1.0)
-    parser.add_argument("--grid", type=json.loads, default={}, help="JSON {method: [settings]}")
+    parser.add_argument("--grid", type=json.loads, default={}, help="JSON {method: [settings]}, and"
+                        " {start: {method: [settings]}} for one start alone")  # fmt: skip
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--ranking", default="residual")
     parser.add_argument("--eval-every", type=int, default=25)
@@ -449,7 +474,6 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="do nothing new")
     parser.add_argument("--plot", action="store_true", help="needs matplotlib")
     arguments = parser.parse_args()
-    GRIDS.update(arguments.grid)
     arguments.rows = arguments.rows or arguments.out.with_suffix(".jsonl")
     for folder in (arguments.work, arguments.out.parent, arguments.rows.parent):
         folder.mkdir(parents=True, exist_ok=True)
