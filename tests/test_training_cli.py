@@ -18,9 +18,16 @@ from tuning_cases import quantized_model, wide_config
 
 from aqlm_infer.checkpoint import save_quantized
 from aqlm_infer.cli.app import main
-from aqlm_infer.evaluation import load_model, perplexity, read_token_file
+from aqlm_infer.evaluation import (
+    load_model,
+    load_tokenizer,
+    perplexity,
+    read_text_file,
+    read_token_file,
+)
 from aqlm_infer.layers import quantized_layers
 from aqlm_infer.training import TuneSettings, TuningError, tune_checkpoint
+from aqlm_infer.training.data import read_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,6 +250,15 @@ def test_a_teacher_that_numbers_tokens_otherwise_is_refused(capfd, files, tmp_pa
     status, _, err = call(capfd, *arguments(files, tmp_path / "out"))
     assert status == 1 and "'a' is its token 1, the student's 0" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_text_is_read_with_the_models_tokenizer(tmp_path):
+    examples = ROOT / "examples"
+    windows = read_windows(examples / "text" / "valid.txt", str(examples / "lm7"), 8192, 64)
+    ids = read_text_file(examples / "text" / "valid.txt", load_tokenizer(examples / "lm7"))
+    assert torch.equal(windows.flatten(), ids[: len(ids) // 64 * 64])
+    with pytest.raises(TuningError, match="encodes to id [0-9]+, beyond 100"):
+        read_windows(examples / "text" / "valid.txt", str(examples / "lm7"), 100, 64)
 
 
 def test_dense_model_is_refused(capfd, files, tmp_path):
