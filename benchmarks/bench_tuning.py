@@ -330,6 +330,7 @@ def perform(arguments) -> None:
             making = {job.model for job in busy if job.kind == "quantize"}  # half written
             free = [j for j in plan(arguments, rows) if j not in rows and j not in busy]
             free = [j for j in free if j.model not in making]
+            free.sort(key=lambda j: j.kind != "test")  # what was trained is lost with the machine
             for job in dict.fromkeys(free[: len(arguments.device) - len(running)]):
                 running[pool.submit(_work, arguments, job)] = job
             if not running:
