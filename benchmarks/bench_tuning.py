@@ -385,7 +385,7 @@ def summarise(arguments) -> dict:
             if method == "start":
                 made = rows.get(Job("quantize", model), {})
                 known = (r["bits"] for j, r in rows.items() if j.model == model and "bits" in r)
-                row |= {"bits": next(known, None), "seconds": [made.get("seconds")]}
+                row |= {"bits": next(known, None), "seconds": [made.get("seconds", 0.0)]}
             else:
                 runs = [rows[Job("tune", model, method, best, r["seed"])] for r in tested]
                 tried = trials(arguments, rows, model, method)
