@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import logits, tiny_config, tiny_model, write_checkpoint
 
 import aqlm_infer
-from aqlm_infer.calibration import quantize_checkpoint
+from aqlm_infer.calibration import TuneOptions, quantize_checkpoint
 from aqlm_infer.cli.app import main
+from aqlm_infer.cli.quantize import tune_options
 from aqlm_infer.evaluation import load_model, perplexity, read_token_file
 from aqlm_infer.quantizers import AdditiveQuantizer
 
@@ -274,7 +275,7 @@ def test_calibrated_quantize(capfd, dense, tokens, tmp_path):
     options = (
         "quantize", dense, "--scheme", "gptq-int2-g16,gptq-int4-g16", "--target-bits", "4.2",
         "--calibration", tokens, "--samples", "4", "--seq-len", "32", "--fine-tune",
-        "--epochs", "1", "--out", out,
+        "--epochs", "1", "--fine-tune-ahead", "1", "--fine-tune-per-token", "--out", out,
     )  # fmt: skip
     record = json_of(capfd, *options)
     schemes = {layer["scheme"] for block in record["blocks"] for layer in block["layers"]}
@@ -284,6 +285,20 @@ def test_calibrated_quantize(capfd, dense, tokens, tmp_path):
     assert status == 0 and "output error" in shown and "fine-tuning" in shown
     ppl = json_of(capfd, "eval", out, "--tokens", tokens, "--window", "32")["ppl"]
     assert ppl > 1
+
+
+def test_options_of_fine_tuning(capfd, dense, tokens, tmp_path):
+    assert tune_options(None, None, False) == TuneOptions()
+    assert tune_options(2, 0, True) == TuneOptions(epochs=2, ahead=0, per_token=True)
+    for given, message in (
+        (("--fine-tune-ahead", "3"), "--fine-tune-ahead 3: at least 0, and only with --fine-tune"),
+        (("--fine-tune", "--fine-tune-ahead", "-1"), "--fine-tune-ahead -1: at least 0"),
+        (("--fine-tune-per-token",), "--fine-tune-per-token goes with --fine-tune"),
+        (("--fine-tune", "--epochs", "0"), "--epochs 0: at least 1"),
+    ):
+        command = ("quantize", dense, "--scheme", "aqlm-1x4-g8", "--calibration", tokens)
+        status, _, err = call(capfd, *command, "--out", tmp_path / "q", *given)
+        assert status == 1 and message in err and not (tmp_path / "q").exists()
 
 
 def test_plans_and_skips(capfd, dense, tmp_path):

@@ -68,6 +68,21 @@ def quantize(
     epochs: Annotated[
         int | None, typer.Option(help="Most passes over the windows when fine-tuning (default 5).")
     ] = None,
+    fine_tune_ahead: Annotated[
+        int | None,
+        typer.Option(
+            help="Dense blocks that a fine-tuned block's outputs pass through before they are"
+            " compared (default 0). Better and slower: 3 on small models.",
+            metavar="N",
+        ),
+    ] = None,
+    fine_tune_per_token: Annotated[
+        bool,
+        typer.Option(
+            "--fine-tune-per-token",
+            help="Count each token's error relative to its own energy when fine-tuning.",
+        ),
+    ] = False,
     target_bits: Annotated[
         float | None,
         typer.Option(help="Choose among the schemes layer by layer, for this average."),
@@ -93,6 +108,12 @@ def quantize(
         raise OptionError("--fine-tune and --target-bits need --calibration FILE")
     if epochs is not None and not (fine_tune and epochs >= 1):
         raise OptionError(f"--epochs {epochs}: at least 1, and only with --fine-tune")
+    if fine_tune_ahead is not None and not (fine_tune and fine_tune_ahead >= 0):
+        raise OptionError(
+            f"--fine-tune-ahead {fine_tune_ahead}: at least 0, and only with --fine-tune"
+        )
+    if fine_tune_per_token and not fine_tune:
+        raise OptionError("--fine-tune-per-token goes with --fine-tune")
     if target_bits is not None and scheme is None:
         raise OptionError("--target-bits chooses among the schemes of --scheme A,B,..")
     schemes = [] if scheme is None else scheme.split(",") if target_bits is not None else [scheme]
@@ -126,13 +147,21 @@ def quantize(
                 samples=samples,
                 seq_len=seq_len,
                 dtype=torch_dtype,
-                tune=jobs.TuneOptions(**({"epochs": epochs} if epochs else {}))
+                tune=tune_options(epochs, fine_tune_ahead, fine_tune_per_token)
                 if fine_tune
                 else None,
                 **shared,
             )
             rows = calibrated_rows(report)
     emit(asdict(report), json, pairs(rows))
+
+
+def tune_options(epochs: int | None, ahead: int | None, per_token: bool):
+    """Settings of fine-tuning, the default where an option was not given."""
+    from ..calibration import TuneOptions
+
+    given = {"epochs": epochs, "ahead": ahead, "per_token": per_token or None}
+    return TuneOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def data_free_rows(report) -> list[tuple[str, str]]:
