@@ -1,4 +1,4 @@
-"""How much quality does each scheme keep at equal bits?
+"""How much quality does each scheme keep at equal bits? (What tuning gains: bench_tuning.py.)
 
 Quantizes the dense MODEL by each arm with ``quantize_calibrated`` and scores the checkpoint read
 back from disk, its layers dequantized, over non-overlapping windows of 512 tokens. One JSON line an
@@ -44,6 +44,8 @@ ARMS = (
     Arm("aqlm+tune", "aqlm-2x8-g8", tune=True),
     Arm("aqlm-plain-start", "aqlm-1x8-g8", options={"metric_rounds": 0}),
     Arm("aqlm-metric-start", "aqlm-1x8-g8"),
+    Arm("aqlm-plain-start-alone", "aqlm-1x8-g8", options={"metric_rounds": 0, "refit_rounds": 0}),
+    Arm("aqlm-metric-start-alone", "aqlm-1x8-g8", options={"refit_rounds": 0}),
     Arm("quip-sharp+tune", "quip-e8p-2bit", tune=True),
     Arm("gptq+tune", "gptq-int2-g128", tune=True),
 )
