@@ -343,8 +343,8 @@ def perform(arguments) -> None:
 def summary(losses: np.ndarray, baseline: np.ndarray | None, dense: np.ndarray) -> dict:
     """Perplexity of one method, [seeds, windows], and its paired ratios.
 
-    ``ratio`` is to the dense model, ``gain`` to the baseline (below 1 is better), with 95 %
-    intervals of 10,000 draws of windows, each the mean over seeds.
+    ``ratio`` is to the dense model, ``gain`` to the baseline with the same seeds (below 1 is
+    better), with 95 % intervals of 10,000 draws of windows, each the mean over seeds.
     """
     draws = np.random.default_rng(0).integers(0, losses.shape[1], (10_000, losses.shape[1]))
     means = losses.mean(0)
@@ -368,7 +368,7 @@ def summarise(arguments) -> dict:
         name: np.array(losses) for name, losses in (teacher or {"losses": {}})["losses"].items()
     }
     for model in map(str, arguments.model):
-        baseline: dict[str, np.ndarray] = {}
+        baseline: dict[str, dict[int, list[float]]] = {}
         long = long_run(arguments, rows, model)
         arms = [("start", "start", ())]
         arms += [(m, m, chosen(arguments, rows, model, m)) for m in arguments.method]
@@ -401,10 +401,15 @@ def summarise(arguments) -> dict:
                     "seconds": [r["seconds"] for r in runs],
                 }
             for name, reference in dense.items():
-                losses = np.array([r["losses"][name] for r in tested])
+                losses = {r["seed"]: r["losses"][name] for r in tested}
                 if arm == "continuous":
                     baseline[name] = losses
-                row["test"][name] = summary(losses, baseline.get(name), reference)
+                base = [baseline[name].get(s) for s in losses] if name in baseline else [None]
+                row["test"][name] = summary(
+                    np.array(list(losses.values())),
+                    None if None in base else np.array(base),
+                    reference,
+                )
                 print(f"{row['model']} {arm} {name}: {row['test'][name]}", flush=True)
             table.append(row)
     return {
