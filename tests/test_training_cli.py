@@ -1,5 +1,6 @@
 """``aqlm-infer tune`` on tiny checkpoints: the file it writes, killing and resuming, errors."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -336,6 +337,9 @@ def test_comparison_of_methods(files, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     bench_tuning.main()
     assert {json.loads(line)["kind"] for line in untested.read_text().splitlines()} == {"tune"}
+    if importlib.util.find_spec("matplotlib"):
+        bench_tuning.plot(body["rows"], tmp_path / "r.png")
+        assert (tmp_path / "r.png").stat().st_size > 5000
 
 
 def test_sampled_tokens_follow_the_given_ones(files, tmp_path, monkeypatch):
