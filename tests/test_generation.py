@@ -23,7 +23,6 @@ from aqlm_infer.generation.llama import LlamaStep, why_not_llama
 from aqlm_infer.generation.prepare import check_capability
 from aqlm_infer.generation.runner import StepRunner
 from aqlm_infer.generation.stack import StackedPart, stack_siblings, stacks, unstack
-from aqlm_infer.generation.step import DecodeStep
 from aqlm_infer.layers import QuantLinear, quantized_layers, replace_linears, share_rotations
 
 LM7 = Path(__file__).parents[1] / "examples" / "lm7"
@@ -45,19 +44,13 @@ def quantized_lm7():
 
 
 @pytest.fixture
-def stepping(monkeypatch):
+def stepping():
     """Install a runner whose steps are not captured: what the graph computes, on any device."""
-
-    def replay(step):
-        step.counts["replays"] += 1
-        return step.eager()
-
-    monkeypatch.setattr(DecodeStep, "_replay", replay)
     installed = []
 
     def install(model, **options):
         runner = StepRunner(model, **{"max_length": None, "max_graphs": 4, "compile": False,
-                                      **options})  # fmt: skip
+                                      "capture": False, **options})  # fmt: skip
         runner.install()
         installed.append(runner)
         return runner
@@ -264,7 +257,7 @@ def test_greedy_tokens_on_lm7(quantized_lm7, stepping):
     for _ in range(2):
         for batch, tokens in zip((two, one), expected, strict=True):
             assert torch.equal(model.generate(**batch, **options), tokens)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
     assert runner.counts["replays"] == 2 * sum(
         tokens.shape[1] - batch["input_ids"].shape[1] - 1
         for batch, tokens in zip((two, one), expected, strict=True)
@@ -340,7 +333,7 @@ def test_what_a_step_cannot_answer_runs_in_the_model(stepping):
                             return_dict_in_generate=True)  # fmt: skip
     runner = stepping(model)
     assert torch.equal(model.generate(**batch, **GREEDY, num_beams=2), beams)
-    assert runner.counts["replays"] == runner.counts["captures"] == 0
+    assert runner.counts["replays"] == runner.counts["bodies"] == 0
     again = model.generate(**batch, **GREEDY, output_hidden_states=True,
                            return_dict_in_generate=True)  # fmt: skip
     assert torch.equal(again.sequences, states.sequences)
@@ -383,7 +376,7 @@ def test_caches_are_reused_unless_somebody_holds_them(stepping):
     assert kept.past_key_values.filled == kept.past_key_values.get_seq_length() == 19
     keys = kept.past_key_values.layers[0].keys.clone()
     model.generate(**batch, **GREEDY)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
     assert torch.equal(kept.past_key_values.layers[0].keys, keys)
     # Going on from a cache: the model sees the rest of the tokens, then steps again.
     longer = model.generate(
@@ -394,9 +387,9 @@ def test_caches_are_reused_unless_somebody_holds_them(stepping):
     del kept
     for _ in range(3):
         model.generate(**batch, **GREEDY)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
     model.generate(batch["input_ids"][:1], **GREEDY)
-    assert runner.counts["captures"] == 3 and len(runner._slots) == 2
+    assert runner.counts["bodies"] == 3 and len(runner._slots) == 2
 
 
 def test_new_weights_drop_the_graphs(stepping):
@@ -407,7 +400,7 @@ def test_new_weights_drop_the_graphs(stepping):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, 0))
     expected = type(model).generate(copy.deepcopy(model), **batch, **GREEDY)
     assert torch.equal(model.generate(**batch, **GREEDY), expected)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
 
 
 def test_step_layers_are_not_registered_with_transformers():

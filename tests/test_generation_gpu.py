@@ -72,7 +72,7 @@ def test_greedy_tokens_on_lm7(quantized_lm7):
     prepare_for_generation(model)
     runner = model.aqlm_generation.runner
     got = [greedy(model, *each, max_new_tokens=60) for each in (*arguments, *arguments)]
-    assert runner.counts["captures"] == 2 and runner.counts["replays"]
+    assert runner.counts["bodies"] == 2 and runner.counts["replays"]
     undo_prepare_for_generation(model)
     for tokens, other, (_, mask) in zip(got, expected * 2, arguments * 2, strict=True):
         assert_same_tokens(model, tokens, other, mask)
@@ -151,11 +151,11 @@ def test_weights_changed_in_place_and_moved():
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
     after = greedy(model, ids)
-    assert runner.counts["captures"] == 1
+    assert runner.counts["bodies"] == 1
     model.cpu()
     model.cuda()
     assert torch.equal(greedy(model, ids), after)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
 
 
 def test_dense_models_for_comparison():
