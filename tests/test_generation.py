@@ -189,6 +189,71 @@ def test_a_step_computes_what_the_model_does(family, kind):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_known_blocks(family, tokens, stepping):
+    """The logits of the last token, the cache and the step after it are the model's."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    replace_linears(model, "aqlm-1x4-g8", progress=False)
+    ids = torch.randint(1, 97, (2, tokens + 1))
+    with torch.no_grad():
+        plain = StaticCache(config=model.config, max_cache_len=20)
+        expected = model(ids[:, :tokens], past_key_values=plain).logits[:, -1:]
+        after = model(ids[:, tokens:], past_key_values=plain).logits
+        stack_siblings(model)
+        runner = stepping(model)
+        cache = runner.cache(2, 20)
+        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        logits = model(input_ids=ids[:, :tokens], **given).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        assert cache.get_seq_length() == cache.filled == tokens
+        torch.testing.assert_close(
+            model(input_ids=ids[:, tokens:], **given).logits, after, rtol=1e-3, atol=1e-3
+        )
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        keys, values = layer.keys[:, :, : tokens + 1], layer.values[:, :, : tokens + 1]
+        torch.testing.assert_close(keys, other.keys[:, :, : tokens + 1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(values, other.values[:, :, : tokens + 1], rtol=1e-3, atol=1e-3)
+    assert runner.counts == {"bodies": 1, "prompts": 1, "replays": 1}
+
+
+def test_prompts_that_the_model_itself_runs(stepping):
+    """Padded ones, all logits, a cache that is not empty; a prompt that is not padded is ours."""
+    model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
+    runner = stepping(model)
+    batch = prompts()
+    whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    given = {"use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad():
+        model(**batch, past_key_values=runner.cache(2, 20), **given)
+        model(**whole, past_key_values=runner.cache(2, 20), use_cache=True)
+        cache = runner.cache(2, 20)
+        first = model(**whole, past_key_values=cache, use_cache=True).logits[:, -1:]
+        model(input_ids=batch["input_ids"], past_key_values=cache, **given)
+        assert runner.counts["prompts"] == 0
+        second = model(**whole, past_key_values=runner.cache(2, 20), **given).logits
+    assert runner.counts["prompts"] == 1
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_without_a_graph(monkeypatch):
+    """graphs=False where a GPU could capture: the same operators, launched one by one."""
+    monkeypatch.setattr(prepare, "_why_not_captured", lambda model, devices: None)
+    model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
+    ids = prompts()["input_ids"] + 1
+    expected = model.generate(ids, **GREEDY)
+    prepare_for_generation(model, graphs=False)
+    prepared = model.aqlm_generation
+    assert prepared.reason == "graphs=False" and not prepared.runner.capture
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert prepared.runner.counts == {"bodies": 1, "prompts": 1, "replays": 11}
+    undo_prepare_for_generation(model)
+    model.config.hidden_act = "gelu"
+    prepare_for_generation(model, graphs=False)
+    assert model.aqlm_generation.runner is None
+
+
 @pytest.mark.parametrize("scheme", ["quip-e8p-2bit", "quip-int4"])
 def test_a_step_rotates_where_it_norms(scheme, monkeypatch):
     """Fused parts (E8P) and layers that share a rotation take it with the norm, as on a GPU."""

@@ -156,7 +156,8 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
 def _rope_store(q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, ids_ptr, out_ptr, keys_ptr, values_ptr,
                 T, q_b, q_t, q_h, nk_b, nk_t, nk_h, nv_b, nv_t, nv_h, ids_b, ids_t, k_b, k_h, k_l,
                 v_b, v_h, v_l, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                HP: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                HP: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """All heads of one token of a prompt: q rotated, key rotated and value into the cache."""
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, g, d = tl.arange(0, HP)[:, None], tl.arange(0, KP)[:, None], tl.arange(0, DP)

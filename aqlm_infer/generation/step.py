@@ -99,7 +99,7 @@ class DecodeStep:
         return self.logits
 
     def prompt(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The logits [B, 1, vocabulary] of the last of tokens [B, T], which fill the empty cache."""
+        """Logits [B, 1, vocabulary] of the last of tokens [B, T], which fill the empty cache."""
         self.counts["prompts"] += 1
         with torch.inference_mode(False), torch.no_grad():
             return self._made_body().prompt(tokens, positions.expand(tokens.shape))
