@@ -204,10 +204,11 @@ def test_dense_models_for_comparison():
         assert torch.equal(greedy(model, ids), expected) and runner.counts["replays"] == 23
 
 
-def test_quantized_head():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_head(bits):
     model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda")
     ids = torch.randint(1, 512, (1, 7), generator=torch.Generator().manual_seed(2)).cuda()
-    prepare_for_generation(model, lm_head="rtn-int8-g128")
+    prepare_for_generation(model, lm_head=f"rtn-int{bits}-g128")
     assert greedy(model, ids).shape == (1, 31) and model.lm_head.kernel_id == "cuda.scalar"
 
 
