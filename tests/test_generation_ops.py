@@ -74,14 +74,22 @@ def rotated64(x, cos, sin):
 CASES = [
     (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
     (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
-    (64, 4, 4, 256, 64, 131),
+    (64, 4, 4, 256, 64, 131), (16, 32, 8, 256, 128, 255), (1, 8, 1, 4096, 64, 4095),
+    (7, 14, 2, 512, 128, 130),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+KERNELS = ["cpu", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "triton"))]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rope_attention(device, dtype, case):
+def test_rope_attention(kernel, dtype, case, monkeypatch):
+    """On a GPU by the kernel of ``_cuda`` where it takes the case, and by Triton's."""
+    device = "cpu" if kernel == "cpu" else "cuda"
+    if kernel == "triton":
+        monkeypatch.setattr(ops, "why_not_step_attention", lambda *given: "a test")
     B, H, heads, L, D, filled = case
     q, key, value, keys, values, mask, cos, sin, ids = attention_case(device, dtype, *case)
     if device == "cpu":  # torch's attention multiplies by a weight of zero what is not seen
@@ -144,6 +152,19 @@ def test_rope_store_refuses_what_does_not_fit():
         ops.rope_store(q, q[:, :, :2], q[:, :, :2], table, table, ids, keys, keys.clone())
     with pytest.raises(OperandError, match=r"key is \[1, 5, 1, 8\], expected \[1, 5, 2, 8\]"):
         ops.rope_store(q, q[:, :, :1], q[:, :, :2], table, table, ids, keys, keys.clone())
+
+
+@pytest.mark.gpu
+def test_which_kernel_attends():
+    """Llama's shapes go to ``_cuda``, float32 and odd strides do not."""
+    q, key, value, keys, values, _, cos, sin, _ = attention_case(
+        "cuda", torch.float16, 2, 8, 2, 100, 128, 60
+    )
+    assert ops.why_not_step_attention(q, key, value, cos, sin, keys, values) is None
+    wide = [t.float() for t in (q, key, value, cos, sin, keys, values)]
+    assert "takes 16 bits" in ops.why_not_step_attention(*wide)
+    odd = torch.empty(2, 8 * 128 + 4, device="cuda", dtype=torch.float16)[:, 4:].view(2, 8, 128)
+    assert "strides" in ops.why_not_step_attention(odd, key, value, cos, sin, keys, values)
 
 
 @pytest.mark.gpu
