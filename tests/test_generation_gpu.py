@@ -213,6 +213,20 @@ def test_quantized_head(bits):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("graphs", [None, False])
+def test_second_device(graphs):
+    """A model on a device that is not the current one."""
+    model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda:1")
+    ids = torch.randint(1, 512, (2, 7), generator=torch.Generator().manual_seed(2))
+    prepare_for_generation(model, graphs=graphs)
+    got = greedy(model, ids.to("cuda:1"))
+    undo_prepare_for_generation(model)
+    prepare_for_generation(model.to("cuda:0"), graphs=graphs)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(greedy(model, ids.to("cuda:0")).cpu(), got.cpu())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_devices(tmp_path):
     """device_map="auto" spreads a checkpoint over two GPUs: the same tokens, prepared as well."""
     from transformers import AutoModelForCausalLM
