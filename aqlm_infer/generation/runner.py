@@ -164,7 +164,7 @@ class StepRunner:
 
     def _body(self, cache: StepCache, batch: int) -> Body:
         if why_not_llama(self.model) is None:
-            return LlamaStep(self.model, cache, batch)
+            return LlamaStep(self.model, cache, batch, self.capture)
         return ForwardStep(self.model, self._own("forward"), cache, self.compile)
 
     def _drop_stale(self) -> None:

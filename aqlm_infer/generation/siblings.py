@@ -6,7 +6,7 @@ the layers' kernels are called with its result. Other layers are called as the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -41,11 +41,13 @@ class Siblings:
                     stack.enter_context(layer._sharing.shared.kept_open())
             return [layer(x) for layer in self.layers]
 
-    def of_norm(self, x, delta, weight, eps: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """x + delta [M, K], and the results of its norm."""
+    def of_norm(
+        self, x, delta, weight, eps: float, add_rms_norm: Callable
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """x + delta [M, K], and the results of its norm, which ``add_rms_norm`` computes."""
         rotation = self._rotation() if x.shape[0] <= _MOST_TOKENS else None
         if rotation is None:
-            x, y = ops.add_rms_norm(x, delta, weight, eps)
+            x, y = add_rms_norm(x, delta, weight, eps)
             return x, self(y)
         x, y = ops.rotated_norm(x, delta, weight, eps, *rotation)
         return x, self._of_rotated(y)
