@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "enqueue.cuh"
+#include "hadamard_many.h"
 #include "hadamard_mix.cuh"
 #include "hadamard_spread.cuh"
 #include "rotated_bodies.h"
@@ -14,7 +15,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
-int g_rotated_local = -1, g_rotated_share = -1;
+int g_rotated_local = -1, g_rotated_share = -1, g_rotated_many = -1;
 #endif
 
 int log2_of(int n) {
@@ -68,6 +69,15 @@ cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t str
     config.numAttrs = dependent_launch ? 2 : 1;
     return cudaLaunchKernelEx(&config, rotate_kernel<C>, p, log_p);
   }
+}
+
+// Whether the kernel for many tokens takes a rotation of rows of x.
+bool many_tokens(const RotateParams& p, const DeviceInfo& device) {
+  int least = tune::kManyTokens;
+#ifdef AQLM_TUNE
+  if (g_rotated_many >= 0) least = g_rotated_many;
+#endif
+  return p.tokens >= least && takes_many(p, device);
 }
 
 // Elements of one block of the spread rotation.
@@ -298,6 +308,8 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       if (p.partials != nullptr && p.local_bits > 0) {
         e = p.tokens <= kFewTokens ? rotate_mix<kFewSlots>(p, info.max_smem, stream)
                                    : rotate_mix<kManySlots>(p, info.max_smem, stream);
+      } else if (many_tokens(p, info)) {
+        e = launch_rotate_many(p, info, stream);
       } else if (const int bits = p.partials == nullptr ? spread_bits_of(p.r, p.tokens, info) : 0) {
         e = rotate_spread(p, bits, stream);
       } else switch (cluster_of(p.r, p.tokens, info)) {
@@ -353,6 +365,10 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
 // wherever it fits.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
   aqlm::g_rotated_share = share;
+}
+// Tokens from which on the kernel for many tokens rotates (-1: as tuned).
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_many(int least) {
+  aqlm::g_rotated_many = least;
 }
 // Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {

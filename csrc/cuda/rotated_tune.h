@@ -177,6 +177,9 @@ AQLM_HD constexpr int rotated_passes(bool hopper, bool grouped, int planes) {
 // 3 MB, 28672 x 4 8.1 against 7.8 at 6.4 MB (H200).
 constexpr double kSpreadMegabytes = 4.5;
 
+// Tokens from which on rows of x are rotated by the kernel for many tokens (hadamard_many.cu).
+constexpr int kManyTokens = 32;
+
 // Cells of K per CTA below which partial sums cost more than idle SMs.
 constexpr int kRotatedMinCells = 4;
 

@@ -6,7 +6,8 @@ ARCH ?= -gencode arch=compute_90a,code=sm_90a
 OUT := build/rotated
 TORCH := $(shell $(PYTHON) -c "import torch,os;print(os.path.dirname(torch.__file__))")
 PYINC := $(shell $(PYTHON) -c "import sysconfig;print(sysconfig.get_paths()['include'])")
-NAMES := $(basename $(notdir $(wildcard csrc/cuda/rotated*.cu csrc/cuda/instances/rotated*.cu)))
+NAMES := $(basename $(notdir $(wildcard csrc/cuda/rotated*.cu csrc/cuda/hadamard*.cu \
+  csrc/cuda/instances/rotated*.cu)))
 OBJ := $(NAMES:%=$(OUT)/obj/%.o) $(OUT)/obj/launch.o $(OUT)/obj/ops_cuda_rotated.o
 HDR := $(wildcard csrc/cuda/rotated* csrc/cuda/scalar* csrc/cuda/e8p* csrc/cuda/hadamard* \
   csrc/cuda/ptx.cuh csrc/cuda/numeric.cuh csrc/cuda/enqueue.cuh csrc/cuda/launch.h \

@@ -1,6 +1,6 @@
 """Microseconds of whole rotated layers and of their parts, by launch shape.
 
-    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|groups|short|one|sanitize
+    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|prompts|groups|short|one|sanitize
 
 Uses the ladder build (rotated.mk). Every row names the overrides that it ran under.
 """
@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from rotated_times import time_layers, timed_graph
-from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, override
+from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, many, override
 
 from aqlm_infer import ops
 from aqlm_infer.formats.rotation import Hadamard
@@ -60,6 +60,22 @@ def hadamards():
                 row.append(f"cluster {cluster}: {timed_graph(calls)[0]:.2f}")
             override()
             print(f"hadamard {n} F={r.factor} M={M}  ", "  ".join(row), flush=True)
+
+
+def prompts():
+    """Rotations of many tokens, inputs (pre) and outputs (post): new kernel, the others."""
+    for n in (4096, 6144, 8192, 14336, 28672):
+        r = Hadamard.full(n)
+        h, vector = r.matrix(DEV), torch.randn(n, device=DEV)
+        for M in (4, 16, 32, 64, 128, 512, 2048):
+            x, row = torch.randn(M, n, device=DEV).half(), []
+            for least in (1, 1 << 30):
+                many(least)
+                for pair in ((vector, None), (None, vector)):
+                    calls = [partial(ops.hadamard, x, *pair, h, r.factor, 0, True)] * 20
+                    row.append(f"{timed_graph(calls, 9)[0]:.2f}")
+            many()
+            print(f"prompt {n} F={r.factor} M={M}: pre, post", *row[:2], "before", *row[2:], flush=True)
 
 
 def groups():
@@ -135,6 +151,7 @@ if __name__ == "__main__":
     actions = {
         "layers": layers,
         "hadamards": hadamards,
+        "prompts": prompts,
         "groups": groups,
         "short": short,
         "one": one,
