@@ -60,6 +60,9 @@ struct Rotation {
   bool transpose;
 };
 
+// What becomes of the two halves of a row of y: both stay, or y = silu(gate) * up.
+enum class Pair : int { kNone, kGateFirst, kUpFirst };
+
 // y = gain * post * U (pre * x) + bias, x being rows of a tensor or the partial sums of a matmul.
 struct RotateParams {
   Rotation r;
@@ -75,9 +78,10 @@ struct RotateParams {
   DType post_type;
   const void* bias;       // of y's dtype; null: none
   float gain;
-  void* y;                // [tokens, n] contiguous
+  void* y;                // [tokens, n] contiguous; `pair`: [tokens, n / 2]
   DType y_type;
   int tokens;
+  Pair pair;              // of partial sums that a matmul has transformed (local_bits > 0)
 };
 
 struct RotatedMatmul {
@@ -113,6 +117,8 @@ struct RotatedConfig {
 // `rotates`: a rotation of the outputs follows.
 RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
                              const DeviceInfo& device);
+// Whether one token can be multiplied by blocks that own rows, whatever the time: then it does so.
+bool own_rows(const RotatedWeight& w, const DeviceInfo& device, RotatedConfig* c);
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p);
 struct RotatedWorkspace {
   size_t partials, x_cells, x_sums, x_scales;

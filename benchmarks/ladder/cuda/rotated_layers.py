@@ -1,6 +1,6 @@
 """Microseconds of whole rotated layers and of their parts, by launch shape.
 
-    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|prompts|groups|short|one|sanitize
+    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|prompts|groups|short|...
 
 Uses the ladder build (rotated.mk). Every row names the overrides that it ran under.
 """
@@ -22,6 +22,11 @@ SHAPES = (SMALL, (6144, 4096), MEDIUM, (28672, 4096), (4096, 14336), BIG, (8192,
 
 def local_bits(most=-1):
     ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_local_bits(most)
+
+
+def share(how=-1):
+    """How blocks share the work: see ``aqlm_rotated_share``."""
+    ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_share(how)
 
 
 def layers():
@@ -75,7 +80,7 @@ def prompts():
                     calls = [partial(ops.hadamard, x, *pair, h, r.factor, 0, True)] * 20
                     row.append(f"{timed_graph(calls, 9)[0]:.2f}")
             many()
-            print(f"prompt {n} F={r.factor} M={M}: pre, post", *row[:2], "before", *row[2:], flush=True)
+            print(f"prompt {n} M={M}: pre, post", *row[:2], "before", *row[2:], flush=True)
 
 
 def groups():
@@ -133,6 +138,14 @@ def sanitize():
         for M in (1, 2):
             y = ops.hadamard(x[:M], None, None, r.matrix(DEV), r.factor, 0, True)
             assert torch.isfinite(y).all(), n
+    many(1)
+    for n in (1024, 3072, 4096, 8192, 14336, 28672):
+        r = Hadamard.full(n)
+        x, vector = torch.randn(5, n, device=DEV).half(), torch.rand(n, device=DEV)
+        for pair in ((None, None), (vector, None), (None, vector)):
+            y = ops.hadamard(x, *pair, r.matrix(DEV), r.factor, 0, True)
+            assert torch.isfinite(y).all(), n
+    many()
     torch.cuda.synchronize()
     print("-- sanitize OK", flush=True)
 
