@@ -195,8 +195,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   bool reserved = false;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
-        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), factor != 0,
-                             info);
+        aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
+                             factor != 0, info);
     if (config.tiles == 0) {
       CHECK(pair == aqlm::Pair::kNone, "M=", M, " tokens are too many for a product of pairs");
       Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
@@ -241,8 +241,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     r.partials = p.partials;
     r.s = p.s;
     r.tokens = p.tokens;
-    CHECK(pair == aqlm::Pair::kNone || (r.local_bits > 0 && (N >> r.local_bits) % 2 == 0), "N=", N, ", factor=", factor,
-          " is no size for a product of pairs");
+    CHECK(pair == aqlm::Pair::kNone || (r.local_bits > 0 && (N >> r.local_bits) % 2 == 0), "N=",
+          N, ", factor=", factor, " is no size for a product of pairs");
     r.y = at_row(y, m, width);
     const bool finishes = config.share == aqlm::Share::kOwned && factor == 0;
     if (finishes) p.finish = r;
@@ -262,7 +262,7 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
       reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
       n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
     return false;
-  aqlm::RotatedConfig config = aqlm::choose_rotated(w, 1, true, info);
+  aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
   if (!aqlm::own_rows(w, info, &config)) return false;
   aqlm::RotatedMatmul p = {};
   p.w = w;

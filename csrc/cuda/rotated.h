@@ -110,12 +110,13 @@ struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
+  bool half;       // the same in float16, which scale groups cost nothing
   bool wide;       // more warps a block
   Share share;
 };
 
 // `rotates`: a rotation of the outputs follows.
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, bool rotates,
                              const DeviceInfo& device);
 // Whether one token can be multiplied by blocks that own rows, whatever the time: then it does so.
 bool own_rows(const RotatedWeight& w, const DeviceInfo& device, RotatedConfig* c);

@@ -14,6 +14,7 @@
 // Architecture sm_90a only.
 #pragma once
 
+#include "rotated_codes.cuh"
 #include "rotated_rows.cuh"
 #include "rotated_scales.cuh"
 #include "rotated_stage.cuh"

@@ -160,7 +160,7 @@ int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 
 }  // namespace
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, bool rotates,
                              const DeviceInfo& device) {
   RotatedConfig c = {};
   c.grouped = w.coding == Coding::kScalar && w.group < w.K;
@@ -172,7 +172,11 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
       tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
   const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
-  const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
+  c.half = hopper && c.grouped && tokens > 4 && tune::rotated_half(w, x_type);
+#ifdef AQLM_TUNE
+  if (g_rotated_body > 0) c.half = false;
+#endif
+  const int most = c.half ? 16 : tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
   const int planes = tune::rotated_planes(w.coding, w.bits);
   if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
   c.tiles = 1;
@@ -187,7 +191,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
-  c.wgmma = hopper && c.share == Share::kRing;
+  c.wgmma = hopper && c.share == Share::kRing && !c.half;
   c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
@@ -196,6 +200,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
     c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
   }
 #endif
+  if (c.half) c.tiles = std::max(c.tiles, 8);  // 16 columns decode no faster than 32
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
 }
@@ -211,7 +216,8 @@ bool own_rows(const RotatedWeight& w, const DeviceInfo& device, RotatedConfig* c
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
+  const int warps = c.half    ? tune::rotated_half_warps(c.tiles)
+                   : c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
                                                   c.share);
@@ -221,7 +227,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.cells = c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
+  s.cells = c.wgmma || c.half ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;
   const long long cells = static_cast<long long>(s.groups) * s.units;
   int ctas = device.sms;
@@ -364,7 +370,7 @@ cudaError_t launch_rotated_unpack(const RotatedWeight& w, void* codes, cudaStrea
 
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: blocks per cluster of a rotation, CTAs of a matmul (0: as tuned),
-// body (1: never wgmma), dependent launch.
+// body (1: never warpgroup MMAs, 2: not those in float16), dependent launch.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int cluster, int ctas,
                                                                              int body,
                                                                              int dependent) {

@@ -97,6 +97,20 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
+// The body of float16 operands (rotated_half.cuh), 5 .. 64 tokens: warps, stages of x, steps of codes
+// in a warp's ring.
+AQLM_HD constexpr int rotated_half_warps(int tiles) { return tiles == 16 ? 12 : 16; }
+constexpr int kHalfStages = 4;
+AQLM_HD constexpr int rotated_half_depth(int bits) { return bits == 8 ? 2 : 3; }
+AQLM_HD constexpr int rotated_half_smem(int bits, int tiles, int cells) {
+  const int warps = rotated_half_warps(tiles), codes = cells * kCellRows * kCellColumns / 8 * bits;
+  return warps * (rotated_half_depth(bits) * codes + kGroupBytes) +
+         kHalfStages * (cells * kCellColumns * 4 * tiles * 2 + 16);
+}
+inline bool rotated_half(const RotatedWeight& w, DType x_type) {
+  return x_type == DType::kFloat16 && w.scale_type == DType::kFloat16 && rotated_group_scales(w);
+}
+
 template <Coding kCoding, int kBits, int kTiles>
 struct RotatedShape {
   static constexpr bool kE8p = kCoding == Coding::kE8p;
