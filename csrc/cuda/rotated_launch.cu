@@ -227,7 +227,9 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.cells = c.wgmma || c.half ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
+  s.cells = c.half    ? tune::rotated_half_cells(p->w)
+            : c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped)
+                      : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;
   const long long cells = static_cast<long long>(s.groups) * s.units;
   int ctas = device.sms;

@@ -101,7 +101,12 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
 // in a warp's ring.
 AQLM_HD constexpr int rotated_half_warps(int tiles) { return tiles == 16 ? 12 : 16; }
 constexpr int kHalfStages = 4;
-AQLM_HD constexpr int rotated_half_depth(int bits) { return bits == 8 ? 2 : 3; }
+AQLM_HD constexpr int rotated_half_depth(int bits) { return bits == 8 ? 4 : 3; }
+// Cells a step, as above; two of 8 bits are too many registers.
+AQLM_HD constexpr int rotated_half_most_cells(int bits) { return bits == 8 ? 1 : 2; }
+inline int rotated_half_cells(const RotatedWeight& w) {
+  return w.group % (2 * kCellColumns) != 0 ? 1 : rotated_half_most_cells(w.bits);
+}
 AQLM_HD constexpr int rotated_half_smem(int bits, int tiles, int cells) {
   const int warps = rotated_half_warps(tiles), codes = cells * kCellRows * kCellColumns / 8 * bits;
   return warps * (rotated_half_depth(bits) * codes + kGroupBytes) +

@@ -135,6 +135,20 @@ def many_tokens():
     report.finish("many")
 
 
+def halves():
+    """Scale groups of 5 and more tokens."""
+    torch.manual_seed(5)
+    report, tokens = Report(), (5, 8, 16, 17, 32, 33, 64, 65, 130, 200)
+    shapes = ((1001, 1024, 128), (200, 1280, 128), (130, 512, 64), (999, 2304, 192))
+    shapes += ((1500, 1536, 512), (9000, 2048, 128), (4096, 4096, 128))
+    for bits in (2, 3, 4, 8):
+        for N, K, G in shapes:
+            check_matmul(report, Scalar(bits, N, K, G), (torch.float16,), tokens)
+        layer = Scalar(bits, 3072, 1024, 128, FULL, True)
+        check_matmul(report, layer, (torch.float16,), tokens)
+    report.finish("halves")
+
+
 def check(tiny=False):
     torch.manual_seed(1)
     report = Report()

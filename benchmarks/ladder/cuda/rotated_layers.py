@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 import torch
-from rotated_times import time_layers, timed_graph
+from rotated_times import show, time_layers, timed_graph
 from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, many, override
 
 from aqlm_infer import ops
@@ -101,6 +101,18 @@ def groups():
         del rows
 
 
+def halves():
+    """Scale groups: operands in float16, in int8."""
+    for bits, shape, G in (
+        (4, BIG, 128), (2, BIG, 128), (3, BIG, 128), (8, BIG, 128), (4, BIG, 64), (4, SMALL, 128),
+        (4, MEDIUM, 128),
+    ):  # fmt: skip
+        rows = copies(partial(Scalar, bits, *shape, G))
+        for M in (5, 8, 16, 32, 64, 128):
+            show(f"int{bits}-g{G}", rows, [M], variants=((), (0, 0, 2)))
+        del rows
+
+
 def short():
     for shape in (BIG, MEDIUM, SMALL):
         rows = copies(partial(E8P, 2, *shape))
@@ -166,6 +178,7 @@ if __name__ == "__main__":
         "hadamards": hadamards,
         "prompts": prompts,
         "groups": groups,
+        "halves": halves,
         "short": short,
         "one": one,
         "sanitize": sanitize,

@@ -63,7 +63,9 @@ cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
 }
 template <int kTiles>
 cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
-  return p.s.cells == 1 ? half_tiles<kTiles, 1>(p, stream) : half_tiles<kTiles, 2>(p, stream);
+  if constexpr (tune::rotated_half_most_cells(AQLM_BITS) == 2)
+    if (p.s.cells == 2) return half_tiles<kTiles, 2>(p, stream);
+  return half_tiles<kTiles, 1>(p, stream);
 }
 
 template <bool kGrouped>
