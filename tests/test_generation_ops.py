@@ -45,8 +45,9 @@ def test_norms(device, dtype, M, N):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_swiglu_takes_halves_of_one_product(device, dtype):
-    both = rand(3, 1500, device=device, dtype=dtype)
+@pytest.mark.parametrize("M", [3, 200])
+def test_swiglu_takes_halves_of_one_product(device, dtype, M):
+    both = rand(M, 1500, device=device, dtype=dtype)
     gate, up = both[:, :750], both[:, 750:]
     close(ops.swiglu(gate, up), F.silu(gate.double()) * up.double(), dtype)
 
@@ -73,14 +74,22 @@ def rotated64(x, cos, sin):
 CASES = [
     (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
     (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
-    (64, 4, 4, 256, 64, 131),
+    (64, 4, 4, 256, 64, 131), (16, 32, 8, 256, 128, 255), (1, 8, 1, 4096, 64, 4095),
+    (7, 14, 2, 512, 128, 130),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+KERNELS = ["cpu", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "triton"))]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rope_attention(device, dtype, case):
+def test_rope_attention(kernel, dtype, case, monkeypatch):
+    """On a GPU by the kernel of ``_cuda`` where it takes the case, and by Triton's."""
+    device = "cpu" if kernel == "cpu" else "cuda"
+    if kernel == "triton":
+        monkeypatch.setattr(ops, "why_not_step_attention", lambda *given: "a test")
     B, H, heads, L, D, filled = case
     q, key, value, keys, values, mask, cos, sin, ids = attention_case(device, dtype, *case)
     if device == "cpu":  # torch's attention multiplies by a weight of zero what is not seen
@@ -107,6 +116,55 @@ def test_rope_attention(device, dtype, case):
     values[:, :, filled] = value
     turned = rotated64(q, cos[ids], sin[ids]).to(dtype)
     close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
+
+
+PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_rope_store(device, dtype, case):
+    """q, key and value are slices of one product; positions are the sequences' own."""
+    B, H, heads, T, L, D = case
+    product = rand(B * T, (H + 2 * heads) * D, device=device, dtype=dtype)
+    q, key, value = (
+        part.view(B, T, -1, D) for part in product.split((H * D, heads * D, heads * D), 1)
+    )
+    angle = torch.arange(L)[:, None] * 0.3 ** torch.arange(D // 2)[None]
+    cos, sin = (torch.cat((f, f), 1).to(dtype).to(device) for f in (angle.cos(), angle.sin()))
+    ids = (torch.arange(T)[None] - torch.arange(B)[:, None]).clamp(min=0).to(device)
+    keys, values = (rand(B, heads, L, D, device=device, dtype=dtype, seed=s) for s in (3, 4))
+    rest = keys[:, :, T:].clone(), values[:, :, T:].clone()
+    y = ops.rope_store(q, key, value, cos, sin, ids, keys, values)
+    at = cos[ids][:, :, None], sin[ids][:, :, None]
+    close(y, rotated64(q, *at), dtype)
+    close(keys[:, :, :T], rotated64(key, *at).transpose(1, 2), dtype)
+    assert torch.equal(values[:, :, :T], value.transpose(1, 2))
+    assert torch.equal(keys[:, :, T:], rest[0]) and torch.equal(values[:, :, T:], rest[1])
+    assert torch.equal(ops.rope_store(q, key, value, cos, sin, ids, keys, values), y)
+
+
+def test_rope_store_refuses_what_does_not_fit():
+    q, keys = torch.ones(1, 5, 4, 8), torch.ones(1, 2, 4, 8)
+    table, ids = torch.ones(4, 8), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(OperandError, match="5 tokens of 4 heads do not fit a cache of 4 positions"):
+        ops.rope_store(q, q[:, :, :2], q[:, :, :2], table, table, ids, keys, keys.clone())
+    with pytest.raises(OperandError, match=r"key is \[1, 5, 1, 8\], expected \[1, 5, 2, 8\]"):
+        ops.rope_store(q, q[:, :, :1], q[:, :, :2], table, table, ids, keys, keys.clone())
+
+
+@pytest.mark.gpu
+def test_which_kernel_attends():
+    """Llama's shapes go to ``_cuda``, float32 and odd strides do not."""
+    q, key, value, keys, values, _, cos, sin, _ = attention_case(
+        "cuda", torch.float16, 2, 8, 2, 100, 128, 60
+    )
+    assert ops.why_not_step_attention(q, key, value, cos, sin, keys, values) is None
+    wide = [t.float() for t in (q, key, value, cos, sin, keys, values)]
+    assert "takes 16 bits" in ops.why_not_step_attention(*wide)
+    odd = torch.empty(2, 8 * 128 + 4, device="cuda", dtype=torch.float16)[:, 4:].view(2, 8, 128)
+    assert "strides" in ops.why_not_step_attention(odd, key, value, cos, sin, keys, values)
 
 
 @pytest.mark.gpu

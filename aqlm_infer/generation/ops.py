@@ -1,4 +1,5 @@
-"""Operators between the matmuls of a decode step. M tokens are M sequences: one new token each.
+"""Operators between the matmuls of a model: of a decode step, where M tokens are M sequences with
+one new token each, and of a prompt.
 
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
@@ -8,10 +9,13 @@
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
+    step_attention: rope_attention on the tensor cores, of what ``why_not_step_attention`` lets pass
+    rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
+    prompt; key (with it) and value become the first T positions of the cache
 
-On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
-``_cuda``; elsewhere plain torch. Everything else is rounded where transformers rounds it. Inference
-only: they have no gradients.
+On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` and
+``step_attention`` are of ``_cuda``; elsewhere plain torch. Everything else is rounded where
+transformers rounds it. Inference only: they have no gradients.
 """
 
 from __future__ import annotations
@@ -34,6 +38,11 @@ _SCHEMAS = (
     " Tensor(d!) lengths, Tensor(e!) counts) -> ()",
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
     "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
+    " float scale) -> Tensor",
+    "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
+    "step_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
     " float scale) -> Tensor",
 )
@@ -112,6 +121,26 @@ def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
             raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
 
 
+def check_prompt(q, key, value, cos, sin, ids, keys, values) -> None:
+    """Raise OperandError unless a prompt's q, key and value [B, T, heads, D] fit the cache."""
+    B, heads, L, D = keys.shape
+    T, H = q.shape[1], q.shape[2]
+    shapes = {
+        "q": (q, [B, T, H, D]), "key": (key, [B, T, heads, D]), "value": (value, [B, T, heads, D]),
+        "cos": (cos, [L, D]), "sin": (sin, [L, D]), "values": (values, [B, heads, L, D]),
+        "keys": (keys, [B, heads, L, D]), "ids": (ids, [B, T]),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape or tensor.stride(-1) != 1:
+            raise OperandError(
+                f"{name} is {list(tensor.shape)}, expected {shape}, contiguous in the last"
+            )
+    if T > L or H % heads:
+        raise OperandError(
+            f"{T} tokens of {H} heads do not fit a cache of {L} positions and {heads} heads"
+        )
+
+
 def _norm(x, weight, eps):
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -184,6 +213,15 @@ def _rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, co
     return _attend(_rotate(q, cos, sin), keys, values, seen, scale)
 
 
+def _rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    T = q.shape[1]
+    cos, sin = cos[ids][:, :, None], sin[ids][:, :, None]  # [B, T, 1, D]
+    keys[:, :, :T] = _rotate(key, cos, sin).transpose(1, 2)
+    values[:, :, :T] = value.transpose(1, 2)
+    return _rotate(q, cos, sin)
+
+
 def _rms_norm_fake(x, weight, eps):
     check_rows(x, weight)
     return x.new_empty(x.shape)
@@ -224,12 +262,18 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
     return q.new_empty(q.shape)
 
 
+def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return q.new_empty(q.shape)
+
+
 define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
-     _choose_fake, _decode_attention_fake, _rope_attention_fake),
+     _choose_fake, _decode_attention_fake, _rope_attention_fake, _rope_store_fake,
+     _rope_attention_fake),
     (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention),
+     _decode_attention, _rope_attention, _rope_store, _rope_attention),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
@@ -241,6 +285,8 @@ rotated_norm = _ops.rotated_norm
 choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
+rope_store = _ops.rope_store
+step_attention = _ops.step_attention
 
 
 def _kernels():
@@ -280,11 +326,36 @@ def _cuda_decode_attention(q, k, v, mask, scale):
     return _kernels().attention(q[:, :, 0], k, v, mask, scale)[:, None]
 
 
+def why_not_step_attention(q, key, value, cos, sin, keys, values) -> str | None:
+    """Reason why ``step_attention`` of ``_cuda`` cannot take these tensors, or None."""
+    H, D, heads = q.shape[1], q.shape[2], keys.shape[1]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aqlm_infer::step_attention", "CUDA"):
+        return "aqlm_infer._cuda is not built"
+    if q.dtype not in (torch.float16, torch.bfloat16) or D not in (64, 128) or H // heads > 8:
+        return f"{q.dtype} heads of {D}, {H // heads} a key: takes 16 bits, 64 or 128, up to 8"
+    rows = keys.stride(2), values.stride(2), cos.stride(0), sin.stride(0)
+    strides = [n for t in (q, key, value, keys, values) for n in t.stride()[:-1]]
+    if any(n != D for n in rows) or any(n % 8 for n in strides):
+        return f"rows of the cache are {rows} apart, other strides {strides}"
+    if any(t.data_ptr() % 16 for t in (q, key, value, cos, sin, keys, values)):
+        return "a tensor does not begin at a multiple of 16 bytes"
+    return None
+
+
 def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale):
     check_attention(q, keys, values, mask)
     check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
+    if why_not_step_attention(q, key, value, cos, sin, keys, values) is None:
+        return step_attention(
+            q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale
+        )
     new = key, value, cos, sin, ids, filled
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
+
+
+def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
 
 
 for _name, _function in {
@@ -295,5 +366,6 @@ for _name, _function in {
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
+    "rope_store": _cuda_rope_store,
 }.items():
     LIBRARY.impl(_name, _function, "CUDA")

@@ -1,0 +1,320 @@
+// Attention of a decode step over a cache, with the rotary embedding and the cache's update.
+//
+// A block takes a chunk of positions for the query heads of one key/value head, a warp 16 of them
+// at a time. Keys and values go from global memory into the registers that the tensor cores read,
+// with nothing between:
+//
+//   scores [16 positions, 8 heads] = K q^T     A = K: 16 bytes of a row are half the A registers
+//                                              of two MMAs. That permutes K's columns; q's too.
+//   y [D, 8 heads] += V^T w^T                  A = V^T: a lane loads 4 positions and pairs them by
+//                                              byte permutations. B = w^T: scores transposed
+//                                              (movmatrix).
+//
+// What earlier steps cached was complete before this step began: the first tile of every warp is
+// loaded, and the next ones are fetched into L2, before the wait for the q/k/v matmul. The new key
+// and value are a position like the others, from registers. Warps are added up in shared memory,
+// chunks by the block that ends last, both in order, so runs are bitwise equal.
+#include <algorithm>
+
+#include "enqueue.cuh"
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "step_attention.h"
+
+namespace aqlm {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kRows = 16;                // positions of a warp
+constexpr int kTile = kWarps * kRows;    // positions of a block
+constexpr float kLog2e = 1.44269504f;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t transpose8x8(uint32_t a) {
+  uint32_t b;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(a));
+  return b;
+}
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+__device__ __forceinline__ uint32_t pack2(float a, float b, __half) {
+  const __half2 h = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+__device__ __forceinline__ uint32_t pack2(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+__device__ __forceinline__ const uint32_t* words(const uint4& v) {
+  return reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Largest, or sum, over the lanes that share a column (lane % 4).
+template <bool kLargest>
+__device__ __forceinline__ float over_rows(float v) {
+#pragma unroll
+  for (int d = 4; d < 32; d *= 2) {
+    const float other = __shfl_xor_sync(~0u, v, d);
+    v = kLargest ? fmaxf(v, other) : v + other;
+  }
+  return v;
+}
+
+// x cos + rotate_half(x) sin, each rounded; x[c] is 8 neighbours of the c-th 32 values of a head.
+template <typename T, int kParts>
+__device__ __forceinline__ void rotate(uint4 (&x)[kParts], const T* cos, const T* sin) {
+  auto turned = [&](uint4 own, uint4 other, uint32_t sign, int c) {
+    const uint4 cs = load_cached(cos + c * 32), sn = load_cached(sin + c * 32);
+    uint32_t y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      y[i] = add2(mul2(words(own)[i], words(cs)[i], T()),
+                  mul2(words(other)[i] ^ sign, words(sn)[i], T()), T());
+    return make_uint4(y[0], y[1], y[2], y[3]);
+  };
+#pragma unroll
+  for (int c = 0; c < kParts / 2; ++c) {
+    const uint4 low = turned(x[c], x[c + kParts / 2], 0x80008000u, c);
+    x[c + kParts / 2] = turned(x[c + kParts / 2], x[c], 0, c + kParts / 2);
+    x[c] = low;
+  }
+}
+
+// Grid: (chunks, key/value heads, batch).
+template <typename T, int D>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
+  constexpr int kParts = D / 32, kHalves = D / 64, kTiles = D / 16;
+  extern __shared__ __align__(16) float smem[];
+  __shared__ float tops[kWarps][8], totals[kWarps][8];
+  __shared__ bool last;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int chunk = blockIdx.x, head = blockIdx.y, batch = blockIdx.z, group = p.group;
+  grid_dependents_start();
+  const int filled = static_cast<int>(*p.filled);  // positions before the new one
+  const int begin = chunk * p.chunk, end = min(begin + p.chunk, filled + 1);
+  if (begin > filled) return;
+  T* keys = static_cast<T*>(p.keys) + batch * p.k_b + head * p.k_h;
+  T* values = static_cast<T*>(p.values) + batch * p.v_b + head * p.v_h;
+  const uint8_t* mask = p.mask + batch * p.mask_b;
+
+  uint4 k[2][kParts], v[4][kHalves];
+  uint32_t seen[2];
+  auto stored = [&](int position) { return max(min(position, filled - 1), 0); };
+  auto value_row = [&](int i) { return 2 * t + i % 2 + i / 2 * 8; };
+  auto load_keys = [&](int first) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const T* row = keys + size_t(stored(first + g + 8 * r)) * D + t * 8;
+#pragma unroll
+      for (int c = 0; c < kParts; ++c) k[r][c] = load_stream(row + c * 32);
+      seen[r] = mask[min(first + g + 8 * r, filled)];
+    }
+  };
+  auto load_values = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T* row = values + size_t(stored(first + value_row(i))) * D + g * 8;
+#pragma unroll
+      for (int c = 0; c < kHalves; ++c) v[i][c] = load_stream(row + c * 64);
+    }
+  };
+  auto fetch = [&](int first) {  // a line of keys and one of values a lane
+    const int line = first * D + lane * 64;
+    if (lane * 64 < kRows * D && line < filled * D) {
+      prefetch_l2(keys + line);
+      prefetch_l2(values + line);
+    }
+  };
+  int first = begin + warp * kRows;
+  if (first < end) {
+    load_keys(first);
+    load_values(first);
+    for (int next = first + kTile; next < min(end, first + 4 * kTile); next += kTile) fetch(next);
+  }
+  const size_t place = size_t(p.ids[batch * p.ids_b]) * D + t * 8;
+  const T *cos = static_cast<const T*>(p.cos) + place, *sin = static_cast<const T*>(p.sin) + place;
+  grid_dependency_wait();
+
+  uint4 q[kParts];
+#pragma unroll
+  for (int c = 0; c < kParts; ++c) {
+    q[c] = make_uint4(0, 0, 0, 0);
+    if (g < group)
+      q[c] = load_cached(static_cast<const T*>(p.q) + batch * p.q_b +
+                         (head * group + g) * p.q_h + c * 32 + t * 8);
+  }
+  rotate<T, kParts>(q, cos, sin);
+
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f}, acc[kTiles][4] = {};
+  for (; first < end; first += kTile) {
+    if (first + kRows > filled) {  // the new token, and what lies after it
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (first + g + 8 * r == filled) {
+          const T* from = static_cast<const T*>(p.key) + batch * p.key_b + head * p.key_h + t * 8;
+#pragma unroll
+          for (int c = 0; c < kParts; ++c) k[r][c] = load_cached(from + c * 32);
+          rotate<T, kParts>(k[r], cos, sin);
+          uint4* to = reinterpret_cast<uint4*>(keys + size_t(filled) * D + t * 8);
+#pragma unroll
+          for (int c = 0; c < kParts; ++c) to[c * 4] = k[r][c];
+        }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int position = first + value_row(i);
+        const T* from = static_cast<const T*>(p.value) + batch * p.value_b + head * p.value_h;
+#pragma unroll
+        for (int c = 0; c < kHalves; ++c) {
+          if (position >= filled) v[i][c] = make_uint4(0, 0, 0, 0);
+          if (position == filled) {
+            v[i][c] = load_cached(from + c * 64 + g * 8);
+            reinterpret_cast<uint4*>(values + size_t(filled) * D + g * 8)[c * 8] = v[i][c];
+          }
+        }
+      }
+    }
+    float s[4] = {};
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+      const uint32_t low[4] = {k[0][c].x, k[1][c].x, k[0][c].y, k[1][c].y};
+      const uint32_t high[4] = {k[0][c].z, k[1][c].z, k[0][c].w, k[1][c].w};
+      mma_16816(s, low, q[c].x, q[c].y, T());
+      mma_16816(s, high, q[c].z, q[c].w, T());
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool ok = seen[i / 2] != 0 && first + g + i / 2 * 8 <= filled;
+      s[i] = ok ? s[i] * (p.scale * kLog2e) : -INFINITY;
+    }
+    const int next = first + kTile;
+    if (next < end) load_keys(next);
+    uint32_t w[2];
+    float weight[4], shrink[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float higher = fmaxf(top[h], over_rows<true>(fmaxf(s[h], s[2 + h])));
+      const float base = higher == -INFINITY ? 0.f : higher;
+      shrink[h] = exp2_fast(top[h] - base);
+      weight[h] = exp2_fast(s[h] - base);
+      weight[2 + h] = exp2_fast(s[2 + h] - base);
+      total[h] = total[h] * shrink[h] + (weight[h] + weight[2 + h]);
+      top[h] = higher;
+    }
+    w[0] = transpose8x8(pack2(weight[0], weight[1], T()));
+    w[1] = transpose8x8(pack2(weight[2], weight[3], T()));
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      auto pair = [&](int i, int e) {  // element e of positions i and i + 1
+        return __byte_perm(words(v[i][e / 8])[e % 8 / 2], words(v[i + 1][e / 8])[e % 8 / 2],
+                           e % 2 ? 0x7632 : 0x5410);
+      };
+      const uint32_t a[4] = {pair(0, j), pair(0, kTiles + j), pair(2, j), pair(2, kTiles + j)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[j][i] *= shrink[i % 2];
+      mma_16816(acc[j], a, w[0], w[1], T());
+    }
+    if (next < end) {
+      load_values(next);
+      if (next + 3 * kTile < end) fetch(next + 3 * kTile);
+    }
+  }
+
+  // acc[j][i]: head 2 t + i % 2, element e = i / 2 * kTiles + j of the lane's: D e / 8 * 64 + ...
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float sum = over_rows<false>(total[h]);
+    const int query = 2 * t + h;
+    if (g == 0) tops[warp][query] = top[h];
+    if (g == 0) totals[warp][query] = sum;
+    if (query >= group) continue;
+    float* row = smem + (warp * group + query) * D + g * 8;
+#pragma unroll
+    for (int e = 0; e < 2 * kTiles; e += 4) {
+      const int i = e / kTiles * 2 + h, j = e % kTiles;
+      *reinterpret_cast<float4*>(row + e / 8 * 64 + e % 8) =
+          make_float4(acc[j][i], acc[j + 1][i], acc[j + 2][i], acc[j + 3][i]);
+    }
+  }
+  __syncthreads();
+  const int active = filled / p.chunk + 1, pair = batch * p.heads + head, size = group * (D + 2);
+  float* slots = p.partials + size_t(pair) * p.chunks * size;
+  T* out = static_cast<T*>(p.out) + size_t(pair) * group * D;
+  for (int i = threadIdx.x; i < group * D; i += kWarps * 32) {
+    const int query = i / D;
+    float high = -INFINITY, sum = 0.f, y = 0.f;
+#pragma unroll
+    for (int o = 0; o < kWarps; ++o) high = fmaxf(high, tops[o][query]);
+    const float base = high == -INFINITY ? 0.f : high;
+#pragma unroll
+    for (int o = 0; o < kWarps; ++o) {
+      const float weight = exp2_fast(tops[o][query] - base);
+      sum += weight * totals[o][query];
+      y += weight * smem[o * group * D + i];
+    }
+    if (active == 1) {
+      out[i] = from_float<T>(sum > 0.f ? y / sum : 0.f);
+      continue;
+    }
+    float* slot = slots + size_t(chunk) * size;
+    slot[i] = y;
+    if (i % D == 0) slot[group * D + query] = high;
+    if (i % D == 0) slot[group * (D + 1) + query] = sum;
+  }
+  if (active == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(p.counts + pair, 1) == active - 1;
+  __syncthreads();
+  if (!last) return;
+  if (threadIdx.x == 0) p.counts[pair] = 0;
+  __threadfence();
+  for (int i = threadIdx.x; i < group * D; i += kWarps * 32) {
+    const int query = i / D;
+    float high = -INFINITY, sum = 0.f, y = 0.f;
+    for (int o = 0; o < active; ++o)
+      high = fmaxf(high, __ldcg(slots + size_t(o) * size + group * D + query));
+    const float base = high == -INFINITY ? 0.f : high;
+    for (int o = 0; o < active; ++o) {
+      const float* slot = slots + size_t(o) * size;
+      const float weight = exp2_fast(__ldcg(slot + group * D + query) - base);
+      sum += weight * __ldcg(slot + group * (D + 1) + query);
+      y += weight * __ldcg(slot + i);
+    }
+    out[i] = from_float<T>(sum > 0.f ? y / sum : 0.f);
+  }
+}
+
+template <typename T>
+auto kernel_of(int head_dim) {
+  return head_dim == 128 ? step_attention_kernel<T, 128> : step_attention_kernel<T, 64>;
+}
+
+}  // namespace
+
+// One block an SM where that is enough: every further chunk is a partial result through L2.
+void cut_step_attention(const DeviceInfo& device, StepAttentionParams* p) {
+  const int pairs = std::max(1, p->batch * p->heads), tiles = (p->length + kTile - 1) / kTile;
+  const int chunks = std::max(1, std::min(device.sms / pairs, tiles));
+  p->chunk = (tiles + chunks - 1) / chunks * kTile;
+  p->chunks = (p->length + p->chunk - 1) / p->chunk;
+}
+
+size_t step_attention_floats(const StepAttentionParams& p) {
+  return p.chunks == 1 ? 0 : size_t(p.batch) * p.heads * p.chunks * p.group * (p.head_dim + 2);
+}
+
+cudaError_t launch_step_attention(const StepAttentionParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  const auto kernel = p.type == DType::kFloat16 ? kernel_of<__half>(p.head_dim)
+                                                : kernel_of<__nv_bfloat16>(p.head_dim);
+  const int smem = kWarps * p.group * p.head_dim * static_cast<int>(sizeof(float));
+  return enqueue(kernel, dim3(p.chunks, p.heads, p.batch), kWarps * 32, smem, stream, p);
+}
+
+}  // namespace aqlm
