@@ -169,7 +169,7 @@ void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, floa
 // y = sv * U_N (x Wq^T) + bias.
 Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional<Tensor>& sv,
               const std::optional<Tensor>& bias, const Tensor& h, int64_t factor, int64_t block,
-              const std::string& precision, aqlm::Pair pair = aqlm::Pair::kNone) {
+              const std::string& precision) {
   CHECK(precision == "exact", "precision='", precision, "': these kernels have 'exact' only");
   const int device = x.get_device_index();
   const int64_t N = w.N, K = w.K, M = K ? x.numel() / K : 0;
@@ -182,9 +182,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   r.bias = bias ? bias->const_data_ptr() : nullptr;
   r.gain = 1.f;
   r.x_type = r.y_type = dtype_of(x, "x");
-  r.pair = pair;
-  const int64_t width = pair == aqlm::Pair::kNone ? N : N / 2;
-  Tensor y = torch::stable::new_empty(x, shape_with(x, width));
+  Tensor y = torch::stable::new_empty(x, shape_with(x, N));
   if (M == 0 || N == 0) return y;
   cudaStream_t stream = current_stream(device);
   aqlm::DeviceInfo info;
@@ -198,7 +196,6 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
         aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
                              factor != 0, info);
     if (config.tiles == 0) {
-      CHECK(pair == aqlm::Pair::kNone, "M=", M, " tokens are too many for a product of pairs");
       Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)
         rest = torch::stable::clone(torch::stable::contiguous(rest));
@@ -241,9 +238,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     r.partials = p.partials;
     r.s = p.s;
     r.tokens = p.tokens;
-    CHECK(pair == aqlm::Pair::kNone || (r.local_bits > 0 && (N >> r.local_bits) % 2 == 0), "N=",
-          N, ", factor=", factor, " is no size for a product of pairs");
-    r.y = at_row(y, m, width);
+    r.y = at_row(y, m, N);
     const bool finishes = config.share == aqlm::Share::kOwned && factor == 0;
     if (finishes) p.finish = r;
     check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
@@ -476,19 +471,6 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
   return {sum, y};
 }
 
-// silu(gate) * up of the halves of the product.
-Tensor e8p_matmul_swiglu(const Tensor& z, const Tensor& packed, const std::optional<Tensor>& sv,
-                         const Tensor& h, int64_t bits, double residual, int64_t N,
-                         int64_t factor, bool up_first) {
-  check_input(z, packed, "z");
-  CHECK(z.dim() == 2 && factor >= 1, "z must be [M, K] and factor=", factor, " a rotation");
-  DeviceGuard guard(z.get_device_index());
-  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
-  set_packed(w, packed);
-  return matmul(w, z, sv, std::nullopt, h, factor, 0, "exact",
-                up_first ? aqlm::Pair::kUpFirst : aqlm::Pair::kGateFirst);
-}
-
 Tensor e8p_matmul_dx(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& sv,
                      const Tensor& h, int64_t bits, double residual, int64_t in_features,
                      int64_t factor, int64_t block) {
@@ -571,7 +553,6 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
   m.impl("e8p_matmul_norm", TORCH_BOX(&e8p_matmul_norm));
-  m.impl("e8p_matmul_swiglu", TORCH_BOX(&e8p_matmul_swiglu));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));

@@ -137,6 +137,20 @@ def test_scalar_bodies(bits, N, K, G, zeros, dtype):
     check(Scalar(bits, N, K, G, zeros, dtype), dtype)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scale_groups_before_a_rotation(bits):
+    """No format has both; the operator takes them."""
+    layer, r = Scalar(bits, 3072, 1024, 128), Hadamard.full(3072)
+    h, sv = r.matrix("cuda"), torch.rand(3072, generator=seeded(1), device="cuda") + 0.5
+    for M in TOKENS:
+        x = rows(M, 1024, torch.float16, seed=M)
+        y = ops.scalar_matmul(
+            x, layer.packed, layer.scales, layer.zeros, sv, None, h, bits, 128, 3072, r.factor, 0,
+            "exact",
+        )  # fmt: skip
+        close(y, hadamard_transform(layer.expected(x), r.factor, 0) * sv.double(), x.dtype)
+
+
 @pytest.mark.parametrize("M", [1, 9])
 def test_outlier_columns_cost_only_their_own_group_precision(M):
     """Activations have one scale a group: 3000 in one column leaves the others' sums exact."""

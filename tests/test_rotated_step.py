@@ -1,14 +1,13 @@
-"""Operators that join an E8P matmul with what follows it in a decode step, against float64."""
+"""An E8P matmul joined with the rotated norm after it, against float64."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tolerances import RELATIVE
 
 from aqlm_infer import ops
 from aqlm_infer.formats import E8PFormat
 from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
-from aqlm_infer.generation.rotated_ops import e8p_matmul_norm, e8p_matmul_swiglu
+from aqlm_infer.generation.rotated_ops import e8p_matmul_norm
 from aqlm_infer.ops import OperandError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -41,10 +40,6 @@ class Product:
         numbers = self.h, self.format.bits, 1 / self.format.residual, self.factor
         return e8p_matmul_norm(z, self.packed, self.sv, *numbers, x, weight, EPS, su)
 
-    def swiglu(self, z, up_first):
-        numbers = self.h, self.format.bits, 1 / self.format.residual, self.N, self.factor
-        return e8p_matmul_swiglu(z, self.packed, self.sv, *numbers, up_first)
-
 
 def close(y, exact, dtype):
     error = (y.double() - exact).norm() / exact.norm()
@@ -72,23 +67,6 @@ def test_matmul_with_the_rotated_norm_after_it(device, dtype, bits, N, K):
         assert torch.equal(again[0], total) and torch.equal(again[1], y)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize(("N", "K"), [(1024, 192), (1536, 448), (28672, 64)])
-def test_matmul_with_swiglu_after_it(device, dtype, N, K):
-    product = Product(2, N, K, device)
-    for M in (1, 5, 20):
-        z = product.rows(M, K, dtype, 1) * K**-0.5
-        first, second = product.exact(z).chunk(2, 1)
-        up = product.swiglu(z, True)
-        gate = product.swiglu(z, False)
-        # Four roundings to x's dtype, as of the operators apart.
-        bound = 3 * RELATIVE["exact", dtype]
-        for y, expected in ((up, F.silu(second) * first), (gate, F.silu(first) * second)):
-            assert (y.double() - expected).norm() <= bound * expected.norm()
-        assert torch.equal(product.swiglu(z, True), up)
-
-
 def test_operands_are_checked():
     product = Product(2, 1024, 64, "cpu")
     z, x = torch.randn(2, 64), torch.randn(3, 1024)
@@ -97,5 +75,3 @@ def test_operands_are_checked():
         product.norm(z, x, weight, su)
     with pytest.raises(OperandError, match="su is torch.float16"):
         product.norm(z[:1], x[:1], weight, su.half())
-    with pytest.raises(OperandError, match="expected rows and a rotation"):
-        product.swiglu(z[0], True)

@@ -103,12 +103,13 @@ class LlamaStep:
             z = attend(block.attention, layer, qkv)  # [M, heads * D]
             if siblings is None:  # after the last attention only the last tokens count
                 x, z = x[T - 1 :: T], z[T - 1 :: T]
-            x, (gate, up) = block.gate_up.of_norm(x, block.attention.o_proj(z), *_norm(block.norm))
-            y = block.down(ops.swiglu(gate, up))
+            o = block.attention.o_proj
+            x, (gate, up) = block.gate_up.of_product(x, o, z, *_norm(block.norm))
+            y = ops.swiglu(gate, up)
             if siblings is None:
-                _, y = ops.add_rms_norm(x, y, *_norm(norm))
+                _, y = ops.add_rms_norm(x, block.down(y), *_norm(norm))
             else:
-                x, qkv = siblings.of_norm(x, y, *_norm(norm))
+                x, qkv = siblings.of_product(x, block.down, y, *_norm(norm))
         return self.model.lm_head(y)[:, None]
 
 

@@ -1,19 +1,17 @@
-"""Operators of a decode step that begin with a rotated E8P matmul, for the launches they save.
+"""A rotated E8P matmul with the rotated norm that follows it in a decode step: a launch less.
 
 z [M, K] is the input as the layer's matmul takes it, rotated. The product U_N (z Wq^T) * sv of
 ``ops.e8p_matmul`` is rounded to x's dtype as that operator rounds it.
 
     e8p_matmul_norm: x + product [M, N], and the rotated norm of it (``rotated_norm``): the layers'
     rotations are of one size, with one factor matrix
-    e8p_matmul_swiglu: silu(gate) * up [M, N/2] of a product of N outputs, gate or up first
 
-Both are CUDA operators of ``_cuda``; elsewhere the operators that they join. Inference only.
+A CUDA operator of ``_cuda``; elsewhere the operators that it joins. Inference only.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.library import OperandError, define
 from ..ops.rotated import check_e8p_matmul, e8p_matmul
@@ -22,8 +20,6 @@ from .ops import check_rotated, rotated_norm
 _SCHEMAS = (
     "e8p_matmul_norm(Tensor z, Tensor packed, Tensor? sv, Tensor h, int bits, float residual,"
     " int factor, Tensor x, Tensor weight, float eps, Tensor su) -> (Tensor, Tensor)",
-    "e8p_matmul_swiglu(Tensor z, Tensor packed, Tensor? sv, Tensor h, int bits, float residual,"
-    " SymInt N, int factor, bool up_first) -> Tensor",
 )
 
 
@@ -34,12 +30,6 @@ def _check_norm(z, sv, h, bits, factor, x, weight, su) -> None:
         raise OperandError(f"z {z.dtype} {list(z.shape)} beside x {x.dtype} {list(x.shape)}")
 
 
-def _check_swiglu(z, sv, h, bits, N, factor) -> None:
-    check_e8p_matmul(z, sv, None, h, bits, N, factor, 0)
-    if z.dim() != 2 or factor < 1:
-        raise OperandError(f"z {list(z.shape)}, factor={factor}: expected rows and a rotation")
-
-
 def _norm(z, packed, sv, h, bits, residual, factor, x, weight, eps, su):
     _check_norm(z, sv, h, bits, factor, x, weight, su)
     N = x.shape[1]
@@ -47,24 +37,11 @@ def _norm(z, packed, sv, h, bits, residual, factor, x, weight, eps, su):
     return rotated_norm(x, product, weight, eps, su, h, factor)
 
 
-def _swiglu(z, packed, sv, h, bits, residual, N, factor, up_first):
-    _check_swiglu(z, sv, h, bits, N, factor)
-    product = e8p_matmul(z, packed, sv, None, h, bits, residual, N, factor, 0, "exact")
-    first, second = product.chunk(2, 1)
-    return F.silu(second) * first if up_first else F.silu(first) * second
-
-
 def _norm_fake(z, packed, sv, h, bits, residual, factor, x, weight, eps, su):
     _check_norm(z, sv, h, bits, factor, x, weight, su)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _swiglu_fake(z, packed, sv, h, bits, residual, N, factor, up_first):
-    _check_swiglu(z, sv, h, bits, N, factor)
-    return z.new_empty((z.shape[0], N // 2))
-
-
-define(_SCHEMAS, (_norm_fake, _swiglu_fake), (_norm, _swiglu))
+define(_SCHEMAS, (_norm_fake,), (_norm,))
 
 e8p_matmul_norm = torch.ops.aqlm_infer.e8p_matmul_norm
-e8p_matmul_swiglu = torch.ops.aqlm_infer.e8p_matmul_swiglu

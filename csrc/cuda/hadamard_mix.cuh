@@ -14,31 +14,6 @@ constexpr int kMixThreads = 512;
 constexpr int kMixColumns = 8;
 constexpr int kMixMaxFactor = 180;  // H_F is copied to shared memory up to this F (32 KB)
 
-// silu(gate) * up of elements i .. i + 3 of the first half and those of the second; rounded after
-// each step, as the operators are that it replaces.
-__device__ __forceinline__ void store_pair(const RotateParams& p, int m, int i, float4 first,
-                                           const RotateFinish& f, float4 second,
-                                           const RotateFinish& s) {
-  auto rounded = [&](float v) {
-    if (p.y_type == DType::kFloat16) return to_float(from_float<__half>(v));
-    return p.y_type == DType::kBFloat16 ? to_float(from_float<__nv_bfloat16>(v)) : v;
-  };
-  auto one = [&](float a, float b) {
-    const float gate = p.pair == Pair::kGateFirst ? a : b, up = p.pair == Pair::kGateFirst ? b : a;
-    return rounded(gate / (1.f + __expf(-gate))) * up;
-  };
-  auto finished = [&](float4 v, const RotateFinish& by) {
-    return make_float4(rounded(v.x * by.scale.x + by.bias.x), rounded(v.y * by.scale.y + by.bias.y),
-                       rounded(v.z * by.scale.z + by.bias.z), rounded(v.w * by.scale.w + by.bias.w));
-  };
-  const float4 a = finished(first, f), b = finished(second, s);
-  RotateParams half = p;
-  half.r.n = p.r.n / 2;
-  const RotateFinish plain = {make_float4(1.f, 1.f, 1.f, 1.f), make_float4(0.f, 0.f, 0.f, 0.f)};
-  rotate_store(half, m, i, make_float4(one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w)),
-               plain);
-}
-
 // Grid: (L / 8, tokens). Shared memory: F * Q * 8 floats, twice where F > 1, and H_F.
 template <int kSlots>
 __global__ void __launch_bounds__(kMixThreads, kSlots == kFewSlots ? 1 : 2)
@@ -57,11 +32,8 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
   for (int i = tid; staged && i < F * F / 4; i += threads)
     h_words[i] = reinterpret_cast<const uint32_t*>(p.r.h)[i];
   const bool few = length <= 4 * threads;  // one item a thread: everything known is loaded early
-  RotateFinish finish = {}, other = {};
-  const int half = length / 2;  // of a pair
+  RotateFinish finish = {};
   if (few && 4 * tid < length) finish = rotate_finish(p, place(4 * tid), p.gain);
-  if (few && p.pair != Pair::kNone && 4 * tid < half)
-    other = rotate_finish(p, place(half + 4 * tid), p.gain);
   RotateSource source = rotate_locate(p, m, place(min(4 * tid, length - 4)));
   prefetch_constant(source.from);
   grid_dependency_wait();
@@ -95,17 +67,6 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
     }
     __syncthreads();
     z = mixed;
-  }
-  if (p.pair != Pair::kNone) {
-    for (int i = 4 * tid; i < half; i += 4 * threads) {
-      if (!few) {
-        finish = rotate_finish(p, place(i), p.gain);
-        other = rotate_finish(p, place(half + i), p.gain);
-      }
-      store_pair(p, m, place(i), *reinterpret_cast<const float4*>(z + i), finish,
-                 *reinterpret_cast<const float4*>(z + half + i), other);
-    }
-    return;
   }
   for (int i = 4 * tid; i < length; i += 4 * threads) {
     if (!few) finish = rotate_finish(p, place(i), p.gain);

@@ -60,9 +60,6 @@ struct Rotation {
   bool transpose;
 };
 
-// What becomes of the two halves of a row of y: both stay, or y = silu(gate) * up.
-enum class Pair : int { kNone, kGateFirst, kUpFirst };
-
 // y = gain * post * U (pre * x) + bias, x being rows of a tensor or the partial sums of a matmul.
 struct RotateParams {
   Rotation r;
@@ -78,10 +75,9 @@ struct RotateParams {
   DType post_type;
   const void* bias;       // of y's dtype; null: none
   float gain;
-  void* y;                // [tokens, n] contiguous; `pair`: [tokens, n / 2]
+  void* y;                // [tokens, n] contiguous
   DType y_type;
   int tokens;
-  Pair pair;              // of partial sums that a matmul has transformed (local_bits > 0)
 };
 
 struct RotatedMatmul {

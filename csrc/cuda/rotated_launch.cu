@@ -71,13 +71,12 @@ cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t str
   }
 }
 
-// Whether the kernel for many tokens takes a rotation of rows of x.
+// Whether the kernel for many tokens takes a rotation of rows of x, and is faster.
 bool many_tokens(const RotateParams& p, const DeviceInfo& device) {
-  int least = tune::kManyTokens;
 #ifdef AQLM_TUNE
-  if (g_rotated_many >= 0) least = g_rotated_many;
+  if (g_rotated_many >= 0) return p.tokens >= g_rotated_many && takes_many(p, device);
 #endif
-  return p.tokens >= least && takes_many(p, device);
+  return tune::rotates_many(p.r, p.tokens) && takes_many(p, device);
 }
 
 // Elements of one block of the spread rotation.
@@ -172,13 +171,18 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
       tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
   const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
-  c.half = hopper && c.grouped && tokens > 4 && tune::rotated_half(w, x_type);
+  c.half = hopper && c.grouped && tune::rotated_half(w, x_type, tokens);
 #ifdef AQLM_TUNE
   if (g_rotated_body > 0) c.half = false;
 #endif
   const int most = c.half ? 16 : tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
   const int planes = tune::rotated_planes(w.coding, w.bits);
-  if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
+  const int passes = c.half ? tune::kHalfPasses
+                            : tune::rotated_passes(hopper, c.grouped, planes);
+  if (tokens > most * passes) {
+    c.half = false;
+    return c;
+  }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
@@ -249,7 +253,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
 
 int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotation& r,
                   const DeviceInfo& device) {
-  if (r.factor == 0 || r.block != 0) return 0;
+  if (r.factor == 0 || r.block != 0 || (c.grouped && c.tiles == 1)) return 0;
   const int bits = log2_of(r.n / r.factor);
   if (bits < 5) return 0;  // rows of one warp
   int local = 5;

@@ -1,4 +1,4 @@
-"""Operators of a decode step that begin with an E8P matmul: float64 checks, and times of chains.
+"""An E8P matmul joined with the rotated norm after it: float64 checks, and times of the chain.
 
     python3 benchmarks/ladder/cuda/rotated_step.py check|times|sanitize
 
@@ -15,11 +15,10 @@ from rotated_times import timed_graph
 from rotated_weights import DEV, E8P, FULL, copies
 
 from aqlm_infer.generation import ops as step_ops
-from aqlm_infer.generation.rotated_ops import e8p_matmul_norm, e8p_matmul_swiglu
+from aqlm_infer.generation.rotated_ops import e8p_matmul_norm
 
 EPS = 1e-5
 NORMS = ((1024, 512), (2048, 8192), (4096, 4096), (4096, 14336), (3072, 1024), (8192, 1024))
-PAIRS = ((28672, 4096), (8192, 1024), (22016, 512), (3072, 1024))
 
 
 def norm_operands(N, M, dtype):
@@ -31,11 +30,6 @@ def norm_operands(N, M, dtype):
 def norm_call(layer, z, x, weight, su):
     numbers = (layer.h, layer.bits, layer.residual, layer.rotation.factor)
     return e8p_matmul_norm(z, layer.packed, layer.sv, *numbers, x, weight, EPS, su)
-
-
-def pair_call(layer, z, up_first=True):
-    numbers = (layer.h, layer.bits, layer.residual, layer.N, layer.rotation.factor)
-    return e8p_matmul_swiglu(z, layer.packed, layer.sv, *numbers, up_first)
 
 
 def check_norm(report, layer, M, dtype):
@@ -55,19 +49,6 @@ def check_norm(report, layer, M, dtype):
     report.expect(torch.equal(again[0], total) and torch.equal(again[1], y), f"{what} repeat")
 
 
-def check_pair(report, layer, M, dtype):
-    z = torch.randn(M, layer.K, device=DEV).to(dtype) * layer.K**-0.5
-    product = rotate64(z.double() @ layer.weight64().T, layer.rotation) * layer.sv.double()
-    first, second = product.chunk(2, 1)
-    for up_first in (True, False):
-        up, gate = (first, second) if up_first else (second, first)
-        y = pair_call(layer, z, up_first)
-        what = f"{layer.bits} bit {layer.N}x{layer.K} M={M} {up_first}"
-        expected = torch.nn.functional.silu(gate) * up
-        report.error(f"swiglu {str(dtype)[6:]}", what, rel(y, expected), 2 * LIMITS[dtype])
-        report.expect(torch.equal(pair_call(layer, z, up_first), y), f"{what} repeat")
-
-
 def check():
     torch.manual_seed(7)
     report = Report()
@@ -77,11 +58,6 @@ def check():
             for dtype in (torch.float16, torch.bfloat16):
                 for M in (1, 2, 17):
                     check_norm(report, layer, M, dtype)
-    for N, K in PAIRS:
-        layer = E8P(2, N, K, FULL, True)
-        for dtype in (torch.float16, torch.bfloat16):
-            for M in (1, 4, 16, 64):
-                check_pair(report, layer, M, dtype)
     report.finish("step")
 
 
@@ -109,20 +85,6 @@ def times():
         joined = [partial(norm_call, p, z, x, weight, su) for p in layers]
         row["norm joined"] = timed_graph(joined)[0]
         print(f"{N}x{K} M=1", {k: round(v, 2) for k, v in row.items()}, flush=True)
-    layers = copies(partial(E8P, 2, 28672, 4096, FULL, True))
-    for M in (1, 4, 16):
-        z = torch.randn(M, 4096, device=DEV).half()
-
-        def apart(layer, z=z):
-            up, gate = layer.call(z).chunk(2, 1)
-            return step_ops.swiglu(gate, up)
-
-        row = {
-            "product": timed_graph([partial(p.call, z) for p in layers])[0],
-            "swiglu apart": timed_graph([partial(apart, p) for p in layers])[0],
-            "swiglu joined": timed_graph([partial(pair_call, p, z) for p in layers])[0],
-        }
-        print(f"28672x4096 M={M}", {k: round(v, 2) for k, v in row.items()}, flush=True)
 
 
 def sanitize():
@@ -131,7 +93,6 @@ def sanitize():
         layer = E8P(2, N, K, FULL, True)
         z = torch.randn(1, K, device=DEV).half()
         assert torch.isfinite(norm_call(layer, z, *norm_operands(N, 1, torch.float16))[1]).all()
-        assert torch.isfinite(pair_call(layer, z)).all()
     torch.cuda.synchronize()
     print("-- sanitize OK", flush=True)
 
