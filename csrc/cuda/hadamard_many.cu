@@ -90,6 +90,13 @@ __device__ __forceinline__ uint32_t pack2(float a, float b) {
   }
 }
 
+// Whether the next token is loaded while this one is finished: ptxas spills for sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kLoadsAhead = true;
+#else
+constexpr bool kLoadsAhead = false;
+#endif
+
 // Blocks of up to kManyThreads threads walk over the tokens, a group of kWarps warps each.
 template <typename T, int kWarps, bool kPre>
 __global__ void __launch_bounds__(kManyThreads, 1)
@@ -160,8 +167,9 @@ rotate_many_kernel(const __grid_constant__ RotateParams p, int log_q) {
   };
   const int step = gridDim.x * groups;
   int m = group * gridDim.x + blockIdx.x;
-  if (m < p.tokens) load(m);
+  if (kLoadsAhead && m < p.tokens) load(m);
   for (; m < p.tokens; m += step) {
+    if (!kLoadsAhead) load(m);
     float acc[2][8][4] = {};
 #pragma unroll
     for (int kt = 0; kt < 2; ++kt) {
@@ -220,7 +228,7 @@ rotate_many_kernel(const __grid_constant__ RotateParams p, int log_q) {
         }
       }
     }
-    if (m + step < p.tokens) load(m + step);
+    if (kLoadsAhead && m + step < p.tokens) load(m + step);
 
     // Bits 0 .. 3 of the column 16 t + 8 i + j in registers, 4 and 5 by shuffles.
     const float sign[2] = {t & 1 ? -1.f : 1.f, t & 2 ? -1.f : 1.f};

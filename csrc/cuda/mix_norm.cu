@@ -27,12 +27,6 @@ __device__ __forceinline__ uint32_t round2(float a, float b) {
   const T pair[2] = {from_float<T>(a), from_float<T>(b)};
   return *reinterpret_cast<const uint32_t*>(pair);
 }
-// Four floats, loaded where it stands (the compiler sinks constant loads below the wait).
-__device__ __forceinline__ float4 load_quad(const float* p) {
-  const uint4 w = load_cached(p);
-  return make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
-                     __uint_as_float(w.w));
-}
 __device__ __forceinline__ float4 add_signed(float4 sum, float4 v, int odd) {
   return odd ? sub4(sum, v) : add4(sum, v);
 }

@@ -202,11 +202,11 @@ constexpr double kSpreadMegabytes = 4.5;
 
 // Whether rows of x are rotated by the kernel for many tokens (hadamard_many.cu), H200, by itself:
 // 4096 x 128 5.6 against 4.9 us, x 512 6.7 against 9.4; 8192 x 64 4.7 against 6.0; 14336 (F = 28) x 16
-// 5.3 against 7.3. Its blocks leave no room for a matmul's beside them: a layer of 4096 x 4096 with
-// 64 tokens is 34.7 us with it and 28.5 without.
+// 5.3 against 7.3. Its blocks leave no room for a matmul's beside them: a layer of 28672 x 8192 with
+// 64 tokens is 95 us with it and 89 without.
 inline bool rotates_many(const Rotation& r, int tokens) {
   const double elements = static_cast<double>(r.n) * tokens;
-  return r.factor > 1 ? elements >= 1 << 19 : elements * r.n >= 4294967296.;
+  return r.factor > 1 ? elements >= 1 << 19 : elements * r.n >= 8589934592.;
 }
 
 // Cells of K per CTA below which partial sums cost more than idle SMs.
