@@ -108,7 +108,8 @@ rotated_half_kernel(const __grid_constant__ RotatedMatmul p) {
   unsigned char* const cells = codes + kWarps * kDepth * kCells * kCodes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
   uint64_t* const empty = full + kStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
   const long long all_cells = static_cast<long long>(s.groups) * units;
