@@ -257,8 +257,8 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
       reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
       n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
     return false;
-  aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
-  if (!aqlm::own_rows(w, info, &config)) return false;
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
+  if (config.share != aqlm::Share::kOwned) return false;
   aqlm::RotatedMatmul p = {};
   p.w = w;
   p.tokens = 1;

@@ -114,8 +114,6 @@ struct RotatedConfig {
 // `rotates`: a rotation of the outputs follows.
 RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, bool rotates,
                              const DeviceInfo& device);
-// Whether one token can be multiplied by blocks that own rows, whatever the time: then it does so.
-bool own_rows(const RotatedWeight& w, const DeviceInfo& device, RotatedConfig* c);
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p);
 struct RotatedWorkspace {
   size_t partials, x_cells, x_sums, x_scales;

@@ -186,11 +186,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
-  int most_units = tune::kOwnedUnits;
-#ifdef AQLM_TUNE
-  if (g_rotated_share == 2 && tokens == 1) most_units = 1 << 20;
-#endif
-  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device, most_units))
+  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device))
     c.share = Share::kOwned;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
@@ -207,14 +203,6 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   if (c.half) c.tiles = std::max(c.tiles, 8);  // 16 columns decode no faster than 32
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
-}
-
-bool own_rows(const RotatedWeight& w, const DeviceInfo& device, RotatedConfig* c) {
-  if (c->tiles != 1 || c->grouped || !tune::rotated_owned(w, 1, true, device, w.units()))
-    return false;
-  c->share = Share::kOwned;
-  c->wide = false;
-  return true;
 }
 
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
@@ -386,7 +374,7 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
   aqlm::g_rotated_ctas = ctas;
 }
 // How blocks share the work: 0 no owned rows and no local x of more than four tokens, 1 local x
-// wherever it fits, 2 owned rows of one token however many columns it has.
+// wherever it fits.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
   aqlm::g_rotated_share = share;
 }

@@ -156,8 +156,8 @@ AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMa
 // more rows (4096 x 4096 12.3 against 11.3).
 constexpr int kOwnedUnits = 64;
 inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
-                          const DeviceInfo& device, int most_units = kOwnedUnits) {
-  if (w.units() > most_units || (tokens > 1 && (rotates || 10 * w.blocks() < 9 * device.sms)))
+                          const DeviceInfo& device) {
+  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 10 * w.blocks() < 9 * device.sms)))
     return false;
   const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1, 1};
   const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));

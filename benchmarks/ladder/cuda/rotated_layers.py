@@ -24,11 +24,6 @@ def local_bits(most=-1):
     ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_local_bits(most)
 
 
-def share(how=-1):
-    """How blocks share the work: see ``aqlm_rotated_share``."""
-    ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_share(how)
-
-
 def layers():
     """E8P 2 bit: matmul alone, the whole layer, and the layer without folded rotations."""
     torch.manual_seed(2)
@@ -150,6 +145,10 @@ def sanitize():
         for M in (1, 2):
             y = ops.hadamard(x[:M], None, None, r.matrix(DEV), r.factor, 0, True)
             assert torch.isfinite(y).all(), n
+    for bits in (2, 3, 4, 8):  # float16 operands: whole and half steps, one pass and two
+        for N, K, G, M in ((97, 256, 128, 20), (97, 256, 128, 70), (400, 640, 64, 9)):
+            layer = Scalar(bits, N, K, G)
+            assert torch.isfinite(layer.call(torch.randn(M, K, device=DEV).half())).all()
     many(1)
     for n in (1024, 3072, 4096, 8192, 14336, 28672):
         r = Hadamard.full(n)
