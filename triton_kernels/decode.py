@@ -351,9 +351,10 @@ def swiglu(gate, up) -> torch.Tensor:
     """gate, up [M, N] with any row stride -> silu(gate) * up [M, N]."""
     M, N = gate.shape
     y = torch.empty((M, N), dtype=gate.dtype, device=gate.device)
-    block = min(512, triton.next_power_of_2(N))
+    # 512 is fastest for one token, 1024 for a prompt (2048 x 14336: 42 us against 70).
+    block, warps = (512, 2) if M <= 64 else (1024, 4)
     _swiglu[(triton.cdiv(N, block) * M,)](
-        gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=2,
+        gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=warps,
         **launch_options(gate.device),
     )  # fmt: skip
     return y

@@ -13,8 +13,9 @@ one new token each, and of a prompt.
     rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
     prompt; key (with it) and value become the first T positions of the cache
 
-On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` and
-``step_attention`` are of ``_cuda``; elsewhere plain torch. Everything else is rounded where
+On CUDA the norms, ``swiglu``, ``rope_store`` and ``step_attention`` are kernels of ``_cuda``
+(``csrc/cuda/step_*.cu``); the others, and all but ``step_attention`` where it is not built, are
+Triton's (``triton_kernels/decode.py``). Elsewhere plain torch. Everything else is rounded where
 transformers rounds it. Inference only: they have no gradients.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..backends import native  # noqa: F401 (``_cuda`` registers its operators first)
 from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
 from ..ops.rotated import check_rotation
@@ -329,7 +331,7 @@ def _cuda_decode_attention(q, k, v, mask, scale):
 def why_not_step_attention(q, key, value, cos, sin, keys, values) -> str | None:
     """Reason why ``step_attention`` of ``_cuda`` cannot take these tensors, or None."""
     H, D, heads = q.shape[1], q.shape[2], keys.shape[1]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("aqlm_infer::step_attention", "CUDA"):
+    if not in_module("step_attention"):
         return "aqlm_infer._cuda is not built"
     if q.dtype not in (torch.float16, torch.bfloat16) or D not in (64, 128) or H // heads > 8:
         return f"{q.dtype} heads of {D}, {H // heads} a key: takes 16 bits, 64 or 128, up to 8"
@@ -358,14 +360,20 @@ def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
     return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
 
 
+def in_module(name: str) -> bool:
+    """Whether ``_cuda`` has the operator: what it has is launched with less work of the host."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aqlm_infer::{name}", "CUDA")
+
+
 for _name, _function in {
     "rms_norm": _cuda_rms_norm,
     "add_rms_norm": _cuda_add_rms_norm,
     "swiglu": _cuda_swiglu,
     "embed_norm": _cuda_embed_norm,
+    "rope_store": _cuda_rope_store,
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
-    "rope_store": _cuda_rope_store,
 }.items():
-    LIBRARY.impl(_name, _function, "CUDA")
+    if not in_module(_name):
+        LIBRARY.impl(_name, _function, "CUDA")

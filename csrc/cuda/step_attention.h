@@ -24,7 +24,7 @@ struct StepAttentionParams {
   void* out;                   // [batch, heads * group, head_dim] contiguous
   float scale;
   int batch, heads, group, head_dim, length;
-  int chunk, chunks;           // set by cut_step_attention
+  int chunk, chunks, stages;   // set by cut_step_attention
   DType type;                  // of everything but scale and partials: float16 or bfloat16
 };
 
