@@ -49,7 +49,9 @@ def close(y, exact, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(("N", "K"), [(1024, 192), (2048, 4096), (4096, 448), (1024, 8192), (1536, 128)])
+@pytest.mark.parametrize(
+    ("N", "K"), [(1024, 192), (2048, 4096), (4096, 448), (1024, 8192), (1536, 128)]
+)
 def test_matmul_with_the_rotated_norm_after_it(device, dtype, bits, N, K):
     """One token of 1024, 2048 and 4096, K <= 4096: one launch after the matmul; else two."""
     if device == "cpu" and K > 1000:
