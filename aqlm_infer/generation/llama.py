@@ -104,13 +104,13 @@ class LlamaStep:
             z = attend(block.attention, layer, qkv)  # [M, heads * D]
             if siblings is None:  # after the last attention only the last tokens count
                 x, z = x[T - 1 :: T], z[T - 1 :: T]
-            y = block.attention.o_proj(z)
-            x, (gate, up) = block.gate_up.of_norm(x, y, *_norm(block.norm), add)
-            y = block.down(operators.swiglu(gate, up))
+            o = block.attention.o_proj
+            x, (gate, up) = block.gate_up.of_product(x, o, z, *_norm(block.norm), add)
+            y = operators.swiglu(gate, up)
             if siblings is None:
-                _, y = add(x, y, *_norm(norm))
+                _, y = add(x, block.down(y), *_norm(norm))
             else:
-                x, qkv = siblings.of_norm(x, y, *_norm(norm), add)
+                x, qkv = siblings.of_product(x, block.down, y, *_norm(norm), add)
         return self.model.lm_head(y)[:, None]
 
 
