@@ -46,7 +46,8 @@ class LlamaStep:
 
     def __init__(self, model: nn.Module, cache: StepCache, batch: int, capture: bool = True):
         self.model, self.cache = model, cache
-        self.operators = ops if capture else ops.EAGER
+        self.eager = ops.EAGER if model.device.type == "cuda" else ops
+        self.operators = ops if capture else self.eager
         base = model.model
         device, dtype = model.device, model.dtype
         with torch.no_grad():
@@ -81,14 +82,14 @@ class LlamaStep:
         def attend(attention, layer, qkv):
             q, k, v = (part.view(B, T, -1, attention.head_dim) for part in qkv)
             layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-            q = ops.EAGER.rope_store(q, k, v, self.cos, self.sin, ids, layer.keys, layer.values)
+            q = self.eager.rope_store(q, k, v, self.cos, self.sin, ids, layer.keys, layer.values)
             z = F.scaled_dot_product_attention(
                 q.transpose(1, 2), layer.keys[:, :, :T], layer.values[:, :, :T], is_causal=True,
                 scale=attention.scaling, enable_gqa=q.shape[2] != k.shape[2],
             )  # fmt: skip
             return z.transpose(1, 2).reshape(B * T, -1)
 
-        logits = self._logits(tokens, attend, ops.EAGER)
+        logits = self._logits(tokens, attend, self.eager)
         self.cache.lengths.fill_(T)
         return logits
 
