@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "cpu/additive.h"
+#include "cpu/dense.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/plan.h"
@@ -255,6 +256,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("hadamard", &rotate, ReleaseGil(), py::arg("x"), py::arg("x_row_stride"), py::arg("dtype"),
         py::arg("pre"), py::arg("post"), py::arg("h"), py::arg("factor"), py::arg("block"),
         py::arg("transpose"), py::arg("y"), py::arg("M"), py::arg("n"), py::arg("num_threads"));
+
+  m.def(
+      "dense_matvec",
+      [](Address x, Address weight, int64_t row_stride, Address bias, Address y,
+         const std::string& dtype, int64_t N, int64_t K, int num_threads) {
+        dense_matvec({pointer<void>(x), pointer<void>(weight), row_stride, pointer<void>(bias),
+                      pointer<void>(y), parse_dtype(dtype, "dtype"), N, K, num_threads});
+      },
+      ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("row_stride"), py::arg("bias"),
+      py::arg("y"), py::arg("dtype"), py::arg("N"), py::arg("K"), py::arg("num_threads"));
 
   m.def(
       "advise_huge_pages",

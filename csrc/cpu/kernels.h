@@ -79,6 +79,15 @@ struct DecodeArgs {
   Dtype out_dtype;
 };
 
+// Rows of a dense weight, `row_stride` elements apart.
+struct DenseArgs {
+  const void* weight;
+  int64_t row_stride;
+  Dtype dtype;
+  int64_t K;
+  const float* x;
+};
+
 // Direct decode with tokens as the vector dimension: rows a call takes, and weights of a group.
 constexpr int kTokenLanes = 16;
 constexpr int64_t kDirectTileRows = 24, kDirectTileWeights = 256;
@@ -111,6 +120,9 @@ struct KernelTable {
   uint32_t (*max_abs_bits)(const float* src, int64_t count);
   // [entries][ig] -> [ig][entries]
   void (*transpose)(const float* src, int64_t rows, int64_t cols, int64_t dst_stride, float* dst);
+
+  // Products of rows with x, not yet rounded.
+  void (*dense_rows)(const DenseArgs& args, int64_t rows, float* sums);
 
   TileKernels tile;  // E8P, scalar grids, rotations
 };
