@@ -109,6 +109,42 @@ def test_rope_attention(device, dtype, case):
     close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
 
 
+PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_rope_store(device, dtype, case):
+    """q, key and value are slices of one product; positions are the sequences' own."""
+    B, H, heads, T, L, D = case
+    product = rand(B * T, (H + 2 * heads) * D, device=device, dtype=dtype)
+    q, key, value = (
+        part.view(B, T, -1, D) for part in product.split((H * D, heads * D, heads * D), 1)
+    )
+    angle = torch.arange(L)[:, None] * 0.3 ** torch.arange(D // 2)[None]
+    cos, sin = (torch.cat((f, f), 1).to(dtype).to(device) for f in (angle.cos(), angle.sin()))
+    ids = (torch.arange(T)[None] - torch.arange(B)[:, None]).clamp(min=0).to(device)
+    keys, values = (rand(B, heads, L, D, device=device, dtype=dtype, seed=s) for s in (3, 4))
+    rest = keys[:, :, T:].clone(), values[:, :, T:].clone()
+    y = ops.rope_store(q, key, value, cos, sin, ids, keys, values)
+    at = cos[ids][:, :, None], sin[ids][:, :, None]
+    close(y, rotated64(q, *at), dtype)
+    close(keys[:, :, :T], rotated64(key, *at).transpose(1, 2), dtype)
+    assert torch.equal(values[:, :, :T], value.transpose(1, 2))
+    assert torch.equal(keys[:, :, T:], rest[0]) and torch.equal(values[:, :, T:], rest[1])
+    assert torch.equal(ops.rope_store(q, key, value, cos, sin, ids, keys, values), y)
+
+
+def test_rope_store_refuses_what_does_not_fit():
+    q, keys = torch.ones(1, 5, 4, 8), torch.ones(1, 2, 4, 8)
+    table, ids = torch.ones(4, 8), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(OperandError, match="5 tokens of 4 heads do not fit a cache of 4 positions"):
+        ops.rope_store(q, q[:, :, :2], q[:, :, :2], table, table, ids, keys, keys.clone())
+    with pytest.raises(OperandError, match=r"key is \[1, 5, 1, 8\], expected \[1, 5, 2, 8\]"):
+        ops.rope_store(q, q[:, :, :1], q[:, :, :2], table, table, ids, keys, keys.clone())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [16, 32, 64, 128, 512])
 def test_every_chunk_size(chunk):

@@ -1,4 +1,4 @@
-"""What a decode step runs between its matmuls, in Triton: attention over a cache, norms, SwiGLU.
+"""What a model runs between its matmuls, in Triton: attention over a cache, norms, SwiGLU.
 
 All kernels are launched dependently on GPUs that can (sm_90): they start while the kernel before
 them ends, load what it does not write, and wait before they read its results. Captured in a graph,
@@ -153,6 +153,32 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
 
 
 @triton.jit
+def _rope_store(q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, ids_ptr, out_ptr, keys_ptr, values_ptr,
+                T, q_b, q_t, q_h, nk_b, nk_t, nk_h, nv_b, nv_t, nv_h, ids_b, ids_t, k_b, k_h, k_l,
+                v_b, v_h, v_l, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                HP: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
+    """All heads of one token of a prompt: q rotated, key rotated and value into the cache."""
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    h, g, d = tl.arange(0, HP)[:, None], tl.arange(0, KP)[:, None], tl.arange(0, DP)
+    d_ok = d < D
+    q_ok, k_ok, d = (h < H) & d_ok[None, :], (g < HEADS) & d_ok[None, :], d[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    place = tl.load(ids_ptr + b * ids_b + t * ids_t) * D
+    cos = tl.load(cos_ptr + place + d, mask=d_ok[None, :], other=0.0)
+    sin = tl.load(sin_ptr + place + d, mask=d_ok[None, :], other=0.0)
+    if PDL:
+        gdc_wait()
+    q = _rotated(q_ptr + b * q_b + t * q_t, h * q_h, d, q_ok, cos, sin, D)
+    tl.store(out_ptr + ((b * T + t) * H + h) * D + d, q, q_ok)
+    k = _rotated(key_ptr + b * nk_b + t * nk_t, g * nk_h, d, k_ok, cos, sin, D)
+    tl.store(keys_ptr + b * k_b + g * k_h + t * k_l + d, k, k_ok)
+    v = tl.load(value_ptr + b * nv_b + t * nv_t + g * nv_h + d, mask=k_ok, other=0.0)
+    tl.store(values_ptr + b * v_b + g * v_h + t * v_l + d, v, k_ok)
+
+
+@triton.jit
 def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
                   BLOCK: tl.constexpr, ADD: tl.constexpr, EMBED: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
@@ -280,6 +306,23 @@ def attention(
         SLOTS=slots, GP=padded, SEGMENT=segment, NEW=new is not None,
         EARLY=size == tile and new is not None, num_warps=4,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_options(q.device),
+    )  # fmt: skip
+    return out
+
+
+def rope_store(q, key, value, cos, sin, ids, keys, values) -> torch.Tensor:
+    """q [B, T, H, D], key and value [B, T, Hkv, D], cos and sin [L, D], ids [B, T] -> q rotated.
+
+    Rotated keys and the values become the first T positions of keys and values [B, Hkv, L, D].
+    """
+    B, T, H, D = q.shape
+    heads = keys.shape[1]
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    padded, few, width = map(triton.next_power_of_2, (H, heads, D))
+    _rope_store[(T, B)](
+        q, key, value, cos, sin, ids, out, keys, values, T, *q.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], *ids.stride(), *keys.stride()[:3], *values.stride()[:3], H=H,
+        HEADS=heads, D=D, HP=padded, KP=few, DP=width, num_warps=4, **launch_options(q.device),
     )  # fmt: skip
     return out
 

@@ -24,8 +24,9 @@ from .matmul import num_threads
 from .record import Row, environment, rounded
 
 PROMPT_TOKENS = 32
-MODES = ("eager", "prepared")
-"""A model as it is loaded, and after ``prepare_for_generation``."""
+MODES = ("eager", "no-graph", "prepared")
+"""A model as it is loaded, after ``prepare_for_generation(graphs=False)``, and after it with graphs
+where the device has them."""
 
 _REPEATS = 3
 _ENOUGH_SECONDS = 5.0
@@ -47,7 +48,7 @@ class Case:
 @dataclass(frozen=True)
 class Rate:
     """Tokens per second of the whole batch after the first token: of the median, 20th and 80th
-    percentile step. ``step_us`` is a captured step alone, replay after replay.
+    percentile step. ``step_us`` is a step alone, run after run: a replay where it is captured.
 
     ``capture_s`` is what the first call took longer than a later one: compiling and capturing.
     """
@@ -129,7 +130,7 @@ def _runner(model: nn.Module):
 
 
 def _step_us(model: nn.Module) -> float | None:
-    """A replay of the graph that ran last, in microseconds; None without one."""
+    """The step that ran last once more, in microseconds; None without a runner."""
     runner = _runner(model)
     if runner is None or not runner.counts["replays"]:
         return None
@@ -199,7 +200,7 @@ def check_modes(modes: Sequence[str], lm_head: str | None = None) -> None:
         if mode not in MODES:
             raise BenchError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         if mode == "eager" and lm_head is not None:
-            raise BenchError(f"lm_head={lm_head!r} needs mode prepared, not eager")
+            raise BenchError(f"lm_head={lm_head!r} needs mode prepared or no-graph, not eager")
     if lm_head is not None:
         parse_head(lm_head)
 
@@ -211,7 +212,7 @@ def in_mode(model: nn.Module, mode: str, lm_head: str | None = None) -> Iterator
     if mode == "eager":
         yield model
         return
-    prepare_for_generation(model, lm_head=lm_head)
+    prepare_for_generation(model, lm_head=lm_head, graphs=False if mode == "no-graph" else None)
     try:
         yield model
     finally:
@@ -281,6 +282,7 @@ def dense_fields(dense: Dense | None, case: Case, mode: str) -> Row:
         "dense_tokens_per_s": eager and eager.tokens_per_s,
         "dense_ttft_ms": eager and eager.ttft_ms,
         "dense_compiled_tokens_per_s": compiled and compiled.tokens_per_s,
+        "dense_compiled_ttft_ms": compiled and compiled.ttft_ms,
         "dense_step_us": compiled and compiled.step_us,
         "dense_bytes": model_bytes(dense.model) if dense is not None else None,
     }

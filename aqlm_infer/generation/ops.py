@@ -1,4 +1,5 @@
-"""Operators between the matmuls of a decode step. M tokens are M sequences: one new token each.
+"""Operators between the matmuls of a model: of a decode step, where M tokens are M sequences with
+one new token each, and of a prompt.
 
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
@@ -8,6 +9,8 @@
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
+    rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
+    prompt; key (with it) and value become the first T positions of the cache
 
 On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
 ``_cuda``; elsewhere plain torch. Everything else is rounded where transformers rounds it. Inference
@@ -36,6 +39,8 @@ _SCHEMAS = (
     "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
     " float scale) -> Tensor",
+    "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
 )
 
 
@@ -112,6 +117,26 @@ def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
             raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
 
 
+def check_prompt(q, key, value, cos, sin, ids, keys, values) -> None:
+    """Raise OperandError unless a prompt's q, key and value [B, T, heads, D] fit the cache."""
+    B, heads, L, D = keys.shape
+    T, H = q.shape[1], q.shape[2]
+    shapes = {
+        "q": (q, [B, T, H, D]), "key": (key, [B, T, heads, D]), "value": (value, [B, T, heads, D]),
+        "cos": (cos, [L, D]), "sin": (sin, [L, D]), "values": (values, [B, heads, L, D]),
+        "keys": (keys, [B, heads, L, D]), "ids": (ids, [B, T]),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape or tensor.stride(-1) != 1:
+            raise OperandError(
+                f"{name} is {list(tensor.shape)}, expected {shape}, contiguous in the last"
+            )
+    if T > L or H % heads:
+        raise OperandError(
+            f"{T} tokens of {H} heads do not fit a cache of {L} positions and {heads} heads"
+        )
+
+
 def _norm(x, weight, eps):
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -184,6 +209,15 @@ def _rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, co
     return _attend(_rotate(q, cos, sin), keys, values, seen, scale)
 
 
+def _rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    T = q.shape[1]
+    cos, sin = cos[ids][:, :, None], sin[ids][:, :, None]  # [B, T, 1, D]
+    keys[:, :, :T] = _rotate(key, cos, sin).transpose(1, 2)
+    values[:, :, :T] = value.transpose(1, 2)
+    return _rotate(q, cos, sin)
+
+
 def _rms_norm_fake(x, weight, eps):
     check_rows(x, weight)
     return x.new_empty(x.shape)
@@ -224,12 +258,17 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
     return q.new_empty(q.shape)
 
 
+def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return q.new_empty(q.shape)
+
+
 define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
-     _choose_fake, _decode_attention_fake, _rope_attention_fake),
+     _choose_fake, _decode_attention_fake, _rope_attention_fake, _rope_store_fake),
     (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention),
+     _decode_attention, _rope_attention, _rope_store),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
@@ -241,6 +280,7 @@ rotated_norm = _ops.rotated_norm
 choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
+rope_store = _ops.rope_store
 
 
 def _kernels():
@@ -287,6 +327,11 @@ def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mas
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
 
 
+def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
+
+
 for _name, _function in {
     "rms_norm": _cuda_rms_norm,
     "add_rms_norm": _cuda_add_rms_norm,
@@ -295,5 +340,6 @@ for _name, _function in {
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
+    "rope_store": _cuda_rope_store,
 }.items():
     LIBRARY.impl(_name, _function, "CUDA")

@@ -31,7 +31,7 @@ class Preparation:
     """What ``prepare_for_generation`` did to a model: its attribute ``aqlm_generation``.
 
     ``stacked`` lists siblings that became one launch, ``rotations`` those that share a rotated
-    input. ``runner`` replays captured steps; without one ``reason`` says why.
+    input. ``runner`` runs the steps; where they are not captured, ``reason`` says why.
     """
 
     options: dict
@@ -56,11 +56,14 @@ def prepare_for_generation(
 
     Layers that share an input become one launch. On a GPU, steps of one token are captured in CUDA
     graphs, one for each batch size and cache length, when ``generate`` first needs them: greedy
-    search and sampling then run them on a static cache. Everything else runs as before.
+    search and sampling then run them on a static cache. Prompts without padding run in the same
+    operators where the model's blocks are known (Llama and its like). Everything else runs as
+    before.
 
     Args:
         model: a transformers causal language model with quantized layers, on its device.
         graphs: capture decode steps; None does where it can be done. True raises where it cannot.
+            False launches the operators of every step one by one, where the blocks are known.
         compile: torch.compile the step before it is captured, where the model is none of those
             that have a step of fused operators (Llama and its like). It takes seconds to minutes,
             once for each graph; without it the model's own kernels are captured.
@@ -96,10 +99,9 @@ def prepare_for_generation(
     rotations, stacked = share_rotations(model), stack_siblings(model)
     head = None if lm_head is None else quantize_head(model, lm_head)
     runner = None
-    if graphs is False:
-        reason = "graphs=False"
-    elif reason is None:
-        runner = _install(model, max_length, max_graphs, compile)
+    if reason is None:
+        runner = _runner(model, max_length, max_graphs, compile, graphs is not False)
+        reason = "graphs=False" if graphs is False else None
     elif any(device.type == "cuda" for device in devices):
         warnings.warn(f"decode steps run without CUDA graphs: {reason}", stacklevel=2)
     dense = getattr(model, "get_output_embeddings", lambda: None)()
@@ -158,17 +160,23 @@ def captured(
     reason = _why_not_captured(model, check_devices(model))
     if reason is not None:
         raise GenerationSetupError(f"decode steps cannot be captured: {reason}")
-    runner = _install(model, None, max_graphs, compile)
+    runner = _runner(model, None, max_graphs, compile, True)
     try:
         yield runner
     finally:
         runner.uninstall()
 
 
-def _install(model: nn.Module, max_length: int | None, max_graphs: int, compile: bool):
+def _runner(
+    model: nn.Module, max_length: int | None, max_graphs: int, compile: bool, capture: bool
+) -> StepRunner | None:
+    """A runner in the model's place; None for steps that would be the model's own, uncaptured."""
+    from .llama import why_not_llama
     from .runner import StepRunner
 
-    runner = StepRunner(model, max_length, max_graphs, compile)
+    if not capture and why_not_llama(model) is not None:
+        return None
+    runner = StepRunner(model, max_length, max_graphs, compile, capture)
     runner.install()
     return runner
 

@@ -17,6 +17,10 @@ from . import ops
 
 _KERNELS = ("cuda.e8p", "cuda.scalar.rotated")
 
+_MOST_TOKENS = 64
+"""``ops.rotated_norm`` reads a token's vector once for every row of its matrix of Hadamard sums:
+what makes it fast for one token makes it slow for a prompt."""
+
 _SHORTEST = 128
 """Least Sylvester part of a rotation that ``ops.rotated_norm`` takes."""
 
@@ -39,7 +43,7 @@ class Siblings:
 
     def of_norm(self, x, delta, weight, eps: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """x + delta [M, K], and the results of its norm."""
-        rotation = self._rotation()
+        rotation = self._rotation() if x.shape[0] <= _MOST_TOKENS else None
         if rotation is None:
             x, y = ops.add_rms_norm(x, delta, weight, eps)
             return x, self(y)
