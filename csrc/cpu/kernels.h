@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "packed.h"
+#include "step.h"
 #include "tile.h"
 
 namespace aqlm::cpu {
@@ -124,6 +125,7 @@ struct KernelTable {
   // Products of rows with x, not yet rounded.
   void (*dense_rows)(const DenseArgs& args, int64_t rows, float* sums);
 
+  StepKernels step;  // between matmuls
   TileKernels tile;  // E8P, scalar grids, rotations
 };
 

@@ -19,6 +19,7 @@
 #include "e8p-inl.h"
 #include "hadamard-inl.h"
 #include "dense-inl.h"
+#include "step-inl.h"
 
 namespace aqlm::cpu {
 namespace {
@@ -45,7 +46,7 @@ constexpr KernelTable kTable = {
     kLutMany,      kExactMaxTokens, kFastMaxTokens,   kMaxMLut,         kMaxMDirect,
     kDirectTokens, direct,          kDirectMaxTokens, direct_tokens_of, decode_rows,
     finish,        to_float,        max_abs_bits,     transpose,        dense_rows,
-    kTileKernels,
+    kStepKernels,  kTileKernels,
 };
 
 }  // namespace
