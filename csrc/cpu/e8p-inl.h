@@ -42,8 +42,8 @@ struct E8PDecoder {
 
   template <int BIT>
   static CodeVector index(CodeVector lower, CodeVector upper) {
-    return _mm512_ternarylogic_epi32(bytes(15), shifted<-4 * BACK>(lower),
-                                     shifted<4 - BIT - BACK>(upper), 0xca);
+    return _mm512_ternarylogic_epi32(shifted<4 - BIT - BACK>(upper), bytes(15),
+                                     shifted<-4 * BACK>(lower), 0xb8);
   }
   static CodeVector sign(CodeVector stored) { return shifted<-3 * BACK>(stored); }
 
@@ -161,25 +161,58 @@ void decode_residual(const E8PTables& tables, const uint8_t* codes, int64_t bloc
   }
 }
 
+// Adds the sums of a tile's rows to theirs: `spill` without scales of rows.
+struct E8PSpill {
+  F<kLanes> zero, factor;
+  float* acc;
+
+  explicit E8PSpill(const ProductArgs& args)
+      : zero(F<kLanes>() + args.zero * args.x_sum[0]),
+        factor(F<kLanes>() + args.scale * args.x_scale[0]),
+        acc(args.acc) {}
+  AQLM_INLINE void operator()(int row, F<kLanes> sums) const {
+    store<kLanes>(acc + row, F<kLanes>(load<kLanes>(acc + row) + (sums - zero) * factor));
+  }
+};
+
 #if AQLM_LEVEL >= 3
+
+// Four quads of x in registers: two code vectors share them, since loads would bound the product.
+template <int PLANES>
+struct E8PInput {
+  __m512i quads[4][PLANES];
+
+  explicit E8PInput(const uint8_t* x) {
+    load<0>(x);
+    load<1>(x);
+    load<2>(x);
+    load<3>(x);
+  }
+  template <int QUAD>
+  AQLM_INLINE void load(const uint8_t* x) {
+    quads[QUAD][0] = _mm512_set1_epi32(read<int32_t>(x + QUAD * kQuantBytes));
+    if constexpr (PLANES == 2)
+      quads[QUAD][1] = _mm512_set1_epi32(read<int32_t>(x + QUAD * kQuantBytes + 4));
+  }
+};
 
 // Sums of a plane: of elements 0, 1, 4 and 5, and of the others, 16 times.
 template <int PLANES>
 struct E8PSums {
   __m512i plain[PLANES] = {}, scaled[PLANES] = {};
 
-  AQLM_INLINE void add(const E8PElements& elements, const uint8_t* x) {
-    dot_broadcast(plain[0], elements.first, x);
-    dot_broadcast(scaled[0], elements.third, x + 2 * kQuantBytes);
+  AQLM_INLINE void add(const E8PElements& elements, const E8PInput<PLANES>& x) {
+    dot_bytes(plain[0], elements.first, x.quads[0][0]);
+    dot_bytes(scaled[0], elements.third, x.quads[2][0]);
     if constexpr (PLANES == 2) {
-      dot_broadcast(plain[1], elements.first, x + 4);
-      dot_broadcast(scaled[1], elements.third, x + 2 * kQuantBytes + 4);
+      dot_bytes(plain[1], elements.first, x.quads[0][1]);
+      dot_bytes(scaled[1], elements.third, x.quads[2][1]);
     }
-    dot_broadcast(plain[0], elements.second, x + kQuantBytes);
-    dot_broadcast(scaled[0], elements.fourth, x + 3 * kQuantBytes);
+    dot_bytes(plain[0], elements.second, x.quads[1][0]);
+    dot_bytes(scaled[0], elements.fourth, x.quads[3][0]);
     if constexpr (PLANES == 2) {
-      dot_broadcast(plain[1], elements.second, x + kQuantBytes + 4);
-      dot_broadcast(scaled[1], elements.fourth, x + 3 * kQuantBytes + 4);
+      dot_bytes(plain[1], elements.second, x.quads[1][1]);
+      dot_bytes(scaled[1], elements.fourth, x.quads[3][1]);
     }
   }
   F<16> total() const {
@@ -193,20 +226,33 @@ struct E8PSums {
   }
 };
 
+// Code vectors PART and PART + 1, and those after them.
+template <int PART, int PLANES>
+AQLM_INLINE void product_parts(const E8PDecoder<0>& front, const E8PDecoder<1>& back,
+                               const uint8_t* codes, int64_t blocks, const uint8_t* x,
+                               const E8PSpill& spill) {
+  E8PSums<PLANES> first, second;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t *at = codes + b * kE8PBlockBytes, *values = x + b * 8 * kQuantBytes;
+    const E8PInput<PLANES> left(values);
+    first.add(front.template decode<PART, true>(at), left);
+    second.add(front.template decode<PART + 1, true>(at), left);
+    const E8PInput<PLANES> right(values + 4 * kQuantBytes);
+    first.add(back.template decode<PART, true>(at), right);
+    second.add(back.template decode<PART + 1, true>(at), right);
+  }
+  spill(PART * 16, first.total());
+  spill(PART * 16 + 16, second.total());
+  if constexpr (PART + 2 < kCodeParts) {
+    product_parts<PART + 2, PLANES>(front, back, codes, blocks, x, spill);
+  }
+}
+
 template <int PLANES>
 void product_planes(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                     const ProductArgs& args) {
-  each_part<0>([&](auto part) {
-    const E8PDecoder<0> front(tables);
-    const E8PDecoder<1> back(tables);
-    const uint8_t *at = codes, *x = args.x;
-    E8PSums<PLANES> sums;
-    for (int64_t b = 0; b < blocks; ++b, at += kE8PBlockBytes, x += 8 * kQuantBytes) {
-      sums.add(front.template decode<part, true>(at), x);
-      sums.add(back.template decode<part, true>(at), x + 4 * kQuantBytes);
-    }
-    spill(args, 0, part * 16, sums.total());
-  });
+  product_parts<0, PLANES>(E8PDecoder<0>(tables), E8PDecoder<1>(tables), codes, blocks, args.x,
+                           E8PSpill(args));
 }
 
 #else
@@ -236,41 +282,52 @@ struct E8PSums {
   }
 };
 
-// A half at a time, so that its tables fit in AVX2's registers; blocks come in pairs.
+// Adds code vectors from PART on of a half of two blocks to `totals`.
 template <int PART, int BACK, int PLANES>
-AQLM_INLINE CodeVector half_product(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
-                                    const CodeVector* x, CodeVector total) {
-  const E8PDecoder<BACK> decoder(tables);
+AQLM_INLINE void half_products(const E8PDecoder<BACK>& decoder, const uint8_t* codes,
+                               const CodeVector* x, CodeVector* totals) {
+  E8PSums<PLANES> sums;
+  sums.template add<true>(decoder.template decode<PART, false>(codes), x);
+  sums.template add<false>(decoder.template decode<PART, false>(codes + kE8PBlockBytes),
+                           x + 8 * PLANES);
   const CodeVector steps = AQLM_V(set1_epi16)(PLANES == 2 ? 256 : 1);
-  x += 4 * PLANES * BACK;
-  for (int64_t b = 0; b < blocks; b += 2, codes += 2 * kE8PBlockBytes, x += 16 * PLANES) {
-    E8PSums<PLANES> sums;
-    sums.template add<true>(decoder.template decode<PART, false>(codes), x);
-    sums.template add<false>(decoder.template decode<PART, false>(codes + kE8PBlockBytes),
-                             x + 8 * PLANES);
-    total = AQLM_V(add_epi32)(total, AQLM_V(madd_epi16)(sums.planes[0], steps));
-    if constexpr (PLANES == 2) {
-      const CodeVector low = AQLM_V(madd_epi16)(sums.planes[1], AQLM_V(set1_epi16)(1));
-      total = AQLM_V(add_epi32)(total, low);
-    }
+  CodeVector total = AQLM_V(add_epi32)(totals[PART], AQLM_V(madd_epi16)(sums.planes[0], steps));
+  if constexpr (PLANES == 2) {
+    const CodeVector low = AQLM_V(madd_epi16)(sums.planes[1], AQLM_V(set1_epi16)(1));
+    total = AQLM_V(add_epi32)(total, low);
   }
-  return total;
+  totals[PART] = total;
+  if constexpr (PART + 1 < kCodeParts) {
+    half_products<PART + 1, BACK, PLANES>(decoder, codes, x, totals);
+  }
+}
+
+// A half at a time, so that its tables fit in AVX2's registers; blocks come in pairs.
+template <int BACK, int PLANES>
+void half_product(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+                  const CodeVector* x, CodeVector* totals) {
+  const E8PDecoder<BACK> decoder(tables);
+  for (int64_t b = 0; b < blocks; b += 2) {
+    half_products<0, BACK, PLANES>(decoder, codes + b * kE8PBlockBytes,
+                                   x + (8 * b + 4 * BACK) * PLANES, totals);
+  }
 }
 
 template <int PLANES>
 void product_planes(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                     const ProductArgs& args) {
-  alignas(64) CodeVector x[kTileQuads * PLANES];
+  alignas(64) CodeVector x[kTileQuads * PLANES], totals[kCodeParts] = {};
   for (int64_t q = 0; q < 8 * blocks; ++q) {
     for (int p = 0; p < PLANES; ++p)
       x[PLANES * q + p] = AQLM_V(set1_epi32)(read<int32_t>(args.x + q * kQuantBytes + 4 * p));
   }
-  each_part<0>([&](auto part) {
-    CodeVector total = half_product<part, 0, PLANES>(tables, codes, blocks, x, CodeVector{});
-    total = half_product<part, 1, PLANES>(tables, codes, blocks, x, total);
+  half_product<0, PLANES>(tables, codes, blocks, x, totals);
+  half_product<1, PLANES>(tables, codes, blocks, x, totals);
+  const E8PSpill spill(args);
+  for (int part = 0; part < kCodeParts; ++part) {
     typedef Vec<kLanes>::I I;
-    spill(args, 0, part * kLanes, __builtin_convertvector(bit_cast<I>(total), F<kLanes>));
-  });
+    spill(part * kLanes, __builtin_convertvector(bit_cast<I>(totals[part]), F<kLanes>));
+  }
 }
 
 #endif
