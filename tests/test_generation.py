@@ -373,7 +373,8 @@ def test_sequences_that_end_early(stepping, device, monkeypatch):
             patch.setattr(type(model), "_sample", None)
             runner = stepping(model)
             assert torch.equal(model.generate(**batch, **options), expected)
-            assert runner.counts["replays"] == min(expected.shape[1] - 8, 11)
+            in_vain = device != "cpu"  # where the host does not wait for the step
+            assert runner.counts["replays"] == min(expected.shape[1] - 9 + in_vain, 11)
             runner.uninstall()
 
 
