@@ -204,11 +204,26 @@ def test_dense_models_for_comparison():
         assert torch.equal(greedy(model, ids), expected) and runner.counts["replays"] == 23
 
 
-def test_quantized_head():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_head(bits):
     model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda")
     ids = torch.randint(1, 512, (1, 7), generator=torch.Generator().manual_seed(2)).cuda()
-    prepare_for_generation(model, lm_head="rtn-int8-g128")
+    prepare_for_generation(model, lm_head=f"rtn-int{bits}-g128")
     assert greedy(model, ids).shape == (1, 31) and model.lm_head.kernel_id == "cuda.scalar"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("graphs", [None, False])
+def test_second_device(graphs):
+    """A model on a device that is not the current one."""
+    model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda:1")
+    ids = torch.randint(1, 512, (2, 7), generator=torch.Generator().manual_seed(2))
+    prepare_for_generation(model, graphs=graphs)
+    got = greedy(model, ids.to("cuda:1"))
+    undo_prepare_for_generation(model)
+    prepare_for_generation(model.to("cuda:0"), graphs=graphs)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(greedy(model, ids.to("cuda:0")).cpu(), got.cpu())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -14,6 +14,7 @@ from aqlm_infer.generation import ops
 from aqlm_infer.ops import OperandError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = ["cpu", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "triton"))]
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -22,15 +23,25 @@ def rand(*shape, device, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
 
+def run(kernel: str, name: str, *given):
+    """An operator; "triton": the body that a GPU runs where ``_cuda`` is not built."""
+    return getattr(ops, f"_cuda_{name}" if kernel == "triton" else name)(*given)
+
+
+def device_of(kernel: str) -> str:
+    return "cpu" if kernel == "cpu" else "cuda"
+
+
 def close(y, exact, dtype):
     error = (y.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
     assert error <= LIMITS[dtype], f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize(("M", "N"), [(1, 96), (3, 4096), (5, 8192)])
-def test_norms(device, dtype, M, N):
+@pytest.mark.parametrize(("M", "N"), [(1, 96), (3, 4096), (5, 8192), (300, 100), (2, 20480)])
+def test_norms(kernel, dtype, M, N):
+    device = device_of(kernel)
     x = rand(M, 2 * N, device=device, dtype=dtype)[:, :N]  # rows apart
     delta, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((M, N), (N,)))
 
@@ -38,8 +49,8 @@ def test_norms(device, dtype, M, N):
         wide = total.double()
         return weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
 
-    close(ops.rms_norm(x, weight, 1e-5), exact(x), dtype)
-    total, y = ops.add_rms_norm(x, delta, weight, 1e-5)
+    close(run(kernel, "rms_norm", x, weight, 1e-5), exact(x), dtype)
+    total, y = run(kernel, "add_rms_norm", x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     close(y, exact(total), dtype)
 
@@ -50,8 +61,8 @@ def test_native_operators(isa, threads, name):
     isa(name)
     for dtype in LIMITS:
         test_norms("cpu", dtype, 33, 2055)
-        test_swiglu_takes_halves_of_one_product("cpu", dtype)
-        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690))
+        test_swiglu_takes_halves_of_one_product("cpu", dtype, 3, 751)
+        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690), None)
         test_choose_takes_the_first_of_equals_and_counts("cpu", 5001, 5)
         x = rand(97, 2055, device="cpu", dtype=dtype)
         case = attention_case("cpu", dtype, 3, 6, 2, 700, 90, 690)
@@ -94,12 +105,13 @@ def test_native_attention_to_nothing_is_zero_and_positions_are_checked():
         ops.rope_attention(*fixed, ids * 0 + 40, at, keys, values, mask, counts, 0.3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_swiglu_takes_halves_of_one_product(device, dtype):
-    both = rand(3, 1500, device=device, dtype=dtype)
-    gate, up = both[:, :750], both[:, 750:]
-    close(ops.swiglu(gate, up), F.silu(gate.double()) * up.double(), dtype)
+@pytest.mark.parametrize(("M", "N"), [(3, 750), (200, 750), (33, 1024)])
+def test_swiglu_takes_halves_of_one_product(kernel, dtype, M, N):
+    both = rand(M, 2 * N, device=device_of(kernel), dtype=dtype)
+    gate, up = both[:, :N], both[:, N:]
+    close(run(kernel, "swiglu", gate, up), F.silu(gate.double()) * up.double(), dtype)
 
 
 def attention_case(device, dtype, B, H, heads, L, D, filled):
@@ -124,14 +136,19 @@ def rotated64(x, cos, sin):
 CASES = [
     (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
     (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
-    (64, 4, 4, 256, 64, 131),
+    (64, 4, 4, 256, 64, 131), (16, 32, 8, 256, 128, 255), (1, 8, 1, 4096, 64, 4095),
+    (7, 14, 2, 512, 128, 130),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rope_attention(device, dtype, case):
+def test_rope_attention(kernel, dtype, case, monkeypatch):
+    """On a GPU by the kernel of ``_cuda`` where it takes the case, and by Triton's."""
+    device = device_of(kernel)
+    if kernel == "triton":
+        monkeypatch.setattr(ops, "why_not_step_attention", lambda *given: "a test")
     B, H, heads, L, D, filled = case
     q, key, value, keys, values, mask, cos, sin, ids = attention_case(device, dtype, *case)
     if device == "cpu":  # torch's attention multiplies by a weight of zero what is not seen
@@ -160,14 +177,16 @@ def test_rope_attention(device, dtype, case):
     close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
 
 
-PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64)]
+PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64),
+           (2, 3, 1, 9, 12, 20)]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("case", PROMPTS, ids=str)
-def test_rope_store(device, dtype, case):
+def test_rope_store(kernel, dtype, case):
     """q, key and value are slices of one product; positions are the sequences' own."""
+    device = device_of(kernel)
     B, H, heads, T, L, D = case
     product = rand(B * T, (H + 2 * heads) * D, device=device, dtype=dtype)
     q, key, value = (
@@ -178,13 +197,14 @@ def test_rope_store(device, dtype, case):
     ids = (torch.arange(T)[None] - torch.arange(B)[:, None]).clamp(min=0).to(device)
     keys, values = (rand(B, heads, L, D, device=device, dtype=dtype, seed=s) for s in (3, 4))
     rest = keys[:, :, T:].clone(), values[:, :, T:].clone()
-    y = ops.rope_store(q, key, value, cos, sin, ids, keys, values)
+    y = run(kernel, "rope_store", q, key, value, cos, sin, ids, keys, values)
     at = cos[ids][:, :, None], sin[ids][:, :, None]
     close(y, rotated64(q, *at), dtype)
     close(keys[:, :, :T], rotated64(key, *at).transpose(1, 2), dtype)
     assert torch.equal(values[:, :, :T], value.transpose(1, 2))
     assert torch.equal(keys[:, :, T:], rest[0]) and torch.equal(values[:, :, T:], rest[1])
-    assert torch.equal(ops.rope_store(q, key, value, cos, sin, ids, keys, values), y)
+    again = run(kernel, "rope_store", q, key, value, cos, sin, ids, keys, values)
+    assert torch.equal(again, y)
 
 
 def test_rope_store_refuses_what_does_not_fit():
@@ -194,6 +214,19 @@ def test_rope_store_refuses_what_does_not_fit():
         ops.rope_store(q, q[:, :, :2], q[:, :, :2], table, table, ids, keys, keys.clone())
     with pytest.raises(OperandError, match=r"key is \[1, 5, 1, 8\], expected \[1, 5, 2, 8\]"):
         ops.rope_store(q, q[:, :, :1], q[:, :, :2], table, table, ids, keys, keys.clone())
+
+
+@pytest.mark.gpu
+def test_which_kernel_attends():
+    """Llama's shapes go to ``_cuda``, float32 and odd strides do not."""
+    q, key, value, keys, values, _, cos, sin, _ = attention_case(
+        "cuda", torch.float16, 2, 8, 2, 100, 128, 60
+    )
+    assert ops.why_not_step_attention(q, key, value, cos, sin, keys, values) is None
+    wide = [t.float() for t in (q, key, value, cos, sin, keys, values)]
+    assert "takes 16 bits" in ops.why_not_step_attention(*wide)
+    odd = torch.empty(2, 8 * 128 + 4, device="cuda", dtype=torch.float16)[:, 4:].view(2, 8, 128)
+    assert "strides" in ops.why_not_step_attention(odd, key, value, cos, sin, keys, values)
 
 
 @pytest.mark.gpu
@@ -207,12 +240,13 @@ def test_every_chunk_size(chunk):
     close(y, ops._attend(q.double(), keys.double(), values.double(), mask, 0.1), torch.float16)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_embedding_with_its_norm(device, dtype):
+def test_embedding_with_its_norm(kernel, dtype):
+    device = device_of(kernel)
     table, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((50, 384), (384,)))
     tokens = torch.tensor([7, 0, 49], device=device)
-    x, y = ops.embed_norm(tokens, table, weight, 1e-5)
+    x, y = run(kernel, "embed_norm", tokens, table, weight, 1e-5)
     assert torch.equal(x, table[tokens])
     close(y, ops.rms_norm(x, weight, 1e-5), dtype)
 

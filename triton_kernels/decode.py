@@ -186,7 +186,7 @@ def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, 
 
     EMBED: x is a table, sum the row of the token's number.
     """
-    m, n = tl.program_id(0), tl.arange(0, BLOCK)
+    m, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     ok = n < N
     if PDL:
         gdc_launch_dependents()
@@ -206,8 +206,10 @@ def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, 
 
 @triton.jit
 def _swiglu(gate_ptr, up_ptr, y_ptr, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """y = silu(gate) * up, each rounded to the dtype."""
-    m, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """y = silu(gate) * up, each rounded to the dtype: BLOCK columns of one row."""
+    columns = tl.cdiv(N, BLOCK)
+    m = (tl.program_id(0) // columns).to(tl.int64)  # 64 long prompts have 2^31 gates and more
+    n = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
     ok = n < N
     if PDL:
         gdc_launch_dependents()
@@ -349,9 +351,10 @@ def swiglu(gate, up) -> torch.Tensor:
     """gate, up [M, N] with any row stride -> silu(gate) * up [M, N]."""
     M, N = gate.shape
     y = torch.empty((M, N), dtype=gate.dtype, device=gate.device)
-    block = min(512, triton.next_power_of_2(N))
-    _swiglu[(triton.cdiv(N, block), M)](
-        gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=2,
+    # 512 is fastest for one token, 1024 for a prompt (2048 x 14336: 42 us against 70).
+    block, warps = (512, 2) if M <= 64 else (1024, 4)
+    _swiglu[(triton.cdiv(N, block) * M,)](
+        gate, up, y, N, gate.stride(0), up.stride(0), BLOCK=block, num_warps=warps,
         **launch_options(gate.device),
     )  # fmt: skip
     return y

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 
@@ -206,7 +207,13 @@ class StepRunner:
         named = any(kwargs.get(name) is not None for name in _NOT_OURS)
         if len(args) <= 2 and not named and not any(c.get(_LOOK_UP) for c in look_up):
             kwargs["custom_generate"] = decoding_loop(self.step_of, kwargs.get("streamer"))
-        return self._own("generate")(*args, **kwargs)
+        with self._on_device():
+            return self._own("generate")(*args, **kwargs)
+
+    def _on_device(self):
+        # Triton's kernels, streams and events are those of the current device.
+        device = self.model.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -266,22 +273,31 @@ class StepRunner:
         tokens = _tokens(args, kwargs)
         filled, cache.filled = cache.known_filled(), None  # unknown, should what follows fail
         _check_room(cache.length, filled, tokens)
-        slot = self._slot_of(cache)
-        if slot is not None and not args and self._is_step(slot, kwargs):
-            mask = kwargs.get("attention_mask")
-            slot.step.set_inputs(kwargs["input_ids"], kwargs.get("position_ids"), mask)
-            logits = slot.step.run()
-            output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-        elif slot is not None and not args and filled == 0 and self._is_prompt(slot, kwargs):
-            ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
-            if positions is None:
-                positions = torch.arange(tokens, device=ids.device)[None]
-            logits = slot.step.prompt(ids, positions)
-            output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        slot = None if args else self._slot_of(cache)
+        if slot is not None and self._is_step(slot, kwargs):
+            run = self._step
+        elif slot is not None and filled == 0 and self._is_prompt(slot, kwargs):
+            run = self._prompt
         else:
             output = self._model_forward(*args, **kwargs)
+            cache.filled = filled + tokens
+            return output
+        with self._on_device():
+            logits = run(slot.step, kwargs["input_ids"], kwargs)
         cache.filled = filled + tokens
-        return output
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    @staticmethod
+    def _step(step: DecodeStep, ids, kwargs) -> torch.Tensor:
+        step.set_inputs(ids, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        return step.run()
+
+    @staticmethod
+    def _prompt(step: DecodeStep, ids, kwargs) -> torch.Tensor:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return step.prompt(ids, positions)
 
     def _is_step(self, slot: _Slot, kwargs) -> bool:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
