@@ -304,7 +304,7 @@ def give_config(module):
 # -- generate --------------------------------------------------------------------------------------
 
 
-def test_greedy_tokens_on_lm7(quantized_lm7, stepping):
+def test_greedy_tokens_on_lm7(quantized_lm7):
     """Padded prompts of two lengths, one prompt, a second call: the same tokens, one cache each."""
     tokenizer = load_tokenizer(LM7)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
@@ -316,9 +316,8 @@ def test_greedy_tokens_on_lm7(quantized_lm7, stepping):
     expected = [model.generate(**batch, **options) for batch in (two, one)]
     prepare_for_generation(model)
     assert len(model.aqlm_generation.stacked) == 2 * model.config.num_hidden_layers
-    assert model.aqlm_generation.runner is None and "CUDA" in model.aqlm_generation.reason
-    assert torch.equal(model.generate(**two, **options), expected[0])
-    runner = stepping(model)
+    runner = model.aqlm_generation.runner
+    assert not runner.capture and "CUDA" in model.aqlm_generation.reason
     for _ in range(2):
         for batch, tokens in zip((two, one), expected, strict=True):
             assert torch.equal(model.generate(**batch, **options), tokens)
@@ -374,7 +373,8 @@ def test_sequences_that_end_early(stepping, device, monkeypatch):
             patch.setattr(type(model), "_sample", None)
             runner = stepping(model)
             assert torch.equal(model.generate(**batch, **options), expected)
-            assert runner.counts["replays"] == min(expected.shape[1] - 8, 11)
+            in_vain = device != "cpu"  # where the host does not wait for the step
+            assert runner.counts["replays"] == min(expected.shape[1] - 9 + in_vain, 11)
             runner.uninstall()
 
 
@@ -502,14 +502,33 @@ def test_a_dense_head_on_the_cpu_reads_plain_rows(monkeypatch):
         torch.nn.functional, "linear",
         lambda x, *rest: strides.append(x.stride()) or linear(x, *rest),
     )  # fmt: skip
-    ids = torch.arange(12).view(1, 12)
+    ids = torch.arange(24).view(2, 12)
     with torch.inference_mode():
         expected = model(ids, logits_to_keep=1).logits
         prepare_for_generation(model)
-        assert torch.equal(copy.deepcopy(model)(ids, logits_to_keep=1).logits, expected)
+        logits = copy.deepcopy(model)(ids, logits_to_keep=1).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
         undo_prepare_for_generation(model)
         model(ids, logits_to_keep=1)
     assert [s[0] for s in strides] == [12 * 128, 128, 12 * 128]
+
+
+def test_a_dense_head_on_the_cpu_multiplies_one_token_natively(monkeypatch):
+    """Not where a gradient is recorded: the product has none."""
+    model = random_model(wide_config(), "aqlm-1x8-g8", torch.float32)
+    prepare_for_generation(model)
+    head = model.lm_head
+    x = torch.randn(1, 1, 128)
+    exact = x.double() @ head.weight.double().T
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x).double(), exact, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    given = x.clone().requires_grad_()
+    head(given).sum().backward()
+    torch.testing.assert_close(given.grad[0], head.weight.detach().sum(0, keepdim=True))
+    undo_prepare_for_generation(model)
+    assert model.lm_head is head and type(head) is torch.nn.Linear
 
 
 def test_a_head_that_cannot_be_quantized_changes_nothing():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aqlm_infer.backends import native
 from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.generation import ops
 from aqlm_infer.ops import OperandError
@@ -53,6 +54,56 @@ def test_norms(kernel, dtype, M, N):
     total, y = run(kernel, "add_rms_norm", x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     close(y, exact(total), dtype)
+
+
+@pytest.mark.parametrize("name", native.cpu.supported_isas())
+def test_native_operators(isa, threads, name):
+    """Every instruction set: sizes that are no multiple of its vectors, any number of threads."""
+    isa(name)
+    for dtype in LIMITS:
+        test_norms("cpu", dtype, 33, 2055)
+        test_swiglu_takes_halves_of_one_product("cpu", dtype, 3, 751)
+        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690), None)
+        test_choose_takes_the_first_of_equals_and_counts("cpu", 5001, 5)
+        x = rand(97, 2055, device="cpu", dtype=dtype)
+        case = attention_case("cpu", dtype, 3, 6, 2, 700, 90, 690)
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            q, key, value, keys, values, mask, cos, sin, ids = (t.clone() for t in case)
+            at, counts = torch.tensor([690]), torch.zeros(6, dtype=torch.int32)
+            y = ops.rope_attention(
+                q, key, value, cos, sin, ids, at, keys, values, mask, counts, 0.3
+            )
+            results.append((ops.add_rms_norm(x, x, x[0], 1e-5)[1], ops.swiglu(x, x), y))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_native_swiglu_of_every_magnitude(isa):
+    """Where the exponential is bounded, and infinities: what torch says; NaN stays."""
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38])])[None]
+    exact = F.silu(x.double())
+    for name in native.cpu.supported_isas():
+        isa(name)
+        y = ops.swiglu(x, torch.ones_like(x)).double()
+        assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()
+        edges = torch.tensor([[float("inf"), float("-inf"), float("nan")]])
+        big, small, nan = ops.swiglu(edges, torch.ones(1, 3))[0]
+        assert big == float("inf") and small == 0 and nan.isnan()
+
+
+def test_native_attention_to_nothing_is_zero_and_positions_are_checked():
+    case = attention_case("cpu", torch.float32, 1, 4, 2, 40, 64, 7)
+    q, key, value, keys, values, mask, cos, sin, ids = case
+    counts, at = torch.zeros(2, dtype=torch.int32), torch.tensor([7])
+    fixed = q, key, value, cos, sin
+    nothing = torch.zeros_like(mask)
+    assert not ops.rope_attention(*fixed, ids, at, keys, values, nothing, counts, 0.3).any()
+    with pytest.raises(ValueError, match="position 40 is outside a cache of 40"):
+        ops.rope_attention(*fixed, ids, at + 33, keys, values, mask, counts, 0.3)
+    with pytest.raises(ValueError, match="rotary position 40 is outside"):
+        ops.rope_attention(*fixed, ids * 0 + 40, at, keys, values, mask, counts, 0.3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
