@@ -63,7 +63,7 @@ def test_native_operators(isa, threads, name):
     for dtype in LIMITS:
         test_norms("cpu", dtype, 33, 2055)
         test_swiglu_takes_halves_of_one_product("cpu", dtype, 3, 751)
-        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690), None)
+        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690))
         test_choose_takes_the_first_of_equals_and_counts("cpu", 5001, 5)
         x = rand(97, 2055, device="cpu", dtype=dtype)
         case = attention_case("cpu", dtype, 3, 6, 2, 700, 90, 690)
