@@ -287,6 +287,7 @@ CASES = [
     (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
     (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
     (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
+    (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
     (decode._swiglu, {"BLOCK": 512}),
@@ -316,7 +317,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 7", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 8", run.stderr[-2000:]
 
 
 def test_operands_are_checked():
@@ -342,43 +343,3 @@ def test_operands_are_checked():
     one = torch.zeros(1, dtype=torch.long)
     with pytest.raises(OperandError, match=r"best is \[1\], expected 2 contiguous numbers"):
         ops.choose(torch.randn(2, 9), one, one, one, one, one.int())
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from aqlm_infer.triton_kernels import decode
-
-ATTEND = {"GROUP": 4, "ROWS": 16, "D": 80, "DP": 128, "TILE": 64, "CHUNKS": 4, "SLOTS": 4, "GP": 4,
-          "SEGMENT": 4, "NEW": True, "EARLY": True, "PRECISION": "tf32"}
-CASES = [
-    (decode._attend, ATTEND),
-    (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
-    (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
-    (decode._swiglu, {"BLOCK": 512}),
-    (decode._choose, {"BLOCK": 1024, "PARTS": 128, "LAYER_BLOCK": 32}),
-]
-WIDE = ("ids", "at", "token", "best", "tokens", "positions", "lengths")
-TYPES = {**{f"{name}_ptr": "*i64" for name in WIDE}, "mask_ptr": "*i1", "count_ptr": "*i32",
-         "places_ptr": "*i32", "stats_ptr": "*fp32", "partial_ptr": "*fp32", "tops_ptr": "*fp32",
-         "scale": "fp32", "eps": "fp32"}
-for body, constants in CASES:
-    constants["PDL"] = True
-    default = {n: "*fp16" if n.endswith("_ptr") else "i32" for n in body.arg_names}
-    types = {n: "constexpr" if n in constants else TYPES.get(n, t) for n, t in default.items()}
-    at = {(body.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=body, signature=types, constexprs=at)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-print("compiled", len(CASES))
-"""
-
-
-def test_bodies_compile_without_a_gpu(tmp_path):
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.strip() == "compiled 5", done.stderr[-2000:]
