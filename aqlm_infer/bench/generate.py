@@ -99,7 +99,7 @@ def measure(model: nn.Module, case: Case) -> Rate:
 
     # All of it where a step is captured: graphs belong to a cache length, which follows from the
     # number of tokens. Else a short warm-up.
-    _, first = run(case.new_tokens if _runner(model) is not None else 2)
+    _, first = run(case.new_tokens if on_gpu and _runner(model) is not None else 2)
     runs = [run(case.new_tokens)]
     while len(runs) < _REPEATS and sum(seconds for _, seconds in runs) < _ENOUGH_SECONDS:
         runs.append(run(case.new_tokens))
@@ -111,7 +111,7 @@ def measure(model: nn.Module, case: Case) -> Rate:
         p80_tokens_per_s=case.batch / fast,
         ttft_ms=1e3 * statistics.median(clock.ttft_s for clock, _ in runs),
         step_us=_step_us(model),
-        capture_s=None if _runner(model) is None else max(0.0, first - runs[-1][1]),
+        capture_s=max(0.0, first - runs[-1][1]) if on_gpu and _runner(model) else None,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
