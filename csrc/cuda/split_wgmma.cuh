@@ -90,14 +90,27 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       Acc acc[kColumns / 2] = {};
       uint32_t a[2][4], e[2][8];
       uint4 c = make_uint4(0, 0, 0, 0);
+      const uint8_t* choices =
+          p.packed + p.a.choice_offset(piece.tile + min(warp, piece.tiles - 1), piece.u0) + lane * 4;
+      uint32_t chosen = 0, chosen_next = load_stream_word(choices);
       auto read_codes = [&](int i) {  // in order; past the end the last ones stay
         if (i >= count) return;
+        const int u = piece.u0 + i;
+        chosen >>= 2;
+        if (i == 0 || u % kChoiceUnits == 0) {
+          chosen = chosen_next >> u % kChoiceUnits * 2;
+          choices += size_t(p.s.tiles) * (kUnitBytes / 4);
+          if ((u / kChoiceUnits + 1) * kChoiceUnits < piece.u1)
+            chosen_next = load_stream_word(choices);
+        }
         mbar::wait(full + ahead.stage, ahead.phase);
         c = *reinterpret_cast<const uint4*>(stages + ahead.stage * kStage + code_offset);
         ahead.advance();
       };
       auto lookup = [&](uint32_t (&e)[8]) {
-        const uint32_t w[4] = {c.x, c.z, c.y, c.w};
+        const uint32_t top = second_copies(chosen, 0), bottom = second_copies(chosen, 1);
+        const uint32_t w[4] = {plain_codes(c.x, top, 0), plain_codes(c.z, bottom, 0),
+                               plain_codes(c.y, top, 1), plain_codes(c.w, bottom, 1)};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           e[2 * j] = *reinterpret_cast<const uint16_t*>(smem + low_word_offset(w[j]));
