@@ -197,6 +197,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.group_rows = tune::kSplitRows;
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
+    s.units = ceil_div(s.units, kChoiceUnits);
+    s.x_steps = s.units * kChoiceUnits;
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::kWideGroupRows;
     s.classes = 2;  // four codebooks each
@@ -268,8 +270,8 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   w.partials = slots * s.slot_tokens * s.group_rows * sizeof(float);
   const bool int8 = c.precision == Precision::kInt8;
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  if (c.body == Body::kSplit || c.body == Body::kSplitWgmma)
-    w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kSplit) w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kSplitWgmma) w.x_fragments = size_t(s.classes) * s.x_steps * tiles * 256;
   if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
   if (c.body == Body::kWgmma || c.body == Body::kWgmmaLong)

@@ -31,10 +31,11 @@ constexpr int kSplitWarps = tune::kSplitRows / kTileRows;
 
 // Table of a class: 16 bytes are eight entries, of which the second copy lies within the same 64
 // (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes).
+template <int kThreads>
 __device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries,
                                            bool two) {
 #pragma unroll 8
-  for (int e = threadIdx.x * 8; e < entries; e += kSplitWarps * 32 * 8) {
+  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8) {
     const uint4 v = *reinterpret_cast<const uint4*>(from + e * 2);
     *reinterpret_cast<uint4*>(smem + e * 2) = v;
     if (!two || e >= kSecondEntries) continue;
@@ -44,6 +45,13 @@ __device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* f
     w = swap2 ? make_uint4(w.z, w.w, w.x, w.y) : w;
     *reinterpret_cast<uint4*>(smem + kSecondAt + (moved & ~7) * 2) = w;
   }
+}
+
+// An entry of 2 bytes at an address of shared memory.
+__device__ __forceinline__ uint32_t load_entry(uint32_t at) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+  return v;
 }
 
 // x of one token for class `dims`, in the order of the MMA's B registers:
@@ -139,11 +147,6 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     auto fetch_choices = [&](int u) {
       return load_stream_word(choices + size_t(uint32_t(u / kChoiceUnits)) * (unit_stride / 4));
     };
-    auto entry = [&](uint32_t offset) {
-      uint16_t v;
-      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(table + offset) : "memory");
-      return uint32_t(v);
-    };
     // Unit u = first + j: its lookups, and in between the load of the unit kChoiceUnits later.
     auto multiply = [&](const int j, int u) {
       const uint32_t top = second_copies(chosen >> 2 * j, 0);
@@ -164,7 +167,7 @@ split_kernel(const __grid_constant__ MatmulParams p) {
       }
       fetch(j, u + kChoiceUnits);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = entry(at[2 * i]) | entry(at[2 * i + 1]) << 16;
+      for (int i = 0; i < 4; ++i) a[i] = load_entry(table + at[2 * i]) | load_entry(table + at[2 * i + 1]) << 16;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         uint2 x = make_uint2(0, 0);
@@ -202,8 +205,9 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     chosen = fetch_choices(first);
     if (piece.part != loaded_part) {
       const int bytes = p.a.entries() * 2;
-      split_fill(smem, p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * bytes,
-                 p.a.entries(), kTwo);
+      split_fill<kSplitWarps * 32>(
+          smem, p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * bytes,
+          p.a.entries(), kTwo);
       if (loaded_part < 0) {
         grid_dependency_wait();
         if constexpr (kOwn) split_own_x<T, kInt8>(p, smem + table_bytes, dims);
