@@ -53,7 +53,7 @@ __device__ __forceinline__ float column_entry(uint32_t at) {
 
 // kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM. kPrefetch: steps that L2
 // fetches ahead of the ring.
-template <typename T, int kWarps, int kBooks, int kCtas, int kPrefetch>
+template <typename T, int kWarps, int kBooks, int kCtas, int kPrefetch, bool kPaired>
 __global__ void __launch_bounds__(kWarps * 32, kCtas)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
@@ -74,8 +74,11 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   // Column of this lane: unit q of the step, vector v and half h of the unit (see `dot`).
   const int q = lane >> 4 | (lane >> 2 & 2), v = (lane >> 1 & 2) | (lane & 1), h = lane >> 1 & 1;
   const int code_offset = q * kUnitStride + q / 2 * 64 + v * 16 + h * 8;
-  const int first = blockIdx.x * s.cells / s.ctas;
-  const int end = (blockIdx.x + 1) * s.cells / s.ctas;
+  // Neighbouring ranges of cells fall to the two CTAs of an SM (blocks i and i + grid / 2): their
+  // lengths differ where they can, so that no SM has two of the longer ones.
+  const int half = (s.ctas + 1) / 2, block = blockIdx.x;
+  const int cta = !kPaired ? block : block < half ? 2 * block : 2 * (block - half) + 1;
+  const int first = cta * s.cells / s.ctas, end = (cta + 1) * s.cells / s.ctas;
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
 
   if (threadIdx.x < 4 + kStages)
@@ -225,7 +228,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
         acc[i] = (upper ? acc[i + n] : acc[i]) + __shfl_xor_sync(~0u, send, d);
       }
     }
-    float* out = slot_of(p, piece, 0) + warp * kBlockRows + 2 * lane;
+    float* out = slot_of(p, piece, 0, cta) + warp * kBlockRows + 2 * lane;
     out[0] = acc[0];
     out[1] = acc[1];
   }

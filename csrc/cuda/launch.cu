@@ -197,8 +197,11 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.group_rows = tune::kSplitRows;
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
-    s.units = ceil_div(s.units, kChoiceUnits);
-    s.x_steps = s.units * kChoiceUnits;
+    s.x_steps = ceil_div(s.units, kChoiceUnits) * kChoiceUnits;
+    s.units = s.x_steps / kChoiceUnits;
+#ifdef AQLM_TUNE
+    if (c.variant == 1) s.units = s.x_steps = a.units();
+#endif
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::kWideGroupRows;
     s.classes = 2;  // four codebooks each

@@ -85,7 +85,7 @@ AQLM_HD constexpr int split_table_bytes(int arch, int entries) {
 }
 // One token's activations are rounded in the body itself where they fit: bytes of a unit of K.
 AQLM_HD constexpr int split_x_unit(bool int8) { return int8 ? 64 : 32; }
-constexpr int kSplitStatic = 256;  // of the body's shared memory, bytes
+constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of the aligned table
 
 // Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (int8
 // M = 8 85 us against 88, M = 16 116 against 89; exact M = 16 175 both, M = 32 263 against 198),

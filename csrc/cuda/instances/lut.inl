@@ -25,10 +25,10 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
-template <int kWarps, int kBooks, int kCtas, int kPrefetch = 0>
+template <int kWarps, int kBooks, int kCtas, int kPrefetch = 0, bool kPaired = false>
 cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = columns_smem(kWarps * kBlockRows);
-  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas, kPrefetch>;
+  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas, kPrefetch, kPaired>;
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
@@ -45,6 +45,9 @@ cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
     case 64 + 1: return columns<8, 4, 1>(p, stream);
     case 64 + 2: return columns<8, 4, 2>(p, stream);
 #ifdef AQLM_TUNE
+    case 16 + 8: return columns<8, 1, 2, 0, true>(p, stream);
+    case 32 + 8: return columns<8, 2, 2, 0, true>(p, stream);
+    case 64 + 8: return columns<8, 4, 2, 0, true>(p, stream);
     case 16 + 4: return columns<8, 1, 1, 4>(p, stream);
     case 16 + 5: return columns<8, 1, 2, 4>(p, stream);
     case 16 + 3: return columns<16, 1, 1>(p, stream);

@@ -32,18 +32,22 @@ cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream
   return cudaErrorInvalidValue;
 }
 
-template <int B, int kTokens>
+template <int B, int kTokens, int kWarps>
 cudaError_t wgmma_int8_pass(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = wg8_smem(B, 2 * kTokens);
-  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWg8Warps + 4) * 32, kSmem, stream, p);
+  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens, kWarps>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWarps + 4) * 32, kSmem, stream, p);
 }
 
 template <int B>
 cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
-    case 16: return wgmma_int8_pass<B, 16>(p, stream);
-    case 32: return wgmma_int8_pass<B, 32>(p, stream);
+    case 16:
+      return c.variant == 2 ? wgmma_int8_pass<B, 16, 16>(p, stream)
+                            : wgmma_int8_pass<B, 16, 8>(p, stream);
+    case 32:
+      return c.variant == 2 ? wgmma_int8_pass<B, 32, 16>(p, stream)
+                            : wgmma_int8_pass<B, 32, 8>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
