@@ -142,7 +142,10 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     } else if (wide) {
       c.body = Body::kWgmmaWide;
       c.precision = Precision::kExact;
-      c.token_tile = round_up_tile(tokens, 32, 2);
+      c.token_tile = round_up_tile(tokens, 32, 4);
+#ifdef AQLM_TUNE
+      if (g_variant == 1) c.token_tile = round_up_tile(tokens, 32, 2);
+#endif
     } else if (lut) {
       c.body = Body::kLut;
       c.precision = Precision::kExact;
@@ -203,7 +206,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     if (c.variant == 1) s.units = s.x_steps = a.units();
 #endif
   } else if (c.body == Body::kWgmmaWide) {
-    s.group_rows = tune::kWideGroupRows;
+    s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each
     s.units /= 4;   // of four vectors
     s.x_steps = s.units;

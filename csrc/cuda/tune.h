@@ -64,7 +64,7 @@ inline int long_tokens(int codebooks, long long cells) {
 // token.
 inline int wide_first(long long cells) { return cells < 50000 ? 3 : 5; }
 inline int wide_tokens(long long cells) { return cells < 50000 ? 64 : 128; }
-constexpr int kWideGroupRows = 512;
+AQLM_HD constexpr int wide_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
 
 // Waves of items from which on whole waves are not cut along K: then direct stores pay for the
 // uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).

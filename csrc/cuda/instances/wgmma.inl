@@ -120,7 +120,12 @@ cudaError_t launch_wgmma_long<AQLM_T>(const LaunchConfig&, const MatmulParams& p
 template <>
 cudaError_t launch_wgmma_wide<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                       cudaStream_t stream) {
-  return c.token_tile == 32 ? wgmma_wide<32>(p, stream) : wgmma_wide<64>(p, stream);
+  switch (c.token_tile) {
+    case 32: return wgmma_wide<32>(p, stream);
+    case 64: return wgmma_wide<64>(p, stream);
+    case 128: return wgmma_wide<128>(p, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <>
