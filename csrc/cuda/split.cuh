@@ -201,7 +201,8 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     };
 
 #pragma unroll
-    for (int j = 0; j < kChoiceUnits; ++j) fetch(j, max(first + j, u0));
+    for (int j = 0; j < kChoiceUnits; ++j)  // units before the piece are skipped
+      fetch(j, first + j < u0 ? first + j + kChoiceUnits : first + j);
     chosen = fetch_choices(first);
     if (piece.part != loaded_part) {
       const int bytes = p.a.entries() * 2;

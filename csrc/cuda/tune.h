@@ -115,9 +115,9 @@ constexpr int kColumnsArch = 90;
 inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
 inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
 inline int columns_variant(long long cells) {
-  // 4096 x 4096 is two steps a CTA: 4.9 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
-  // with two, 25.2 with 16 warps.
-  return cells < 10000 ? 1 : 2;
+  // One CTA an SM, two, 16 warps: 2x8 4096 x 4096 4.9 us, 5.9, 7.3; 28672 x 8192 30, 24.2, 27; 1x8
+  // 14336 x 4096 7.3 us, 8.2, 9.2.
+  return cells < 20000 ? 1 : 2;
 }
 
 struct MmaRow {
