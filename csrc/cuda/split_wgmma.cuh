@@ -128,7 +128,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
 
       // The lookups of kLookups further units are under way while this unit's MMA is issued.
       lookup(e[0], 0, begin);
-      if (kAhead) lookup(e[kLookups - 1], 1, begin + 1);
+      if (kAhead && begin + 1 < end) lookup(e[kLookups - 1], 1, begin + 1);
       auto step = [&](const int r, int u) {  // r: u % kChoiceUnits, constant once inlined
         const int d = r % kLookups;
         if (kAhead) mma_groups_wait<1>();  // unit u - 2
@@ -139,7 +139,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
           chosen = chosen_next;
           chosen_next = fetch_choices(u / kChoiceUnits + 2);
         }
-        lookup(e[d], (r + kLookups) % kChoiceUnits, u + kLookups);
+        if (u + kLookups < end) lookup(e[d], (r + kLookups) % kChoiceUnits, u + kLookups);
         mbar::wait(full + ring.stage, ring.phase);
         const uint64_t x = core_matrices(stages + ring.stage * kX, kColumns * 16, 128);
         mma_fence();
