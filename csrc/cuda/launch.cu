@@ -47,7 +47,7 @@ int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
       if (r.variant == c.variant) return r.ctas_per_sm;
     return c.variant >= 8 ? 1 : 2;
   }
-  if (c.body == Body::kColumns) return tune::columns_ctas_per_sm(c.variant);
+  if (c.body == Body::kColumns) return c.variant;
   if (c.body != Body::kMma) return 1;
   const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
   return tune::mma_ctas_per_sm(a.codebooks, tiles);
@@ -194,7 +194,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
   } else if (c.body == Body::kColumns) {
-    s.group_rows = tune::columns_rows(c.variant);
+    s.group_rows = tune::kColumnRows;
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplit) {
     s.group_rows = tune::kSplitRows;

@@ -101,16 +101,13 @@ __device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule
   }
 }
 
-// Partials of warp `lane` (0 .. lanes - 1) of CTA `cta`: [slot_tokens][group_rows] floats.
-__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane,
-                                          int cta) {
+// Partials of warp `lane` (0 .. lanes - 1) of this CTA: [slot_tokens][group_rows] floats.
+__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
   const Schedule& s = p.s;
-  const int arrival = (cta / s.classes - piece.first_cta) * s.classes + cta % s.classes;
+  const int arrival =
+      (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
   const size_t slot = size_t(piece.item) * s.max_slots + arrival * s.lanes + lane;
   return p.partials + slot * s.slot_tokens * s.group_rows;
-}
-__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
-  return slot_of(p, piece, lane, blockIdx.x);
 }
 
 }  // namespace aqlm

@@ -108,15 +108,15 @@ constexpr LutRow kLut[] = {
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
 
-// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM;
-// 2 = 8 warps, two CTAs; for the ladder only: 3 = 16 warps, one CTA; 4 .. 6 = 1 .. 3 with
-// prefetches to L2.
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. A variant is the CTAs of an SM: 1 or 2.
+// Also timed, and slower nearly everywhere: 16 warps of 1024 rows with five stages (2x8, M = 1:
+// 7.3, 11.3, 11.1, 27.0 us for the shapes of issue 3, against 4.9, 10.8, 10.6, 24.2), prefetches to
+// L2 four steps ahead (4.8, 11.0, 11.0, 28.1).
 constexpr int kColumnsArch = 90;
-inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
-inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
+constexpr int kColumnRows = 512;
 inline int columns_variant(long long cells) {
-  // One CTA an SM, two, 16 warps: 2x8 4096 x 4096 4.9 us, 5.9, 7.3; 28672 x 8192 30, 24.2, 27; 1x8
-  // 14336 x 4096 7.3 us, 8.2, 9.2.
+  // One CTA an SM, two: 2x8 4096 x 4096 4.9 us, 5.9; 14336 x 4096 10.8, 10.8; 28672 x 8192 30.4,
+  // 24.2; 1x8 14336 x 4096 7.3, 8.2; 28672 x 8192 17.3, 16.3.
   return cells < 20000 ? 1 : 2;
 }
 
