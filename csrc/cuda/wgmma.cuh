@@ -24,11 +24,10 @@
 
 namespace aqlm {
 
-constexpr int kWgWarps = 8;   // that multiply
 constexpr int kWgStages = 8;  // cells in flight: one unit, of four codebooks two (one K step)
 
-AQLM_HD constexpr int wg_row_tiles(int tokens) {
-  return tune::wgmma_group_rows(tokens) / (kWgWarps * 16);
+AQLM_HD constexpr int wg_row_tiles(int tokens, int warps) {
+  return tune::wgmma_group_rows(tokens) / (warps * 16);
 }
 AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a cell
 AQLM_HD constexpr int wg_units(int codebooks) { return codebooks == 4 ? 2 : 1; }
@@ -126,12 +125,12 @@ __device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& p
 }
 
 // kTokens: columns of the MMA (32, 64 or 128).
-template <typename T, int B, int kTokens>
+template <typename T, int B, int kTokens, int kWgWarps>
 __global__ void __launch_bounds__((kWgWarps + 4) * 32, 1)
 wgmma_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = MmaTraits<T, false>;
-  constexpr int kTiles = wg_row_tiles(kTokens), kSteps = wg_ksteps(B);
+  constexpr int kTiles = wg_row_tiles(kTokens, kWgWarps), kSteps = wg_ksteps(B);
   constexpr int kX = wg_x_bytes(B, kTokens), kStage = wg_stage_bytes(B, kTokens);
   constexpr int kUnits = wg_units(B);  // of a cell, each with so many bytes of codes
   constexpr int kCodes = tune::wgmma_group_rows(kTokens) / kBlockRows * kUnitBytes;
@@ -184,7 +183,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<240>();
+    registers_up<kWgWarps == 8 ? 240 : 112>();
     const int g = lane / 4, t = lane % 4;
     // Lane 0's: the compiler then knows that a warp does not diverge, and keeps addresses of stages
     // and descriptors in uniform registers (16 R2UR less a step of 32 tokens).
