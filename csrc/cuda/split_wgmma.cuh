@@ -71,7 +71,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<120>();
+    registers_up<112>();
     const int g = lane / 4, t = lane % 4;
     const uint32_t unit_stride = p.s.tiles * kUnitBytes;
     uint32_t table = smem_address(smem);

@@ -25,7 +25,7 @@
 
 namespace aqlm {
 
-constexpr int kWg8Blocks = 8;  // of 64 rows
+constexpr int kWg8Warps = 8;   // that multiply
 constexpr int kWg8Stages = 8;  // units in flight
 constexpr int kWg8BookBytes = 256 * 256;
 
@@ -34,7 +34,7 @@ AQLM_HD constexpr int wg8_x_bytes(int codebooks, int columns) {
   return wg8_steps(codebooks) * columns * 32;
 }
 AQLM_HD constexpr int wg8_stage_bytes(int codebooks, int columns) {
-  return wg8_x_bytes(codebooks, columns) + kWg8Blocks * kUnitBytes;
+  return wg8_x_bytes(codebooks, columns) + kWg8Warps * kUnitBytes;
 }
 AQLM_HD constexpr int wg8_smem(int codebooks, int columns) {
   return codebooks * kWg8BookBytes + kWg8Stages * (wg8_stage_bytes(codebooks, columns) + 16);
@@ -49,11 +49,11 @@ __device__ __forceinline__ uint32_t table_word(uint32_t at) {
 }
 
 // kColumns: of the MMA, two a token (32 or 64).
-template <typename T, int B, int kColumns, int kWg8Warps>
+template <typename T, int B, int kColumns>
 __global__ void __launch_bounds__((kWg8Warps + 4) * 32, 1)
 wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kPerBlock = kWg8Warps / kWg8Blocks, kTiles = kBlockRows / 16 / kPerBlock;
+  constexpr int kTiles = kBlockRows / 16;
   constexpr int kX = wg8_x_bytes(B, kColumns), kStage = wg8_stage_bytes(B, kColumns);
   constexpr int kXStep = kColumns * 32;
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -74,7 +74,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
       const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
       const uint8_t* codes = p.packed + piece.u0 * unit_stride + size_t(piece.tile) * kUnitBytes;
-      const int bytes = min(piece.tiles, kWg8Blocks) * kUnitBytes;
+      const int bytes = min(piece.tiles, kWg8Warps) * kUnitBytes;
       auto copy_x = [&](int u, int stage) {
         const int step = wg8_steps(B) * u;
         mbar::bulk_copy(stages + stage * kStage, p.x_fragments + size_t(step) * kXStep, kX,
@@ -100,8 +100,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<kPerBlock == 1 ? 240 : 112>();
-    const int block = warp / kPerBlock, tile0 = warp % kPerBlock * kTiles;
+    registers_up<240>();
     const int g = lane / 4, t = lane % 4;
     const uint32_t column = (smem_address(smem) & 0xffff0000) | lane * 4;
     if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
@@ -127,7 +126,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
         consumers_sync<kWg8Warps * 32>();
       }
       // Warps past the part's last row block repeat it; they write nothing.
-      const uint32_t code_offset = kX + min(block, piece.tiles - 1) * kUnitBytes + lane * 16;
+      const uint32_t code_offset = kX + min(warp, piece.tiles - 1) * kUnitBytes + lane * 16;
       int acc[kTiles][kColumns / 2] = {};
       auto read_codes = [&] {
         mbar::wait(full + ahead.stage, ahead.phase);
@@ -142,8 +141,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           constexpr int kSecond = B == 1 ? 0 : kWg8BookBytes;
-          const bool upper = kPerBlock == 1 ? m > 1 : tile0 > 0;
-          const uint32_t w = upper ? c.y : c.x, w2 = upper ? c.w : c.z, byte = m % 2 * 2;
+          const uint32_t w = m > 1 ? c.y : c.x, w2 = m > 1 ? c.w : c.z, byte = m % 2 * 2;
           const uint32_t lo = __byte_perm(w, column, 0x7604 | byte << 4);
           const uint32_t hi = __byte_perm(w, column, 0x7604 | (byte + 1) << 4);
           const uint32_t lo2 = __byte_perm(w2, column, 0x7604 | byte << 4);
@@ -187,8 +185,8 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       mma_groups_wait<0>();
       if (lane == 0) mbar::arrive(empty + released);
 
-      if (block >= piece.tiles) return;
-      float* out = slot_of(p, piece, 0) + block * kBlockRows + tile0 * 16 + g;
+      if (warp >= piece.tiles) return;
+      float* out = slot_of(p, piece, 0) + warp * kBlockRows + g;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll

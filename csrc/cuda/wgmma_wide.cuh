@@ -26,6 +26,7 @@ namespace aqlm {
 
 constexpr int kWideBooks = 4;         // of a class
 constexpr int kWideG = 32;
+constexpr int kWideWgWarps = 8;       // that multiply
 constexpr int kWideUnits = 2;         // of a step and class
 
 // Bytes of a unit's codes for all warps: 128 tokens leave registers for half the rows of a block.
@@ -68,7 +69,7 @@ x_wide_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
 }
 
 // kTokens: columns of the MMA (32, 64 or 128).
-template <typename T, int kTokens, int kWideWgWarps>
+template <typename T, int kTokens>
 __global__ void __launch_bounds__((kWideWgWarps + 4) * 32, 1)
 wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -113,7 +114,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<kWideWgWarps == 8 ? 240 : 120>();
+    registers_up<240>();
     const int block = warp / kPerBlock, tile0 = warp % kPerBlock * kTiles;
     const int g = lane / 4, t = lane % 4;
     uint32_t lane_offset[kLookups];

@@ -12,47 +12,38 @@ namespace aqlm {
 
 namespace {  // the two dtypes must not share these names
 
-template <int B, int kTokens, int kWarps = 8>
+template <int B, int kTokens>
 cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32), p.s.passes);
   const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
   if (e != cudaSuccess) return e;
-  constexpr int kSmem = wg_smem(B, kTokens);
-  auto kernel = wgmma_kernel<AQLM_T, B, kTokens, kWarps>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWarps + 4) * 32, kSmem, stream, p);
+  constexpr int kSmem = wg_smem(B, kTokens), kThreads = (wg_warps(B, kTokens) + 4) * 32;
+  auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, kThreads, kSmem, stream, p);
 }
 
 template <int B>
 cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
-    case 32:
-#ifdef AQLM_TUNE
-      if constexpr (B < 4)
-        if (c.variant == 2) return wgmma_pass<B, 32, 16>(p, stream);
-#endif
-      return wgmma_pass<B, 32>(p, stream);
+    case 32: return wgmma_pass<B, 32>(p, stream);
     case 64: return wgmma_pass<B, 64>(p, stream);
     case 128: return wgmma_pass<B, 128>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-template <int B, int kTokens, int kWarps>
+template <int B, int kTokens>
 cudaError_t wgmma_int8_pass(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = wg8_smem(B, 2 * kTokens);
-  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens, kWarps>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWarps + 4) * 32, kSmem, stream, p);
+  auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWg8Warps + 4) * 32, kSmem, stream, p);
 }
 
 template <int B>
 cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
-    case 16:
-      return c.variant == 2 ? wgmma_int8_pass<B, 16, 16>(p, stream)
-                            : wgmma_int8_pass<B, 16, 8>(p, stream);
-    case 32:
-      return c.variant == 2 ? wgmma_int8_pass<B, 32, 16>(p, stream)
-                            : wgmma_int8_pass<B, 32, 8>(p, stream);
+    case 16: return wgmma_int8_pass<B, 16>(p, stream);
+    case 32: return wgmma_int8_pass<B, 32>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -67,14 +58,14 @@ cudaError_t wgmma_long(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kLongWarps + 4) * 32, kSmem, stream, p);
 }
 
-template <int kTokens, int kWarps = 8>
+template <int kTokens>
 cudaError_t wgmma_wide(const MatmulParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.s.x_steps, 8), kTokens / 32);
   const cudaError_t e = enqueue(x_wide_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
   if (e != cudaSuccess) return e;
   constexpr int kSmem = wide_smem(kTokens);
-  auto kernel = wgmma_wide_kernel<AQLM_T, kTokens, kWarps>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas * p.s.classes, (kWarps + 4) * 32, kSmem,
+  auto kernel = wgmma_wide_kernel<AQLM_T, kTokens>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas * p.s.classes, (kWideWgWarps + 4) * 32, kSmem,
                            stream, p);
 }
 
@@ -126,11 +117,7 @@ template <>
 cudaError_t launch_wgmma_wide<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                       cudaStream_t stream) {
   switch (c.token_tile) {
-    case 32:
-#ifdef AQLM_TUNE
-      if (c.variant == 2) return wgmma_wide<32, 16>(p, stream);
-#endif
-      return wgmma_wide<32>(p, stream);
+    case 32: return wgmma_wide<32>(p, stream);
     case 64: return wgmma_wide<64>(p, stream);
     case 128: return wgmma_wide<128>(p, stream);
   }
