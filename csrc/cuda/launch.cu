@@ -143,9 +143,6 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       c.body = Body::kWgmmaWide;
       c.precision = Precision::kExact;
       c.token_tile = round_up_tile(tokens, 32, 4);
-#ifdef AQLM_TUNE
-      if (g_variant == 1) c.token_tile = round_up_tile(tokens, 32, 2);
-#endif
     } else if (lut) {
       c.body = Body::kLut;
       c.precision = Precision::kExact;
@@ -202,9 +199,6 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.group_rows = tune::kSplitWgmmaRows;
     s.x_steps = ceil_div(s.units, kChoiceUnits) * kChoiceUnits;
     s.units = s.x_steps / kChoiceUnits;
-#ifdef AQLM_TUNE
-    if (c.variant == 1) s.units = s.x_steps = a.units();
-#endif
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each

@@ -94,9 +94,9 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
     if constexpr (kInt8) {
       const float2 f = unpack2(word, T());
       const int q0 = __float2int_rn(f.x * inverse), q1 = __float2int_rn(f.y * inverse);
-      const int h0 = (q0 + 128) >> 8, h1 = (q1 + 128) >> 8;
+      const int h0 = (q0 + 128) >> 8, h1 = (q1 + 128) >> 8, l0 = q0 - h0 * 256, l1 = q1 - h1 * 256;
       *reinterpret_cast<uint16_t*>(at) = (h0 & 255) | (h1 & 255) << 8;
-      *reinterpret_cast<uint16_t*>(at + 32) = ((q0 - h0 * 256) & 255) | ((q1 - h1 * 256) & 255) << 8;
+      *reinterpret_cast<uint16_t*>(at + 32) = (l0 & 255) | (l1 & 255) << 8;
     } else {
       *reinterpret_cast<uint16_t*>(at) = first % 2 ? word >> 16 : word & 0xffff;
     }
@@ -167,7 +167,8 @@ split_kernel(const __grid_constant__ MatmulParams p) {
       }
       fetch(j, u + kChoiceUnits);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = load_entry(table + at[2 * i]) | load_entry(table + at[2 * i + 1]) << 16;
+      for (int i = 0; i < 4; ++i)
+        a[i] = load_entry(table + at[2 * i]) | load_entry(table + at[2 * i + 1]) << 16;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         uint2 x = make_uint2(0, 0);

@@ -9,8 +9,8 @@
 //     = vectors 4t + 2c and 4t + 2c + 1, the dimensions of the class
 //
 // Both copies of the table leave 18 KB for activations: a 17th warp (of a warpgroup that gives its
-// registers away) copies them into a ring of stages; codes go to registers, four units ahead. A cell of
-// the schedule is kChoiceUnits units.
+// registers away) copies them into a ring of stages; codes go to registers, four units ahead. A
+// cell of the schedule is kChoiceUnits units.
 // Architecture sm_90a only.
 #pragma once
 
@@ -108,7 +108,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
       Acc acc[kColumns / 2] = {};
       uint32_t a[kLookups][4], e[kLookups][8];
-      // Lookups of unit u, the next one, u % kChoiceUnits = r; its place takes the codes of another.
+      // Lookups of unit u, the next one (r = u % kChoiceUnits); its place takes another's codes.
       auto lookup = [&](uint32_t (&e)[8], const int r, int u) {
         const uint32_t top = second_copies(chosen >> 2 * r, 0);
         const uint32_t bottom = second_copies(chosen >> 2 * r, 1);

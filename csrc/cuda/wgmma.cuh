@@ -2,19 +2,19 @@
 //
 // nbits <= 8, G = 8, B in {1, 2, 4}. As in cuda.additive.mma a codebook lookup (16 bytes,
 // replicated tables) is half the A registers of two MMAs; here the tokens are the B operand in
-// shared memory, where all warps share them, and the MMAs run while the next lookups are
-// under way. Weights are decoded once for up to 128 tokens.
+// shared memory, where all warps share them, and the MMAs run while the next lookups are under way.
+// Weights are decoded once for up to 128 tokens.
 //
 //   x image (x_image_kernel), one K step of 32 columns: [pair c = 0..3][token][vector t = 0..3]
 //     = elements 2c, 2c + 1 of vector t: the columns that lane t holds of A, as 8 x 16-byte core
 //     matrices without swizzle
-//   8 or 16 warps: MMAs. A 64-row block each, 4 MMA row tiles, or (16 warps, 128 tokens) half a block
-//   a further warp (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
+//   8 or 16 warps: MMAs of a 64-row block each, 4 MMA row tiles; 16 warps or 128 tokens: of half
+//   one more (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
 //     of neighbouring row blocks) and x into a ring of stages
 //
 // Codebooks are added in 16 bits (the rounding of a dequantized weight; B = 1: exact): of four, one
 // MMA instead of two, and x is read once.
-// H200, 2026-11-22, 2x8 28672 x 8192: M = 16 60 us, 32 62, 64 85, 128 118 (docs/notes/cuda.md).
+// H200, 2026-11-28, 2x8 28672 x 8192: M = 16 62 us, 32 65, 64 83 (docs/notes/cuda.md).
 // Architecture sm_90a only.
 #pragma once
 

@@ -1,4 +1,4 @@
-// cuda.additive.wgmma_wide: y = x W^T for 8x8 g32 and 5 .. 64 tokens a pass on Hopper.
+// cuda.additive.wgmma_wide: y = x W^T for 8x8 g32 and 3 .. 128 tokens a pass on Hopper.
 //
 // Eight codebooks of 256 vectors of 32: a weight vector is the sum of eight entries of 64 bytes, 16
 // bytes of shared memory for every weight (3.8 GB at 28672 x 8192, 118 us at the full rate), so
@@ -11,7 +11,7 @@
 //
 //   x image (x_wide_kernel), a step: [lookup j][pair c = 0..3][token][vector t = 0..3]
 //     = elements 2c, 2c + 1 of chunk j ^ t of vector t
-//   warps 0 .. 7: MMAs of a 64-row block each; warp 8: copies (cuda.additive.wgmma)
+//   warps 0 .. 7: MMAs of a 64-row block each (128 tokens: of half); warp 8: copies (see wgmma.cuh)
 //
 // The four entries of a class are added in 16 bits, the two classes in the common reduction.
 // H200, 2026-11-28, 28672 x 8192: M = 8 179 us, 32 185, 64 220 (80 % of the shared-memory rate).

@@ -16,8 +16,9 @@ __device__ __forceinline__ uint32_t entry_offset(uint32_t w, int i, uint32_t lan
 __device__ __forceinline__ uint32_t low_word_offset(uint32_t w) { return (w & 0xffffu) * 2; }
 __device__ __forceinline__ uint32_t high_word_offset(uint32_t w) { return (w >> 15) & 0x1fffeu; }
 
-// The same in two copies (kSecondAt apart) for code i = 0 .. 3 of two words; byte i of `second` says
-// which. One PRMT puts the 17 bits together; its top byte repeats the sign of a byte of `second`: 0.
+// The same in two copies (kSecondAt apart) for code i = 0 .. 3 of two words; byte i of `second`
+// says which. One PRMT puts the 17 bits together; its top byte repeats the sign of a byte of
+// `second`, which is 0.
 __device__ __forceinline__ uint32_t copy_offset(uint32_t w, uint32_t second, int i) {
   uint32_t at;
   asm("prmt.b32 %0, %1, %2, %3;"

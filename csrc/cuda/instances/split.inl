@@ -17,8 +17,8 @@ cudaError_t split(const MatmulParams& p, cudaStream_t stream) {
   const int smem = tune::split_table_bytes(info.arch, p.a.entries()) +
                    (kOwn ? p.s.units * tune::split_x_unit(kInt8) : 0);
   auto kernel = split_kernel<AQLM_T, kTiles, kInt8, kOwn>;
-  return AQLM_ENQUEUE_SMEM(kernel, info.max_smem - tune::kSplitStatic, p.s.ctas * p.s.classes, kSplitWarps * 32,
-                           smem, stream, p);
+  return AQLM_ENQUEUE_SMEM(kernel, info.max_smem - tune::kSplitStatic, p.s.ctas * p.s.classes,
+                           kSplitWarps * 32, smem, stream, p);
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #include "../bodies.h"
 #include "../enqueue.cuh"
 #include "../split_wgmma.cuh"
-#include "../split_wgmma_old.cuh"
 #include "../wgmma.cuh"
 #include "../wgmma_int8.cuh"
 #include "../wgmma_long.cuh"
@@ -70,15 +69,8 @@ cudaError_t wgmma_wide(const MatmulParams& p, cudaStream_t stream) {
 }
 
 template <int kTokens, bool kInt8>
-cudaError_t split_pass(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+cudaError_t split_pass(const MatmulParams& p, cudaStream_t stream) {
   constexpr int kColumns = kInt8 ? 2 * kTokens : kTokens;
-#ifdef AQLM_TUNE
-  if (c.variant == 1) {
-    auto kernel = old_split_wgmma_kernel<AQLM_T, kTokens, kInt8>;
-    return AQLM_ENQUEUE_SMEM(kernel, old_split_wg_smem(16, kColumns), p.s.ctas * p.s.classes,
-                             (kSplitWgWarps + 4) * 32, old_split_wg_smem(p.a.nbits, kColumns), stream, p);
-  }
-#endif
   auto kernel = split_wgmma_kernel<AQLM_T, kTokens, kInt8>;
   return AQLM_ENQUEUE_SMEM(kernel, split_wg_smem(16, kColumns), p.s.ctas * p.s.classes,
                            (kSplitWgWarps + 4) * 32, split_wg_smem(p.a.nbits, kColumns), stream, p);
@@ -129,9 +121,9 @@ cudaError_t launch_split_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams
                                        cudaStream_t stream) {
   const bool int8 = c.precision == Precision::kInt8;
   switch (c.token_tile) {
-    case 16: return int8 ? split_pass<16, true>(c, p, stream) : split_pass<16, false>(c, p, stream);
-    case 32: return int8 ? split_pass<32, true>(c, p, stream) : split_pass<32, false>(c, p, stream);
-    case 64: return int8 ? split_pass<64, true>(c, p, stream) : split_pass<64, false>(c, p, stream);
+    case 16: return int8 ? split_pass<16, true>(p, stream) : split_pass<16, false>(p, stream);
+    case 32: return int8 ? split_pass<32, true>(p, stream) : split_pass<32, false>(p, stream);
+    case 64: return int8 ? split_pass<64, true>(p, stream) : split_pass<64, false>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
