@@ -59,9 +59,9 @@ constexpr int kLongFirst = 176;
 inline int long_tokens(int codebooks, long long cells) {
   return cells < 20000 ? 0 : cells < 50000 ? 512 : codebooks == 1 ? 768 : 2048;
 }
-// 8x8 g32 on Hopper: passes of up to 64 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
-// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128. 4096 x 4096: 21 us against 20 a
-// token.
+// 8x8 g32 on Hopper: passes of up to 128 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
+// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128, two passes of 64 440. 4096 x
+// 4096: 21 us against 20 a token.
 inline int wide_first(long long cells) { return cells < 50000 ? 3 : 5; }
 inline int wide_tokens(long long cells) { return cells < 50000 ? 64 : 128; }
 AQLM_HD constexpr int wide_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
