@@ -26,6 +26,7 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .operands import _operand, _place
 from .shared import _declare, _load, _ready, _share
 
 ZERO = tl.constexpr(7.5)
@@ -138,45 +139,43 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILE: tl.constexpr,
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILES: tl.constexpr,
               BLOCK: tl.constexpr, CHUNK_K: tl.constexpr):  # fmt: skip
     """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    out is int32: the nibbles at even places of a word (or odd), high bytes (or low), of each group,
-    in the order of its nibbles: [even or odd, high or low, groups] for one token, or for a tile of
-    TILE groups [high or low, M, groups / TILE, TILE / 4, 4, even or odd]: a thread's TILE / 4
-    neighbouring groups in turn with those of three others, as in an MMA's operand. sums[m, p] is
-    the sum of a program's 16-bit inputs.
+    A program takes BLOCK groups of one token. out is int32: the inputs of the nibbles at even
+    places of a word (or odd), high bytes (or low), of each group, in the order of its nibbles:
+    [even or odd, high or low, groups] for one token, or ``operands``' of TILES tiles of tokens,
+    past M zeros: chunks of 32 groups, eight neighbours a lane. sums[m, p] is the sum of a program's
+    16-bit inputs.
     """
     p, m = tl.program_id(0), tl.program_id(1)
     x_ptr += m * x_stride
-    unit = _unit(x_ptr, K, CHUNK_K)
-    group = p * BLOCK + tl.arange(0, BLOCK)
-    ok = group < groups
-    total = tl.zeros((BLOCK,), tl.int32)
-    for odd in tl.static_range(2):
-        high4 = tl.zeros((BLOCK,), tl.int32)
-        low4 = tl.zeros((BLOCK,), tl.int32)
-        for b in tl.static_range(4):
-            # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
-            element = 2 * (2 * (b % 2) + odd) + b // 2
-            x = tl.load(x_ptr + group * 8 + element, mask=group * 8 < K, other=0.0)
-            high, low = _sixteen_bits(x.to(tl.float32), unit)
-            total += 256 * high + low
-            high4 |= (high & 255) << (8 * b)
-            low4 |= (low & 255) << (8 * b)
-        if TILE > 0:
-            g = group % TILE
-            place = group - g + g % (TILE // 4) * 4 + g // (TILE // 4)
-            at = out_ptr + 2 * (m * groups + place) + odd
-            tl.store(at, high4, mask=ok)
-            tl.store(at + 2 * M * groups, low4, mask=ok)
-        else:
-            tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=ok)
-            tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=ok)
-    tl.store(sums_ptr + m * tl.num_programs(0) + p, tl.sum(total.to(tl.float32), 0))
-    if p == 0:
-        tl.store(unit_ptr + m, unit)
+    end = tl.where(m < M, K, 0)
+    unit = _unit(x_ptr, end, CHUNK_K)
+    group = p * BLOCK + tl.arange(0, BLOCK)[:, None]
+    odd = tl.arange(0, 2)[None, :]
+    b = tl.arange(0, 4)[None, None, :]
+    # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
+    k = (group * 8 + 2 * odd)[:, :, None] + 4 * (b % 2) + b // 2
+    x = tl.load(x_ptr + k, mask=k < end, other=0.0)
+    high, low = _sixteen_bits(x.to(tl.float32), unit)
+    total = tl.sum(tl.reshape(256 * high + low, (8 * BLOCK,)), 0).to(tl.float32)
+    high = tl.sum((high & 255) << (8 * b), 2)
+    low = tl.sum((low & 255) << (8 * b), 2)
+    ok = (group < groups) & (odd >= 0)
+    if TILES > 0:
+        q = group % 8  # of the lane
+        pair = group // 32 * 4 + q // 2
+        at = _place(pair, q % 2, group // 8 % 4, odd, m, 0, TILES, 2)
+        tl.store(out_ptr + at, high, mask=ok)
+        tl.store(out_ptr + at + 256, low, mask=ok)
+    else:
+        at = out_ptr + 2 * odd * groups + group
+        tl.store(at, high, mask=ok)
+        tl.store(at + groups, low, mask=ok)
+    tl.store(sums_ptr + m * tl.num_programs(0) + p, total, mask=m < M)
+    tl.store(unit_ptr + m, unit, mask=(m < M) & (p == 0))
 
 
 @triton.jit
@@ -268,13 +267,15 @@ def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constex
 @triton.jit
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
                  groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
-                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-                 BLOCK_M: tl.constexpr):  # fmt: skip
+                 ASM: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits.
 
-    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
-    registers: nibbles go into it without shared memory.
+    Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
+    inputs (``operands``, TILES tiles of 16 tokens) and nibbles go into them without shared memory.
     """
+    COUNT: tl.constexpr = BLOCK_M // 16
+    PAIRS: tl.constexpr = BLOCK_G // 8
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
@@ -293,12 +294,12 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     code2 = code
     if BITS > 2:
         code2 = _codes(rest_ptr, begin, g, rows[:, None], N, BLOCK_G)
-    x_at = x_ptr + tokens[:, None] * (8 * groups) + tl.arange(0, 8 * BLOCK_G)[None, :]
+    first = tl.program_id(2) * COUNT
     for step in range(begin, end):
-        x_high = tl.load(x_at + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0)
-        x_low = tl.load(
-            x_at + M * groups * 8 + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0
-        )
+        x_high = _bytes(_operand(x_ptr, step * PAIRS, first, 0, PAIRS, COUNT, TILES, 2, ASM))
+        x_low = _bytes(_operand(x_ptr, step * PAIRS, first, 1, PAIRS, COUNT, TILES, 2, ASM))
+        x_high = tl.reshape(x_high, (BLOCK_M, 8 * BLOCK_G))
+        x_low = tl.reshape(x_low, (BLOCK_M, 8 * BLOCK_G))
         ahead = tl.minimum(step + 1, end - 1)
         next_code = _codes(codes_ptr, ahead, g, rows[:, None], N, BLOCK_G)
         next_code2 = next_code

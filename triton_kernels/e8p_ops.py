@@ -140,11 +140,13 @@ class _Weight:
                 one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
             )  # fmt: skip
         elif config["body"] == "integer_dot":
-            inputs, sums, unit = self._quantized(x, block_g)
+            block_m = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            tiles = tokens * block_m // 16
+            inputs, sums, unit = self._quantized(x, tiles)
             wrap_triton(bodies._integer_dot)[(*grid, tokens)](
-                inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
-                each, self.residual, sums.shape[1], COPIES=copies, ASM=has_dp4a(x),
-                BLOCK_M=min(tuning.DOT_ROWS, tuning.token_rows(config, M)), **options,
+                inputs, sums, unit, *weight, partial, M, self.N, groups, each, self.residual,
+                sums.shape[1], COPIES=copies, ASM=has_dp4a(x), TILES=tiles, BLOCK_M=block_m,
+                **options,
             )  # fmt: skip
         else:
             wrap_triton(bodies._dot)[grid](
@@ -155,15 +157,16 @@ class _Weight:
             )  # fmt: skip
         return partial
 
-    def _quantized(self, x: torch.Tensor, tile: int):
-        """What ``_quantize`` makes of x for a tile of this many groups: bytes, sums and units."""
-        M, groups = x.shape[0], _groups(self.K)
+    def _quantized(self, x: torch.Tensor, tiles: int):
+        """What ``_quantize`` makes of x for ``tiles`` tiles of tokens, or one token: bytes, sums
+        and units."""
+        M, groups, tokens = x.shape[0], _groups(self.K), 16 * tiles or 1
         pieces = triton.cdiv(groups, QUANTIZED)
-        inputs = torch.empty((M, 4, groups), dtype=torch.int32, device=x.device)
+        inputs = torch.empty(4 * tokens * groups, dtype=torch.int32, device=x.device)
         sums = torch.empty((M, pieces), dtype=torch.float32, device=x.device)
         unit = torch.empty(M, dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(pieces, M)](
-            x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILE=tile, BLOCK=QUANTIZED,
+        wrap_triton(bodies._quantize)[(pieces, tokens)](
+            x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILES=tiles, BLOCK=QUANTIZED,
             CHUNK_K=4096, num_warps=8,
         )  # fmt: skip
         return inputs, sums, unit

@@ -149,32 +149,36 @@ class _Weight:
             return tuning.default("scalar.gemv" if M == 1 else "scalar.dot")
         return config
 
-    def _quantized(self, x: torch.Tensor, tile: bool):
-        """What ``_quantize`` makes of x: bytes in words, sums and units, and its C."""
+    def _quantized(self, x: torch.Tensor, tiles: int):
+        """What ``_quantize`` makes of x: bytes in words (for ``tiles`` tiles of tokens, or one
+        token), sums and units, and its C."""
         M, count, sets = x.shape[0], 8 // self.bits, self.sets()
-        chunks = self.blocks * (count // sets)
-        inputs = torch.empty((2, M, self.blocks * count * PW), dtype=torch.int32, device=x.device)
+        chunks, tokens = self.blocks * (count // sets), 16 * tiles or 1
+        words = 2 * tokens * self.blocks * count * PW
+        inputs = torch.empty(words, dtype=torch.int32, device=x.device)
         sums = torch.empty((M, chunks), dtype=torch.float32, device=x.device)
         unit = torch.empty((M, chunks if self.grouped else 1), dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(self.blocks, M)](
+        wrap_triton(bodies._quantize)[(self.blocks // AT_ONCE, tokens)](
             x, inputs, sums, unit, M, self.K, x.stride(0), self.blocks, BITS=self.bits, C=sets,
-            GROUPED=self.grouped, TILE=tile, CHUNK=4096, num_warps=1 if self.grouped else 8,
+            GROUPED=self.grouped, TILES=tiles, NB=AT_ONCE, CHUNK=4096,
+            num_warps=2 if self.grouped else 8,
         )  # fmt: skip
         return inputs, sums, unit, sets
 
     def _integers(self, x, partial, grid, per_split: int, options: dict) -> None:
-        inputs, sums, unit, sets = self._quantized(x, False)
+        inputs, sums, unit, sets = self._quantized(x, 0)
         wrap_triton(bodies._integers)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, self.N, self.K,
             self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _integer_dot(self, x, partial, grid, per_split: int, options: dict) -> None:
-        inputs, sums, unit, sets = self._quantized(x, True)
+        tiles = grid[2] * options["BLOCK_M"] // 16
+        inputs, sums, unit, sets = self._quantized(x, tiles)
         wrap_triton(bodies._integer_dot)[grid](
-            inputs.view(torch.int8), sums, unit, self.words, self.scales, self.zeros, partial,
-            x.shape[0], self.N, self.K, self.blocks, per_split, self.G, C=sets,
-            ASM=has_dp4a(x), **options,
+            inputs, sums, unit, self.words, self.scales, self.zeros, partial, x.shape[0], self.N,
+            self.K, self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), TILES=tiles,
+            **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:

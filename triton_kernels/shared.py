@@ -18,15 +18,11 @@ import triton.language as tl
 
 @triton.jit
 def _declare(BYTES: tl.constexpr):
-    """The address of 16, 24 or 32 KB of shared memory, int32. Once a kernel."""
-    tl.static_assert(BYTES == 16384 or BYTES == 24576 or BYTES == 32768)
+    """The address of 16 or 32 KB of shared memory, int32. Once a kernel."""
+    tl.static_assert(BYTES == 16384 or BYTES == 32768)
     if BYTES == 16384:
         return tl.inline_asm_elementwise(
             "{ .shared .align 16 .b8 t[16384]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
-        )
-    elif BYTES == 24576:
-        return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[24576]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
         )
     else:
         return tl.inline_asm_elementwise(
