@@ -19,6 +19,7 @@ from .partial import finish, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
+DEQUANTIZE_WARPS, DEQUANTIZE_STEPS = 8, 16  # of a program of ``words``
 
 
 def _copies(books: int, entries: int) -> tuple[int, int]:
@@ -87,10 +88,7 @@ class _Part:
     def words_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
         M, block_m, warps = x.shape[0], tuning.token_rows(config, x.shape[0]), config["num_warps"]
-        # Codes of neighbouring rows are one word where every row of them begins with one.
-        rows = 4 // self.codes.dtype.itemsize
-        if self.N % rows or self.codes.storage_offset() % rows:
-            rows = 1
+        rows = self.rows_of_a_word()
         width, books = config["WIDTH"] * 4 // rows, config["BOOKS"] or self.B
         books = books if self.B % books == 0 else 1
         tiles = triton.cdiv(self.N, 8 * warps * rows * width)
@@ -157,12 +155,36 @@ class _Part:
 
     def dequantize(self, first: int, out: torch.Tensor) -> None:
         """Fill ``out`` [rows, K] with the rows from ``first`` on."""
+        rows = self.rows_of_a_word()
+        here = torch.version.hip is None and out.device.type != "xpu"
+        whole = (first % rows, out.shape[0] % rows) == (0, 0)
+        if here and whole and (self.g, self.og, self.codebooks.dtype.itemsize) == (8, 1, 2):
+            self._dequantize_words(first, out, rows)
+            return
         block_g = max(DEQUANTIZE_K // self.gp, 1)
         grid = (triton.cdiv(out.shape[0], DEQUANTIZE_N), triton.cdiv(self.in_groups, block_g))
         wrap_triton(bodies._dequantize)[grid](
             self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
             self.in_groups, self.out_groups, **self.sizes, GP=self.gp, BLOCK_N=DEQUANTIZE_N,
             BLOCK_G=block_g, num_warps=4,
+        )  # fmt: skip
+
+    def rows_of_a_word(self) -> int:
+        """Neighbouring rows whose codes are a 32-bit word, or 1 where rows do not begin with one."""
+        rows = 4 // self.codes.dtype.itemsize
+        return 1 if self.N % rows or self.codes.storage_offset() % rows else rows
+
+    def _dequantize_words(self, first: int, out: torch.Tensor, rows: int) -> None:
+        copies, size = _copies(self.B, self.entries) if has_dp4a(out) else (0, 0)
+        grid = (
+            triton.cdiv(out.shape[0], 4 * DEQUANTIZE_WARPS * rows),
+            triton.cdiv(self.in_groups, 8 * DEQUANTIZE_STEPS),
+        )
+        wrap_triton(words._dequantize)[grid](
+            self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
+            self.N, self.in_groups, DEQUANTIZE_STEPS, B=self.B, ENTRIES=self.entries,
+            COPIES=copies, BYTES=size, ROWS=rows, ASM=has_dp4a(out), WARPS=DEQUANTIZE_WARPS,
+            num_warps=DEQUANTIZE_WARPS,
         )  # fmt: skip
 
 

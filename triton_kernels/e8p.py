@@ -245,42 +245,71 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
 
 
 @triton.jit
-def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constexpr,
-                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
-    the thread that loaded a code has its nibbles where an MMA wants them."""
-    if COPIES > 0:
-        word = _shared_words(base, code, COPIES, BLOCK_N, BLOCK_G)
-    elif ASM and KIND == 1:
-        word = _load(tables_ptr + 512 + (code & 255), False)
-    elif ASM:
-        word = _load(tables_ptr + ((code >> 8) & 255), False)
-        word = word ^ _load(tables_ptr + 256 + (code & 255), False)
+def _code_words(codes_ptr, step, rows, N, KIND: tl.constexpr):
+    """The codes of a chunk of 32 groups as 32-bit words [rows, 16 KIND / 2], for rows below N."""
+    WORDS: tl.constexpr = 8 * KIND
+    at = codes_ptr.to(tl.pointer_type(tl.int32)) + (step * N + rows)[:, None] * WORDS
+    at += tl.arange(0, WORDS)[None, :]
+    return tl.load(at, mask=(rows < N)[:, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _byte(word, b, ASM: tl.constexpr):
+    """Byte b of each word, int32."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, 0x4440 + b], tl.int32, True, 1
+        )
     else:
-        word = _words(tables_ptr, code, KIND, False, (BLOCK_N, BLOCK_G))
-    word = tl.reshape(word, (BLOCK_N, 4, 1, BLOCK_G // 4))
+        return (word >> (8 * b)) & 255
+
+
+@triton.jit
+def _integer_tile(tables_ptr, base, word, KIND: tl.constexpr, COPIES: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The nibbles of a chunk of codes, int8 [256, BLOCK_N] in ``_quantize``'s order: the thread
+    that loaded a word (``_code_words``) has its nibbles where an MMA wants them."""
+    HELD: tl.constexpr = 4 // KIND  # codes of a word
+    word = tl.reshape(word, (BLOCK_N, 4, 8 // HELD, 1))
+    i = tl.reshape(tl.arange(0, HELD), (1, 1, 1, HELD))
+    if KIND == 1:
+        at = 512 + _byte(word, i, ASM)
+        word = _load(tables_ptr + at, False) if ASM else tl.load(tables_ptr + at)
+    else:
+        magnitude, sign = _byte(word, 2 * i + 1, ASM), _byte(word, 2 * i, ASM)
+        if COPIES > 0:
+            lane = tl.reshape(tl.arange(0, 4), (1, 4, 1, 1))
+            lane += tl.reshape(tl.arange(0, BLOCK_N) % 8 * 4, (BLOCK_N, 1, 1, 1))
+            own = base + lane % COPIES * 4
+            word = _load(own + magnitude * (4 * COPIES), True)
+            word = word ^ _load(own + 1024 * COPIES + sign * (4 * COPIES), True)
+        elif ASM:
+            word = _load(tables_ptr + magnitude, False) ^ _load(tables_ptr + 256 + sign, False)
+        else:
+            word = tl.load(tables_ptr + magnitude) ^ tl.load(tables_ptr + 256 + sign)
+    word = tl.reshape(word, (BLOCK_N, 4, 1, 8))
     odd = tl.arange(0, 2)[None, None, :, None]
     nibbles = _bytes(_byte_fields(word, 4 * odd, 4, ASM))
-    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (8 * BLOCK_G, BLOCK_N))
+    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (256, BLOCK_N))
 
 
 @triton.jit
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
                  groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
                  ASM: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                 BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and nibbles go into them without shared memory.
     """
     COUNT: tl.constexpr = BLOCK_M // 16
-    PAIRS: tl.constexpr = BLOCK_G // 8
+    PAIRS: tl.constexpr = 4  # of a chunk
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups // BLOCK_G)
+    end = tl.minimum(begin + per_split, groups // 32)
     high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -289,27 +318,26 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     if COPIES > 0:
         base = _tables(tables_ptr, COPIES)
     # Codes are loaded one step ahead.
-    g = tl.arange(0, BLOCK_G)[None, :]
-    code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)
+    code = _code_words(codes_ptr, begin, rows, N, 2)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, begin, g, rows[:, None], N, BLOCK_G)
+        code2 = _code_words(rest_ptr, begin, rows, N, BITS - 2)
     first = tl.program_id(2) * COUNT
     for step in range(begin, end):
         x_high = _bytes(_operand(x_ptr, step * PAIRS, first, 0, PAIRS, COUNT, TILES, 2, ASM))
         x_low = _bytes(_operand(x_ptr, step * PAIRS, first, 1, PAIRS, COUNT, TILES, 2, ASM))
-        x_high = tl.reshape(x_high, (BLOCK_M, 8 * BLOCK_G))
-        x_low = tl.reshape(x_low, (BLOCK_M, 8 * BLOCK_G))
+        x_high = tl.reshape(x_high, (BLOCK_M, 256))
+        x_low = tl.reshape(x_low, (BLOCK_M, 256))
         ahead = tl.minimum(step + 1, end - 1)
-        next_code = _codes(codes_ptr, ahead, g, rows[:, None], N, BLOCK_G)
+        next_code = _code_words(codes_ptr, ahead, rows, N, 2)
         next_code2 = next_code
         if BITS > 2:
-            next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
-        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+            next_code2 = _code_words(rest_ptr, ahead, rows, N, BITS - 2)
+        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N)
         high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
         low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N)
             high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
             low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code

@@ -48,6 +48,13 @@ def split(steps: int, wanted: int) -> tuple[int, int]:
     return each, triton.cdiv(steps, each)
 
 
+def partial_sums(splits: int, x: torch.Tensor, N: int, y: torch.Tensor | None) -> torch.Tensor:
+    """Memory for partial sums [splits, M, N]: y [M, N] for one split if it is given, or float32."""
+    if splits == 1 and y is not None:
+        return y[None]
+    return torch.empty((splits, x.shape[0], N), dtype=torch.float32, device=x.device)
+
+
 def finish(
     partial: torch.Tensor,
     y: torch.Tensor,

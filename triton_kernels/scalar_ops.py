@@ -16,7 +16,7 @@ from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_
 from . import scalar as bodies
 from . import tuning
 from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, split
+from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
 PLANES = {2: 8, 3: 16, 4: 4, 8: 2}  # of a block
@@ -104,10 +104,10 @@ class _Weight:
             return 0
         return self.planes(2 * count) // 2
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 64 tokens, float32."""
+    def partial(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """Partial sums [S, M, N] of at most 64 tokens, float32, or one split in y [M, N]."""
         if self.grouped and self.G % PLANE:
-            return self._dequantized(x)
+            return self._dequantized(x, y)
         M, config = x.shape[0], self.config(x)
         body, tokens = config["body"], 1
         if body == "integer_dot":
@@ -115,7 +115,7 @@ class _Weight:
         at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
-        partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
+        partial = partial_sums(splits, x, self.N, y)
         options = {
             "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
             "BLOCK_N": config["BLOCK_N"], **tuning.launch_options(config),
@@ -205,11 +205,13 @@ class _Weight:
             EXACT=exact_type(x.dtype, bits), **options,
         )  # fmt: skip
 
-    def _dequantized(self, x: torch.Tensor) -> torch.Tensor:
+    def _dequantized(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """Groups that no plane fits in: the product with the decoded weight, as one split."""
         weight = torch.empty((self.N, self.K), dtype=x.dtype, device=x.device)
         self.dequantize(0, weight)
-        return torch.mm(x, weight.t()).float()[None]
+        partial = partial_sums(1, x, self.N, y)
+        partial[0] = torch.mm(x, weight.t())
+        return partial
 
     def dequantize(self, first: int, out: torch.Tensor, factor: float = 1.0) -> None:
         """Fill ``out`` [rows, K] with ``factor`` times the rows from ``first`` on."""

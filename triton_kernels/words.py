@@ -88,17 +88,17 @@ def _code_of(word, r, ROWS: tl.constexpr, ENTRIES: tl.constexpr, ASM: tl.constex
 @triton.jit
 def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
           ASM: tl.constexpr):  # fmt: skip
-    """A codebook's words, from shared copies where there are: [t, lane, q, r, low, j, half]."""
+    """A codebook's words [.., j, low, half] of codes, from shared copies where there are."""
     if ASM:
         if COPIES > 0:
             w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
         else:
             w0, w1, w2, w3 = _load4(books_ptr + (book * ENTRIES + code) * 8, False)
-        return _halves(tl.join(tl.join(w0, w1), tl.join(w2, w3)), books_ptr.dtype.element_ty)
+        return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
     else:
-        j = tl.arange(0, 8)[None, None, None, None, :]
-        word = tl.load(books_ptr + (book * ENTRIES + code)[:, :, :, :, None] * 8 + j)
-        return tl.permute(tl.reshape(word, (*code.shape, 2, 2, 2)), (0, 1, 2, 3, 5, 4, 6))
+        at = tl.reshape((book * ENTRIES + code) * 8, (*code.shape, 1))
+        word = tl.load(books_ptr + at + tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8)))
+        return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
                ASM: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and the split's 32-group steps;
+    """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and a split's steps of groups;
     s counts splits, and in each of them the B / BOOKS programs of codebooks.
 
     x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
@@ -169,7 +169,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
                     else:
                         tile += word
                 # K is (q, low, t, j, half of a word), rows are (r, lane).
-                tile = tl.permute(tile, (2, 4, 0, 5, 6, 3, 1))
+                tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
                 tile = tl.reshape(tile, (256, LANES * PART))
                 for h in tl.static_range(HALVES):
                     old = total[(i * DOTS + d) * HALVES + h]
@@ -184,3 +184,53 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
                 at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + row[None, :]
                 ok = (row < N)[None, :] & (tokens < M)[:, None]
                 tl.store(at, total[(i * DOTS + d) * HALVES + h], mask=ok)
+
+
+@triton.jit
+def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K, N, IN, per_program,
+                B: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr, BYTES: tl.constexpr,
+                ROWS: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """w[n - first_row, :] = scale[n] * word sums[n], rows first_row .. rows_end - 1, both multiples
+    of ROWS.
+
+    A lane loads ROWS codes at once. Steps of 8 groups are what makes Triton store 128 bytes of four
+    rows a warp, so that codes are read from 8 places.
+    """
+    LANES: tl.constexpr = 4 * WARPS  # of a step's group
+    base = 0
+    if COPIES > 0:
+        base = _declare(BYTES)
+        _share4(books_ptr, base, B * ENTRIES, COPIES)
+        base = _ready(base)
+    lane = tl.arange(0, LANES)[None, :, None]
+    g = tl.arange(0, 8)[None, None, :]
+    r = tl.arange(0, ROWS)[:, None, None]
+    own = base
+    if COPIES > 0:
+        own = base + g % COPIES * 16
+    quad = first_row + (tl.program_id(0) * LANES + lane) * ROWS
+    inside = tl.minimum(quad, N - ROWS)
+    i = tl.arange(0, LANES * ROWS)
+    row = first_row + (tl.program_id(0) * LANES + i % LANES) * ROWS + i // LANES
+    ok = row < rows_end
+    scale = tl.load(scales_ptr + row, mask=ok, other=0.0).to(tl.float32)
+    begin = tl.program_id(1) * per_program
+    for step in range(begin, tl.minimum(begin + per_program, (IN + 7) // 8)):
+        group = tl.minimum(step * 8 + g, IN - 1)
+        at = codes_ptr + group * N + inside
+        for b in tl.static_range(B):
+            if ASM and ROWS > 1:
+                code = _code_of(_load(at + b * IN * N, False), r, ROWS, ENTRIES, ASM)
+            else:
+                code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
+            mine = own + 16 * ENTRIES * COPIES * b
+            word = _word(books_ptr, mine, code, b, ENTRIES, COPIES, ASM).to(tl.float32)
+            if b == 0:
+                tile = word
+            else:
+                tile += word
+        tile = tl.reshape(tl.permute(tile, (0, 1, 2, 3, 4, 5)), (LANES * ROWS, 64))
+        tile = (tile * scale[:, None]).to(w_ptr.dtype.element_ty)
+        k = step * 64 + tl.arange(0, 64)
+        to = w_ptr + (row - first_row).to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(to, tile, mask=ok[:, None] & (k < K)[None, :])
