@@ -43,8 +43,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64,), "COPIES": (0, 1), "PROGRAMS": (528, 1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "BOOKS": (1, 0), "COPIES": (1,),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -59,8 +59,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1, 3),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
@@ -76,7 +76,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "scalar.integer_dot": {
         "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
-        "num_warps": (2, 4, 8), "num_stages": (1, 2, 3),
+        "num_warps": (4, 8), "num_stages": (1,),
     },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
@@ -132,7 +132,7 @@ def candidates(case: Case, thin: int) -> list[dict]:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
-            large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
+            large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
             rows = 32 if body == "integer_dot" else 64
             if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
                 continue

@@ -170,7 +170,7 @@ class _Part:
         )  # fmt: skip
 
     def rows_of_a_word(self) -> int:
-        """Neighbouring rows whose codes are a 32-bit word, or 1 where rows do not begin with one."""
+        """Neighbouring rows whose codes are a 32-bit word; 1 where rows do not begin with one."""
         rows = 4 // self.codes.dtype.itemsize
         return 1 if self.N % rows or self.codes.storage_offset() % rows else rows
 

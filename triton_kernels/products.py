@@ -1,7 +1,7 @@
 """Products with a weight W and an output rotation, whatever the weight's format.
 
-A weight has ``N``, ``K``, ``partial(x, y)`` (partial sums [S, M, N] of up to 64 tokens; one split is
-written to y, if that is given) and ``dequantize(first, out, factor)`` (``factor`` times the rows
+A weight has ``N``, ``K``, ``partial(x, y)`` (partial sums [S, M, N] of up to 64 tokens, or of one
+split in y [M, N] if it is given) and ``dequantize(first, out, factor)`` (``factor`` times the rows
 from ``first`` on).
 """
 
