@@ -28,6 +28,7 @@ from .fields import (
     _unplaced,
 )
 from .operands import _operand, _place
+from .shared import _load_number
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
@@ -285,6 +286,15 @@ def _integer_tile(word, first: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
+def _number(at, ASM: tl.constexpr):
+    """The number at each pointer, float32."""
+    if ASM:
+        return _load_number(at)
+    else:
+        return tl.load(at).to(tl.float32)
+
+
+@triton.jit
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
                  ZEROS: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
@@ -318,19 +328,23 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
         next_word = tl.load(at + (block + 1) * PW, mask=ahead, other=0)
         for first in tl.static_range(0, SETS, C):
             pair = block * SETS + first
+            if GROUPED:
+                # By inline assembly these are loaded as the product wants them (no barriers).
+                group = tl.minimum(pair * SET // G, groups - 1)
+                at_group = tl.minimum(rows, N - 1) * groups + group
+                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
+                scale = _number(scales_ptr + at_group, ASM)
+                if ZEROS:
+                    zero = _number(zeros_ptr + at_group, ASM)
+                else:
+                    zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+                unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
             x_high = _bytes(_operand(x_ptr, pair, tile, 0, C, COUNT, TILES, 2, ASM))
             x_low = _bytes(_operand(x_ptr, pair, tile, 1, C, COUNT, TILES, 2, ASM))
             codes = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
             high = tl.dot(tl.reshape(x_high, (BLOCK_M, C * SET)), codes, high, out_dtype=tl.int32)
             low = tl.dot(tl.reshape(x_low, (BLOCK_M, C * SET)), codes, low, out_dtype=tl.int32)
             if GROUPED:
-                group = tl.minimum((block * SETS + first) * SET // G, groups - 1)
-                scale, zero = _scale_and_zero(
-                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
-                )
-                chunk = (tokens * blocks + block) * (SETS // C) + first // C
-                unit = tl.load(unit_ptr + chunk, mask=token_ok, other=0.0)
-                sums = tl.load(sums_ptr + chunk, mask=token_ok, other=0.0)
                 part = (high * 256 + low).to(tl.float32) - zero[None, :] * sums[:, None]
                 total += scale[None, :] * (unit[:, None] * part)
                 high = tl.zeros_like(high)

@@ -106,3 +106,13 @@ def _load4(at, SHARED: tl.constexpr):
             "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
             (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
         )  # fmt: skip
+
+
+@triton.jit
+def _load_number(at):
+    """The 16 or 32-bit number at each pointer, float32."""
+    TYPE: tl.constexpr = at.dtype.element_ty
+    if TYPE.primitive_bitwidth == 16:
+        return _load_half(at).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    else:
+        return _load(at, False).to(TYPE, bitcast=True).to(tl.float32)
