@@ -122,9 +122,11 @@ def candidates(case: Case, thin: int) -> list[dict]:
     found = []
     for name, grid in GRIDS.items():
         family, body = name.split(".")
-        if family != family_of(scheme) or (M > 1) != body.endswith("dot"):
+        large_books = getattr(parse_scheme(scheme), "nbits", 8) > 8
+        one = not body.endswith("dot") or (body == "words_dot" and large_books)
+        if family != family_of(scheme) or not (one if M == 1 else body.endswith("dot")):
             continue
-        if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
+        if body == "lookup" and large_books:
             continue
         if name.startswith("scalar.integer") and not fills_bytes(scheme):
             continue
@@ -139,7 +141,7 @@ def candidates(case: Case, thin: int) -> list[dict]:
             if config.get("COPIES") and config.get("SHARED"):
                 continue
             gathers = body in ("integer_dot", "words_dot")
-            if gathers and config["BLOCK_M"] != min(rows, token_block(M)):
+            if gathers and config["BLOCK_M"] != min(rows, max(16, token_block(M))):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
             if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:

@@ -51,7 +51,7 @@ class _Part:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
             # entries cost more than the products that they replace.
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
-        gathers = M > 1 and (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
+        gathers = (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         gathers = gathers and x.dtype == self.codebooks.dtype
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
         if config["body"] == "words_dot" and not gathers:

@@ -109,6 +109,23 @@ def _load4(at, SHARED: tl.constexpr):
 
 
 @triton.jit
+def _load_once(at):
+    """A word from each pointer that is read once: it takes no place in the L1 cache."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def _gather4(at):
+    """Four neighbouring words from each pointer into a table, which stays in the L1 cache."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _load_number(at):
     """The 16 or 32-bit number at each pointer, float32."""
     TYPE: tl.constexpr = at.dtype.element_ty

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from .operands import _operand, _place
-from .shared import _declare, _load, _load4, _load_byte, _load_half, _ready, _share4
+from .shared import (
+    _declare,
+    _gather4,
+    _load4,
+    _load_byte,
+    _load_half,
+    _load_once,
+    _ready,
+    _share4,
+)
 
 STEP = tl.constexpr(32)  # groups
 PAIRS = tl.constexpr(8)  # of tiles of 16 inputs in a step
@@ -59,7 +68,7 @@ def _codes(codes_ptr, step, group, rows, N, IN, WIDTH: tl.constexpr, BOOKS: tl.c
         for b in tl.static_range(BOOKS):
             at = codes_ptr + (b * IN + group) * N + rows[i]
             if ASM and ROWS > 1:
-                word = _load(at, False)
+                word = _load_once(at)
             elif ASM:
                 word = _load_half(at) if ENTRIES > 256 else _load_byte(at)
             else:
@@ -93,7 +102,7 @@ def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexp
         if COPIES > 0:
             w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
         else:
-            w0, w1, w2, w3 = _load4(books_ptr + (book * ENTRIES + code) * 8, False)
+            w0, w1, w2, w3 = _gather4(books_ptr + (book * ENTRIES + code) * 8)
         return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
     else:
         at = tl.reshape((book * ENTRIES + code) * 8, (*code.shape, 1))
@@ -220,7 +229,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
         at = codes_ptr + group * N + inside
         for b in tl.static_range(B):
             if ASM and ROWS > 1:
-                code = _code_of(_load(at + b * IN * N, False), r, ROWS, ENTRIES, ASM)
+                code = _code_of(_load_once(at + b * IN * N), r, ROWS, ENTRIES, ASM)
             else:
                 code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
             mine = own + 16 * ENTRIES * COPIES * b
