@@ -30,8 +30,9 @@ SCHEMES = (
     "quip-e8p-4bit", "quip-int2", "quip-int3", "quip-int4", "gptq-int2-g128", "gptq-int3-g128",
     "gptq-int4-g128", "gptq-int8-g128",
 )  # fmt: skip
-SHAPES = ("4096x4096", "14336x4096", "28672x8192")
-TOKENS = (1, 16, 64)
+SHAPES = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
+TOKENS = (1, 16, 32, 64)
+LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {
@@ -150,11 +151,9 @@ def candidates(case: Case, thin: int) -> list[dict]:
     return found[::thin]
 
 
-def calls(case: Case, copies: int) -> list[Callable[[], torch.Tensor]]:
-    """The matmul of a case over distinct weights, without rotations."""
-    scheme, N, K, M = case
+def layers(scheme: str, N: int, K: int, copies: int) -> list[Callable]:
+    """x -> x W^T over distinct weights, without rotations."""
     format, family = parse_scheme(scheme), family_of(scheme)
-    x = torch.randn(M, K, device="cuda").half()
     none = torch.empty(0, dtype=torch.int8, device="cuda")
     problem = Problem(format, N, K, torch.float16, "cuda")
     kernel = next(
@@ -167,47 +166,63 @@ def calls(case: Case, copies: int) -> list[Callable[[], torch.Tensor]]:
         if family == "additive":
             op = kernels("additive").additive_matmul
             rest = (tensors["codebooks"], tensors["scales"], None, buffers["widest"], [N])
-            args = (x, buffers["packed_codes"], *rest)
+            args = (buffers["packed_codes"], *rest)
         elif family == "e8p":
             op = kernels("e8p").e8p_matmul
             rest = (None, None, none, format.bits, 1 / format.residual, N, 0, 0, "exact")
-            args = (x, buffers["packed_Qidxs"], *rest)
+            args = (buffers["packed_Qidxs"], *rest)
         else:
             op = kernels("scalar").scalar_matmul
             grouped = isinstance(format, ScalarFormat)
             scales = tensors["scales"] if grouped else buffers["grid_step"]
             G = format.group_size if grouped else K
             rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
-            args = (x, buffers["packed_qweight"], *rest, "exact")
-        made.append(lambda op=op, args=args: op(*args))
+            args = (buffers["packed_qweight"], *rest, "exact")
+        made.append(lambda x, op=op, args=args: op(x, *args))
     return made
+
+
+def compiled_once(configs: list[dict]) -> list[dict]:
+    """One config for each kernel: how many programs run makes no other."""
+    kernels_of = {tuple((k, v) for k, v in c.items() if k != "PROGRAMS"): c for c in configs}
+    return list(kernels_of.values())
 
 
 def compile_all(work: list[tuple[Case, list[dict]]]) -> None:
     """Run each config of each case once; Triton keeps the compiled kernels on disk."""
     tuning = kernels("additive").tuning
-    for case, configs in work:
-        (call,) = calls(case, 1)
+    for (scheme, N, K, M), configs in work:
+        (layer,) = layers(scheme, N, K, 1)
+        x = torch.randn(M, K, device="cuda").half()
         for config in configs:
             with tuning.forced(config), torch.no_grad():
                 try:
-                    call()
+                    layer(x)
                 except Exception as error:  # does not compile: the timing run says so
-                    print(f"{case} {config}: {str(error)[:100]}", flush=True)
+                    print(f"{scheme} {M} {config}: {str(error)[:100]}", flush=True)
         torch.cuda.synchronize()
 
 
 @torch.no_grad()
-def measure(case: Case, configs: list[dict], replays: int) -> Iterator[tuple[float, dict]]:
-    """(us, config) of each config that runs."""
+def measure(
+    made: list[Callable], case: Case, configs: list[dict], replays: int
+) -> Iterator[tuple[float, dict]]:
+    """(us, config) of each config that runs, repeats bit by bit and is right."""
     tuning = kernels("additive").tuning
-    scheme, N, K, _ = case
-    bits = parse_scheme(scheme).bits_per_weight(N, K)
-    made = calls(case, copies_for("dram", int(N * K * bits / 8)))
+    scheme, _, K, M = case
+    x = torch.randn(M, K, device="cuda").half()
+    with tuning.forced({"body": "gemv" if M == 1 else "dot"}):
+        expected = made[0](x).float()
     for config in configs:
         with tuning.forced(config):
             try:
-                yield round(time_graph(made, replays).median_us, 2), config
+                y = made[0](x)
+                error = ((y.float() - expected).norm() / expected.norm()).item()
+                if not error <= LARGEST_ERROR or not torch.equal(y, made[0](x)):
+                    print(f"{case} {config}: off by {error:.1e}, or another result", flush=True)
+                    continue
+                timed = time_graph([lambda f=f: f(x) for f in made], replays)
+                yield round(timed.median_us, 2), config
             except Exception as error:
                 print(f"{case} {config}: {str(error)[:100]}", flush=True)
 
@@ -228,26 +243,36 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="the cache holds every kernel")
     arguments = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape]
-    cases = [(s, N, K, M) for (N, K), M, s in product(shapes, arguments.m, arguments.scheme)]
-    work = [(case, candidates(case, arguments.thin)) for case in cases]
+    layers_of = [(s, N, K) for (N, K), s in product(shapes, arguments.scheme)]
+    work = {
+        layer: [(m, candidates((*layer, m), arguments.thin)) for m in arguments.m]
+        for layer in layers_of
+    }
     if not arguments.no_compile:
-        pieces = [(case, configs[i::4]) for case, configs in work for i in range(4)]
+        pieces = [
+            [((*layer, m), compiled_once(configs)[i::4])]
+            for layer, cases in work.items() for m, configs in cases for i in range(4)
+        ]  # fmt: skip
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            list(pool.map(compile_all, [[piece] for piece in pieces]))
+            list(pool.map(compile_all, pieces))
     if arguments.compile_only:
         return
     begin, best = time.time(), {}
-    for case, configs in work:
+    for layer, cases in work.items():
         if arguments.seconds and time.time() - begin > arguments.seconds:
-            print(f"out of time before {case}", flush=True)
+            print(f"out of time before {layer}", flush=True)
             break
-        timed = sorted(measure(case, configs, arguments.replays), key=lambda t: t[0])
-        if arguments.log:
-            with arguments.log.open("a") as log:
-                log.writelines(json.dumps([*case, us, config]) + "\n" for us, config in timed)
-        if timed:
-            best[case] = timed[0]
-            print(*case, *timed[0], flush=True)
+        size = int(layer[1] * layer[2] * parse_scheme(layer[0]).bits_per_weight(*layer[1:]) / 8)
+        made = layers(*layer, copies_for("dram", size))
+        for m, configs in cases:
+            case = (*layer, m)
+            timed = sorted(measure(made, case, configs, arguments.replays), key=lambda t: t[0])
+            if arguments.log:
+                with arguments.log.open("a") as log:
+                    log.writelines(json.dumps([*case, us, c]) + "\n" for us, c in timed)
+            if timed:
+                best[case] = timed[0]
+                print(*case, *timed[0], flush=True)
         write(arguments.out, arguments.merge, best)
 
 
