@@ -45,7 +45,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "additive.words_dot": {
         "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "BOOKS": (1, 0), "COPIES": (1,),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "PROGRAMS": (264, 528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -60,8 +60,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
@@ -117,12 +117,14 @@ def fills_bytes(scheme: str) -> bool:
     return format.bits != 3 and not (grouped and format.group_size % 64)
 
 
-def candidates(case: Case, thin: int) -> list[dict]:
+def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[dict]:
     """Configs worth trying: tiles of at most 8192 words, and every ``thin``-th of them."""
     scheme, _, _, M = case
     found = []
     for name, grid in GRIDS.items():
         family, body = name.split(".")
+        if bodies is not None and body not in bodies:
+            continue
         large_books = getattr(parse_scheme(scheme), "nbits", 8) > 8
         one = not body.endswith("dot") or (body == "words_dot" and large_books)
         if family != family_of(scheme) or not (one if M == 1 else body.endswith("dot")):
@@ -142,6 +144,12 @@ def candidates(case: Case, thin: int) -> list[dict]:
             if config.get("COPIES") and config.get("SHARED"):
                 continue
             gathers = body in ("integer_dot", "words_dot")
+            # Sums of words save MMAs, of which 16 tokens need few.
+            if config.get("BOOKS") == 0 and (M <= 16 or parse_scheme(scheme).num_codebooks == 1):
+                continue
+            # Each warp reads all inputs.
+            if body == "integer_dot" and config["BLOCK_N"] < 16 * config["num_warps"]:
+                continue
             if gathers and config["BLOCK_M"] != min(rows, max(16, token_block(M))):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
@@ -235,6 +243,7 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", default=SCHEMES)
     parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--body", nargs="+", help="try these bodies only")
     parser.add_argument("--thin", type=int, default=1, help="try every n-th candidate")
     parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--seconds", type=float, help="start no case after this time")
@@ -245,7 +254,7 @@ def main() -> None:
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape]
     layers_of = [(s, N, K) for (N, K), s in product(shapes, arguments.scheme)]
     work = {
-        layer: [(m, candidates((*layer, m), arguments.thin)) for m in arguments.m]
+        layer: [(m, candidates((*layer, m), arguments.thin, arguments.body)) for m in arguments.m]
         for layer in layers_of
     }
     if not arguments.no_compile:

@@ -15,7 +15,7 @@ eight neighbouring bytes.
 import triton
 import triton.language as tl
 
-from .shared import _load4
+from .shared import _gather4
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _operand(x_ptr, pair, first, part: tl.constexpr, PAIRS: tl.constexpr, COUNT:
     t = tl.arange(0, 4)[None, None, None, None, :]
     at = x_ptr + _place(pair + pairs, 0, t, j, (first + tile) * 16 + g, part, TILES, PARTS)
     if ASM:
-        w0, w1, w2, w3 = _load4(at, False)
+        w0, w1, w2, w3 = _gather4(at)
     else:
         w0, w1, w2, w3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))

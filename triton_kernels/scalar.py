@@ -319,13 +319,17 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
     high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Words are loaded one step ahead.
+    # Words are loaded one step ahead, and leave the L1 cache first: inputs shall stay there.
     at = words_ptr + rows[:, None] * (blocks * PW) + i[None, :]
-    next_word = tl.load(at + begin * PW, mask=row_ok[:, None], other=0)
+    next_word = tl.load(
+        at + begin * PW, mask=row_ok[:, None], other=0, eviction_policy="evict_first"
+    )
     for block in range(begin, end):
         word = next_word
         ahead = rows[:, None] < tl.where(block + 1 < end, N, 0)
-        next_word = tl.load(at + (block + 1) * PW, mask=ahead, other=0)
+        next_word = tl.load(
+            at + (block + 1) * PW, mask=ahead, other=0, eviction_policy="evict_first"
+        )
         for first in tl.static_range(0, SETS, C):
             pair = block * SETS + first
             if GROUPED:

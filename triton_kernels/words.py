@@ -133,31 +133,30 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     book = tl.program_id(1) % (B // BOOKS) * BOOKS
     begin = tl.program_id(1) // (B // BOOKS) * per_split
     end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
+    t = tl.arange(0, 4)[:, None, None, None]
+    lane = tl.arange(0, LANES)[None, :, None, None]
+    q = tl.arange(0, 8)[None, None, :, None]
+    r = tl.arange(0, PART)[None, None, None, :]
+    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
+    rows = ()
+    for i in tl.static_range(WIDTH):
+        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
+    # Codes are loaded one step ahead, the first before the codebooks.
+    codes_ptr += book * IN * N
+    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
     base = 0
+    own = base
     if COPIES > 0:
         base = _declare(BYTES)
         for b in tl.static_range(BOOKS):
             to = base + 16 * ENTRIES * COPIES * b
             _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
         base = _ready(base)
-    t = tl.arange(0, 4)[:, None, None, None]
-    lane = tl.arange(0, LANES)[None, :, None, None]
-    q = tl.arange(0, 8)[None, None, :, None]
-    r = tl.arange(0, PART)[None, None, None, :]
-    own = base
-    if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
-    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
     zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
     total = ()
     for _ in tl.static_range(WIDTH * DOTS * HALVES):
         total += (zero,)
-    rows = ()
-    for i in tl.static_range(WIDTH):
-        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
-    # Codes are loaded one step ahead.
-    codes_ptr += book * IN * N
-    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
     for step in range(begin, end):
         x = ()
         for h in tl.static_range(HALVES):
