@@ -33,8 +33,7 @@ CASES = {
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
-        (partial._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "SCALES": True, "BIAS": True,
-                           "BLOCK": 256}),
+        (partial._finish, {"OG": 1, "UNIT": True, "SCALES": True, "BIAS": True, "BLOCK": 256}),
         (partial._sums, {"BLOCK": 1024}),
     ],
     "rotated": [

@@ -72,7 +72,7 @@ def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: t
     return code0, code1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
          GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -146,7 +146,7 @@ def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, IN, x_stride,
         tl.store(tables_ptr + at, products.to(tables_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
             B: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code]."""
@@ -164,7 +164,7 @@ def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
     tl.store(partial_ptr + (split * M + m) * N + rows, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
           B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip

@@ -178,7 +178,7 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILES:
     tl.store(unit_ptr + m, unit, mask=(m < M) & (p == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups,
               per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
               COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -293,7 +293,7 @@ def _integer_tile(tables_ptr, base, word, KIND: tl.constexpr, COPIES: tl.constex
     return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (256, BLOCK_N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
                  groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
                  ASM: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,

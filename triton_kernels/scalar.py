@@ -213,7 +213,7 @@ def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, blocks, BITS: 
         tl.store(at + PW, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K,
               blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
               GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
@@ -304,7 +304,7 @@ def _pair(at, ASM: tl.constexpr):
         return first | (tl.load(at + 1).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
                  ZEROS: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr,

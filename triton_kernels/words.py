@@ -110,7 +110,7 @@ def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexp
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
