@@ -97,7 +97,7 @@ class _Part:
         steps = triton.cdiv(self.in_groups, words.STEP.value)
         each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
         inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
-        wrap_triton(words._arrange)[(steps, block_m // 16)](
+        wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
             x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
         )
         partial = torch.empty(
