@@ -62,9 +62,8 @@ CASES = {
                             "CHUNK": 4096}),
         (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
-        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,
-                               "PAIRED": True, "ASM": True, "TILES": 1, "BLOCK_N": 64,
-                               "BLOCK_M": 16}),
+        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "ASM": True,
+                               "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
     ],
 }[sys.argv[1]]
 TYPES = {

@@ -30,21 +30,22 @@ PAIRS = tl.constexpr(8)  # of tiles of 16 inputs in a step
 
 @triton.jit
 def _arrange(x_ptr, out_ptr, M, K, x_stride, TILES: tl.constexpr):
-    """64 inputs of 16 tokens a program as ``operands``' of TILES tiles; past M and K zeros.
+    """Inputs of a step (256) as ``operands``' of TILES tiles of tokens; past M and K zeros.
 
     Pair q of a step has group 8 t + q of lane t; its word i = 2 j + low is numbers 2i and 2i + 1.
     """
+    step = tl.program_id(0)
+    token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None, None]
+    w = tl.arange(0, 128)[None, :, None]
+    k = step * 256 + 2 * w + tl.arange(0, 2)[None, None, :]
+    x = tl.load(x_ptr + token * x_stride + k, mask=(token < M) & (k < K), other=0.0)
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    word = tl.sum(bits << (16 * (k % 2)), 2)
+    w = tl.arange(0, 128)[None, :]
     token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
-    w = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :]
-    half = tl.arange(0, 2)[None, None, :]
-    k = 2 * w[:, :, None] + half
-    at = x_ptr + token[:, :, None] * x_stride + k
-    x = tl.load(at, mask=(token < M)[:, :, None] & (k < K), other=0.0)
-    word = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 2)
     group, i = w // 4, w % 4
-    pair = group // STEP * PAIRS + group % 8
-    place = _place(pair, i % 2, group // 8 % 4, i // 2, token, 0, TILES, 1)
-    tl.store(out_ptr + place, word)
+    at = _place(step * PAIRS + group % 8, i % 2, group // 8, i // 2, token, 0, TILES, 1)
+    tl.store(out_ptr + at, word)
 
 
 @triton.jit
@@ -132,30 +133,31 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     book = tl.program_id(1) % (B // BOOKS) * BOOKS
     begin = tl.program_id(1) // (B // BOOKS) * per_split
     end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
-    t = tl.arange(0, 4)[:, None, None, None]
-    lane = tl.arange(0, LANES)[None, :, None, None]
-    q = tl.arange(0, 8)[None, None, :, None]
-    r = tl.arange(0, PART)[None, None, None, :]
-    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
-    rows = ()
-    for i in tl.static_range(WIDTH):
-        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
-    # Codes are loaded one step ahead, the first before the codebooks.
-    codes_ptr += book * IN * N
-    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
     base = 0
-    own = base
     if COPIES > 0:
         base = _declare(BYTES)
         for b in tl.static_range(BOOKS):
             to = base + 16 * ENTRIES * COPIES * b
             _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
         base = _ready(base)
+    t = tl.arange(0, 4)[:, None, None, None]
+    lane = tl.arange(0, LANES)[None, :, None, None]
+    q = tl.arange(0, 8)[None, None, :, None]
+    r = tl.arange(0, PART)[None, None, None, :]
+    own = base
+    if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
+    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
     zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
     total = ()
     for _ in tl.static_range(WIDTH * DOTS * HALVES):
         total += (zero,)
+    rows = ()
+    for i in tl.static_range(WIDTH):
+        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
+    # Codes are loaded one step ahead.
+    codes_ptr += book * IN * N
+    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
     for step in range(begin, end):
         x = ()
         for h in tl.static_range(HALVES):
