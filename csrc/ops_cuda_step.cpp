@@ -4,7 +4,6 @@
 #include <tuple>
 
 #include "cuda/norm_rotate.h"
-#include "cuda/step_attention.h"
 #include "cuda/step_rows.h"
 #include "ops_cuda_common.h"
 
@@ -67,93 +66,7 @@ std::tuple<Tensor, Tensor> rotated_norm(const Tensor& x, const Tensor& delta, co
   return {sum, y};
 }
 
-// A tensor of these sizes whose vectors (its last dimension) are contiguous and 16-byte aligned.
-void check_vectors(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> sizes,
-                   const char* name) {
-  bool ok = t.dim() == static_cast<int64_t>(sizes.size()) &&
-            t.scalar_type() == like.scalar_type() &&
-            t.get_device_index() == like.get_device_index() && t.stride(t.dim() - 1) == 1 &&
-            reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  int64_t i = 0;
-  for (const int64_t size : sizes) {
-    ok = ok && t.size(i) == size && (i + 1 == t.dim() || t.stride(i) % 8 == 0);
-    ++i;
-  }
-  CHECK(ok, name, " must hold q's dtype on q's device in aligned vectors of ", like.size(2));
-}
-
-Tensor step_attention(const Tensor& q, const Tensor& key, const Tensor& value, const Tensor& cos,
-                      const Tensor& sin, const Tensor& ids, const Tensor& filled, Tensor keys,
-                      Tensor values, const Tensor& mask, Tensor counts, double scale) {
-  CHECK(q.dim() == 3 && keys.dim() == 4, "q must be [B, H, D], keys [B, heads, L, D]");
-  const int64_t B = q.size(0), H = q.size(1), D = q.size(2), heads = keys.size(1);
-  const int64_t L = keys.size(2), group = heads ? H / heads : 0;
-  const aqlm::DType type = dtype_of(q, "q");
-  CHECK(type != aqlm::DType::kFloat32 && (D == 64 || D == 128) && group * heads == H &&
-            group >= 1 && group <= aqlm::kMostGroup && L * D < (1 << 30),
-        "step_attention takes 16-bit types, D 64 or 128, up to ", aqlm::kMostGroup,
-        " query heads a key; got D=", D, ", ", H, " and ", heads, " heads");
-  check_vectors(q, q, {B, H, D}, "q");
-  check_vectors(key, q, {B, heads, D}, "key");
-  check_vectors(value, q, {B, heads, D}, "value");
-  check_vectors(cos, q, {L, D}, "cos");
-  check_vectors(sin, q, {L, D}, "sin");
-  check_vectors(keys, q, {B, heads, L, D}, "keys");
-  check_vectors(values, q, {B, heads, L, D}, "values");
-  CHECK(keys.stride(2) == D && values.stride(2) == D && cos.stride(0) == D && sin.stride(0) == D,
-        "rows of keys, values, cos and sin must be ", D, " apart");
-  const int device = q.get_device_index();
-  CHECK(ids.numel() == B && ids.scalar_type() == ScalarType::Long && filled.numel() == 1 &&
-            filled.scalar_type() == ScalarType::Long && counts.numel() == B * heads &&
-            counts.scalar_type() == ScalarType::Int && counts.is_contiguous() &&
-            mask.dim() == 2 && mask.size(0) == B && mask.size(1) == L && mask.stride(1) == 1 &&
-            mask.element_size() == 1 && ids.get_device_index() == device &&
-            filled.get_device_index() == device && counts.get_device_index() == device &&
-            mask.get_device_index() == device,
-        "ids must be ", B, " and filled one int64, counts ", B * heads,
-        " int32, mask bool [B, L], all on q's device");
-  DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(q, {B, H, D});
-  if (out.numel() == 0) return out;
-  aqlm::StepAttentionParams p = {};
-  p.q = q.const_data_ptr();
-  p.key = key.const_data_ptr();
-  p.value = value.const_data_ptr();
-  p.q_b = q.stride(0), p.q_h = q.stride(1);
-  p.key_b = key.stride(0), p.key_h = key.stride(1);
-  p.value_b = value.stride(0), p.value_h = value.stride(1);
-  p.cos = cos.const_data_ptr();
-  p.sin = sin.const_data_ptr();
-  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  p.ids_b = ids.stride(0);
-  p.filled = static_cast<const int64_t*>(filled.const_data_ptr());
-  p.keys = keys.mutable_data_ptr();
-  p.values = values.mutable_data_ptr();
-  p.k_b = keys.stride(0), p.k_h = keys.stride(1);
-  p.v_b = values.stride(0), p.v_h = values.stride(1);
-  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-  p.mask_b = mask.stride(0);
-  p.counts = static_cast<int*>(counts.mutable_data_ptr());
-  p.out = out.mutable_data_ptr();
-  p.scale = static_cast<float>(scale);
-  p.batch = static_cast<int>(B), p.heads = static_cast<int>(heads);
-  p.group = static_cast<int>(group), p.head_dim = static_cast<int>(D);
-  p.length = static_cast<int>(L);
-  p.type = type;
-  aqlm::DeviceInfo info;
-  check_cuda(aqlm::device_info(device, &info), "device_info");
-  aqlm::cut_step_attention(info, &p);
-  const int64_t floats = static_cast<int64_t>(aqlm::step_attention_floats(p));
-  Tensor partials;
-  if (floats > 0) {
-    partials = torch::stable::new_empty(q, {floats}, ScalarType::Float);
-    p.partials = static_cast<float*>(partials.mutable_data_ptr());
-  }
-  check_cuda(aqlm::launch_step_attention(p, current_stream(device)), "step_attention");
-  return out;
-}
-
-// x, like it others, are rows [M, N] with N contiguous; vectors are [N].
+// Rows like those of x [M, N], N contiguous, or a vector [N].
 void check_like(const Tensor& t, const Tensor& x, const char* name) {
   CHECK(t.scalar_type() == x.scalar_type() && t.get_device_index() == x.get_device_index() &&
             t.size(t.dim() - 1) == x.size(1) && t.stride(t.dim() - 1) == 1 &&
@@ -161,8 +74,7 @@ void check_like(const Tensor& t, const Tensor& x, const char* name) {
         name, " must have contiguous rows of ", x.size(1), " values of x's dtype and device");
 }
 
-// (sum, y) of rows x, or of the rows of the table x that numbers name. Without delta and numbers
-// there is no sum.
+// (sum, y) of rows x and delta, or of the rows of the table x that numbers name.
 std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* delta, const Tensor* numbers,
                                 const Tensor& weight, double eps) {
   CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be rows [M, N]");
@@ -178,8 +90,7 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* delta, const Tens
         aqlm::kMostNorm, " values, got [", M, ", ", N, "]");
   DeviceGuard guard(device);
   Tensor y = torch::stable::new_empty(x, {M, N});
-  const bool sums = delta || numbers;
-  Tensor sum = sums ? torch::stable::new_empty(x, {M, N}) : x;
+  Tensor sum = torch::stable::new_empty(x, {M, N});
   if (M == 0 || N == 0) return {sum, y};
   aqlm::NormParams p = {};
   p.x = x.const_data_ptr();
@@ -190,7 +101,7 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* delta, const Tens
     p.numbers_stride = numbers->stride(0);
   }
   p.weight = weight.const_data_ptr();
-  p.sum = sums ? sum.mutable_data_ptr() : nullptr;
+  p.sum = sum.mutable_data_ptr();
   p.y = y.mutable_data_ptr();
   p.tokens = static_cast<int>(M);
   p.n = static_cast<int>(N);
@@ -200,9 +111,6 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* delta, const Tens
   return {sum, y};
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  return std::get<1>(norm(x, nullptr, nullptr, weight, eps));
-}
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight,
                                         double eps) {
   return norm(x, &delta, nullptr, weight, eps);
@@ -291,10 +199,8 @@ Tensor rope_store(const Tensor& q, const Tensor& key, const Tensor& value, const
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("rotated_norm", TORCH_BOX(&rotated_norm));
-  m.impl("step_attention", TORCH_BOX(&step_attention));
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  m.impl("embed_norm", TORCH_BOX(&embed_norm));
-  m.impl("swiglu", TORCH_BOX(&swiglu));
-  m.impl("rope_store", TORCH_BOX(&rope_store));
+  m.impl("eager_add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("eager_embed_norm", TORCH_BOX(&embed_norm));
+  m.impl("eager_swiglu", TORCH_BOX(&swiglu));
+  m.impl("eager_rope_store", TORCH_BOX(&rope_store));
 }

@@ -134,15 +134,14 @@ def _step_us(model: nn.Module) -> float | None:
     runner = _runner(model)
     if runner is None or not runner.counts["replays"]:
         return None
-    if model.device.type != "cuda":
-        replay = runner.rehearsal()
-        before = time.perf_counter()
-        for _ in range(_REPLAYS):
-            replay()
-        return (time.perf_counter() - before) * 1e6 / _REPLAYS
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     replay = runner.rehearsal()
     replay()
+    if model.device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(_REPLAYS):
+            replay()
+        return (time.perf_counter() - begin) * 1e6 / _REPLAYS
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(_REPLAYS):
         replay()

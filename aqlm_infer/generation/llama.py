@@ -41,11 +41,13 @@ def why_not_llama(model: nn.Module) -> str | None:
 class LlamaStep:
     """Logits of a prompt's last token, or of one new token a sequence, over one cache.
 
-    ``prompt`` fills the cache; a step leaves its lengths.
+    ``prompt`` fills the cache; a step leaves its lengths. ``capture``: steps are put into a graph.
     """
 
-    def __init__(self, model: nn.Module, cache: StepCache, batch: int):
+    def __init__(self, model: nn.Module, cache: StepCache, batch: int, capture: bool = True):
         self.model, self.cache = model, cache
+        self.eager = ops.EAGER if model.device.type == "cuda" else ops
+        self.operators = ops if capture else self.eager
         base = model.model
         device, dtype = model.device, model.dtype
         with torch.no_grad():
@@ -68,7 +70,7 @@ class LlamaStep:
                 valid, self.counts, attention.scaling,
             ).flatten(1)  # fmt: skip
 
-        return self._logits(tokens, attend)
+        return self._logits(tokens, attend, self.operators)
 
     def prompt(self, tokens, ids) -> torch.Tensor:
         """tokens, ids (rotary positions) [B, T] -> logits of the last, [B, 1, vocabulary].
@@ -80,21 +82,21 @@ class LlamaStep:
         def attend(attention, layer, qkv):
             q, k, v = (part.view(B, T, -1, attention.head_dim) for part in qkv)
             layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-            q = ops.rope_store(q, k, v, self.cos, self.sin, ids, layer.keys, layer.values)
+            q = self.eager.rope_store(q, k, v, self.cos, self.sin, ids, layer.keys, layer.values)
             z = F.scaled_dot_product_attention(
                 q.transpose(1, 2), layer.keys[:, :, :T], layer.values[:, :, :T], is_causal=True,
                 scale=attention.scaling, enable_gqa=q.shape[2] != k.shape[2],
             )  # fmt: skip
             return z.transpose(1, 2).reshape(B * T, -1)
 
-        logits = self._logits(tokens, attend)
+        logits = self._logits(tokens, attend, self.eager)
         self.cache.lengths.fill_(T)
         return logits
 
-    def _logits(self, tokens, attend) -> torch.Tensor:
-        base, cache = self.model.model, self.cache
-        T = tokens.shape[1]
-        x, y = ops.embed_norm(tokens.reshape(-1), base.embed_tokens.weight, *_norm(self.norms[0]))
+    def _logits(self, tokens, attend, operators) -> torch.Tensor:
+        base, cache, add = self.model.model, self.cache, operators.add_rms_norm
+        T, table = tokens.shape[1], base.embed_tokens.weight
+        x, y = operators.embed_norm(tokens.reshape(-1), table, *_norm(self.norms[0]))
         qkv = self.blocks[0].qkv(y)
         after = [*(block.qkv for block in self.blocks[1:]), None]
         for block, layer, norm, siblings in zip(
@@ -103,12 +105,13 @@ class LlamaStep:
             z = attend(block.attention, layer, qkv)  # [M, heads * D]
             if siblings is None:  # after the last attention only the last tokens count
                 x, z = x[T - 1 :: T], z[T - 1 :: T]
-            x, (gate, up) = block.gate_up.of_norm(x, block.attention.o_proj(z), *_norm(block.norm))
-            y = block.down(ops.swiglu(gate, up))
+            o = block.attention.o_proj
+            x, (gate, up) = block.gate_up.of_product(x, o, z, *_norm(block.norm), add)
+            y = operators.swiglu(gate, up)
             if siblings is None:
-                _, y = ops.add_rms_norm(x, y, *_norm(norm))
+                _, y = add(x, block.down(y), *_norm(norm))
             else:
-                x, qkv = siblings.of_norm(x, y, *_norm(norm))
+                x, qkv = siblings.of_product(x, block.down, y, *_norm(norm), add)
         return self.model.lm_head(y)[:, None]
 
 

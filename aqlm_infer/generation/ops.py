@@ -9,22 +9,23 @@ one new token each, and of a prompt.
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
-    step_attention: rope_attention on the tensor cores, of what ``why_not_step_attention`` lets pass
     rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
     prompt; key (with it) and value become the first T positions of the cache
 
-On CUDA the norms, ``swiglu``, ``rope_store`` and ``step_attention`` are kernels of ``_cuda``
-(``csrc/cuda/step_*.cu``); the others, and all but ``step_attention`` where it is not built, are
-Triton's (``triton_kernels/decode.py``). Elsewhere plain torch. Everything else is rounded where
+On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
+``_cuda``; elsewhere plain torch. ``EAGER`` has those that are launched one by one, without a graph:
+of ``_cuda`` where it is built, which costs the host less. Everything else is rounded where
 transformers rounds it. Inference only: they have no gradients.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
-from ..backends import native  # noqa: F401 (``_cuda`` registers its operators first)
+from ..backends import native  # noqa: F401 (``_cuda`` registers its operators before)
 from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
 from ..ops.rotated import check_rotation
@@ -44,10 +45,12 @@ _SCHEMAS = (
     " float scale) -> Tensor",
     "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
-    "step_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
-    " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
-    " float scale) -> Tensor",
 )
+
+_EAGER = ("add_rms_norm", "swiglu", "embed_norm", "rope_store")
+"""Operators with a second kernel, for launches that no graph holds."""
+
+_SCHEMAS += tuple(f"eager_{s}" for s in _SCHEMAS if s.split("(")[0] in _EAGER)
 
 
 def check_rows(x, *others) -> None:
@@ -273,9 +276,10 @@ define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
      _choose_fake, _decode_attention_fake, _rope_attention_fake, _rope_store_fake,
-     _rope_attention_fake),
+     _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
     (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention, _rope_store, _rope_attention),
+     _decode_attention, _rope_attention, _rope_store,
+     _add_rms_norm, _swiglu, _embed_norm, _rope_store),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
@@ -288,7 +292,8 @@ choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
 rope_store = _ops.rope_store
-step_attention = _ops.step_attention
+EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}") for name in _EAGER})
+"""The operators of ``_EAGER`` under their own names, for launches that no graph holds."""
 
 
 def _kernels():
@@ -328,29 +333,9 @@ def _cuda_decode_attention(q, k, v, mask, scale):
     return _kernels().attention(q[:, :, 0], k, v, mask, scale)[:, None]
 
 
-def why_not_step_attention(q, key, value, cos, sin, keys, values) -> str | None:
-    """Reason why ``step_attention`` of ``_cuda`` cannot take these tensors, or None."""
-    H, D, heads = q.shape[1], q.shape[2], keys.shape[1]
-    if not in_module("step_attention"):
-        return "aqlm_infer._cuda is not built"
-    if q.dtype not in (torch.float16, torch.bfloat16) or D not in (64, 128) or H // heads > 8:
-        return f"{q.dtype} heads of {D}, {H // heads} a key: takes 16 bits, 64 or 128, up to 8"
-    rows = keys.stride(2), values.stride(2), cos.stride(0), sin.stride(0)
-    strides = [n for t in (q, key, value, keys, values) for n in t.stride()[:-1]]
-    if any(n != D for n in rows) or any(n % 8 for n in strides):
-        return f"rows of the cache are {rows} apart, other strides {strides}"
-    if any(t.data_ptr() % 16 for t in (q, key, value, cos, sin, keys, values)):
-        return "a tensor does not begin at a multiple of 16 bytes"
-    return None
-
-
 def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale):
     check_attention(q, keys, values, mask)
     check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
-    if why_not_step_attention(q, key, value, cos, sin, keys, values) is None:
-        return step_attention(
-            q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale
-        )
     new = key, value, cos, sin, ids, filled
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
 
@@ -360,8 +345,7 @@ def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
     return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
 
 
-def in_module(name: str) -> bool:
-    """Whether ``_cuda`` has the operator: what it has is launched with less work of the host."""
+def _in_module(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aqlm_infer::{name}", "CUDA")
 
 
@@ -375,5 +359,6 @@ for _name, _function in {
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
 }.items():
-    if not in_module(_name):
-        LIBRARY.impl(_name, _function, "CUDA")
+    LIBRARY.impl(_name, _function, "CUDA")
+    if _name in _EAGER and not _in_module(f"eager_{_name}"):
+        LIBRARY.impl(f"eager_{_name}", _function, "CUDA")

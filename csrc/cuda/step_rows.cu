@@ -1,4 +1,6 @@
-// Norms, SwiGLU and a prompt's rotary embedding: what a model runs between its matmuls.
+// Norms, SwiGLU and a prompt's rotary embedding: what a model runs between its matmuls where every
+// kernel is launched by itself. In a graph Triton's bodies are faster (norm and SwiGLU of one token
+// 2.5 us, these 3.7), but a launch of Triton's costs the host 25 to 75 us and one of these 10 to 20.
 //
 // A thread takes 8 neighbours at a time, as 16-byte vectors where rows are aligned, one by one where
 // they are not. All kernels are launched dependently: they load what the kernel before them does
@@ -89,8 +91,7 @@ norm_kernel(const __grid_constant__ NormParams p, bool aligned) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[j][i] = rounded<T>(x[j][i] + d[i]);
     }
-    if (p.sum)
-      store8(static_cast<T*>(p.sum) + size_t(m) * p.n + at, p.n - at, aligned, x[j]);
+    store8(static_cast<T*>(p.sum) + size_t(m) * p.n + at, p.n - at, aligned, x[j]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += x[j][i] * x[j][i];
   }

@@ -12,7 +12,7 @@ struct NormParams {
   const void* delta;      // [tokens, n] or null
   const int64_t* numbers; // [tokens] or null
   const void* weight;     // [n]
-  void* sum;              // [tokens, n] contiguous, or null for y alone
+  void* sum;              // [tokens, n] contiguous
   void* y;                // [tokens, n] contiguous
   long long x_stride, delta_stride, numbers_stride;
   int tokens, n;
