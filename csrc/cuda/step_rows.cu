@@ -65,16 +65,18 @@ bool aligned(DType type, std::initializer_list<long long> strides, Pointers... p
 
 constexpr int kMostThreads = 1024;
 
-// One block a token; kVectors of 8 a thread stay in registers between sum and norm.
+// One block a token; kVectors of 8 a thread stay in registers between sum and norm. The weight is
+// loaded before the wait where there are registers for it (four vectors of both spilled).
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads)
 norm_kernel(const __grid_constant__ NormParams p, bool aligned) {
   __shared__ float squares[kMostThreads / 32];
   const int m = blockIdx.x, tid = threadIdx.x;
   grid_dependents_start();
-  float weight[kVectors][8], x[kVectors][8];
+  constexpr bool kEarly = kVectors < 4;
+  float weight[kEarly ? kVectors : 1][8], x[kVectors][8];
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; kEarly && j < kVectors; ++j) {
     const int at = (j * blockDim.x + tid) * 8;
     load8(static_cast<const T*>(p.weight) + at, p.n - at, aligned, weight[j]);
   }
@@ -104,9 +106,10 @@ norm_kernel(const __grid_constant__ NormParams p, bool aligned) {
   const float scale = rsqrtf(sum / p.n + p.eps);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const int at = (j * blockDim.x + tid) * 8;
+    const int at = (j * blockDim.x + tid) * 8, w = kEarly ? j : 0;
+    if (!kEarly) load8(static_cast<const T*>(p.weight) + at, p.n - at, aligned, weight[w]);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[j][i] = weight[j][i] * rounded<T>(x[j][i] * scale);
+    for (int i = 0; i < 8; ++i) x[j][i] = weight[w][i] * rounded<T>(x[j][i] * scale);
     store8(static_cast<T*>(p.y) + size_t(m) * p.n + at, p.n - at, aligned, x[j]);
   }
 }
