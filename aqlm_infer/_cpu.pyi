@@ -39,6 +39,67 @@ def additive_unpack(
     code_bytes: int,
     num_threads: int,
 ) -> None: ...
+def dense_matvec(
+    x: int,
+    weight: int,
+    row_stride: int,
+    bias: int,
+    y: int,
+    dtype: str,
+    N: int,
+    K: int,
+    num_threads: int,
+) -> None: ...
+def add_norm(
+    x: int,
+    x_stride: int,
+    delta: int,
+    delta_stride: int,
+    weight: int,
+    eps: float,
+    total: int,
+    y: int,
+    dtype: str,
+    M: int,
+    N: int,
+    num_threads: int,
+) -> None: ...
+def swiglu(
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    y: int,
+    dtype: str,
+    M: int,
+    N: int,
+    num_threads: int,
+) -> None: ...
+def argmax(scores: int, stride: int, dtype: str, M: int, N: int, best: int) -> None: ...
+def rope_attention(
+    q: int,
+    q_stride: tuple[int, int],
+    key: int,
+    key_stride: tuple[int, int],
+    value: int,
+    value_stride: tuple[int, int],
+    cos: int,
+    sin: int,
+    ids: int,
+    filled: int,
+    keys: int,
+    keys_stride: tuple[int, int, int],
+    values: int,
+    values_stride: tuple[int, int, int],
+    mask: int,
+    mask_stride: int,
+    scale: float,
+    y: int,
+    dtype: str,
+    sizes: tuple[int, int, int, int, int],
+    num_threads: int,
+) -> None:
+    """``sizes``: sequences, query heads, key/value heads, head dimension, cached positions."""
 
 class AdditivePlan:
     """Sizes and types of calls on layers that share x. Holds no addresses, so it never goes stale.

@@ -69,7 +69,7 @@ def rows(given, dtype: torch.dtype) -> Iterator[Row]:
     for name, scheme, quantized, dense in pairs(given, dtype):
         for head in given.lm_head:
             head = None if head == "none" else head
-            modes = [mode for mode in given.mode if head is None or mode == "prepared"]
+            modes = [mode for mode in given.mode if head is None or mode != "eager"]
             yield from bench_generate(
                 name, quantized, dense, **sizes, threads=given.threads, modes=modes, lm_head=head
             )

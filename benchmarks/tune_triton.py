@@ -30,8 +30,9 @@ SCHEMES = (
     "quip-e8p-4bit", "quip-int2", "quip-int3", "quip-int4", "gptq-int2-g128", "gptq-int3-g128",
     "gptq-int4-g128", "gptq-int8-g128",
 )  # fmt: skip
-SHAPES = ("4096x4096", "14336x4096", "28672x8192")
-TOKENS = (1, 16, 64)
+SHAPES = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
+TOKENS = (1, 16, 32, 64)
+LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {
@@ -43,8 +44,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64,), "COPIES": (0, 1), "PROGRAMS": (528, 1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "BOOKS": (1, 0), "COPIES": (1,),
+        "PROGRAMS": (264, 528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -59,8 +60,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1, 3),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
+        "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
@@ -76,7 +77,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "scalar.integer_dot": {
         "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
-        "num_warps": (2, 4, 8), "num_stages": (1, 2, 3),
+        "num_warps": (4, 8), "num_stages": (1,),
     },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
@@ -116,15 +117,19 @@ def fills_bytes(scheme: str) -> bool:
     return format.bits != 3 and not (grouped and format.group_size % 64)
 
 
-def candidates(case: Case, thin: int) -> list[dict]:
+def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[dict]:
     """Configs worth trying: tiles of at most 8192 words, and every ``thin``-th of them."""
     scheme, _, _, M = case
     found = []
     for name, grid in GRIDS.items():
         family, body = name.split(".")
-        if family != family_of(scheme) or (M > 1) != body.endswith("dot"):
+        if bodies is not None and body not in bodies:
             continue
-        if body == "lookup" and getattr(parse_scheme(scheme), "nbits", 16) > 8:
+        large_books = getattr(parse_scheme(scheme), "nbits", 8) > 8
+        one = not body.endswith("dot") or (body == "words_dot" and large_books)
+        if family != family_of(scheme) or not (one if M == 1 else body.endswith("dot")):
+            continue
+        if body == "lookup" and large_books:
             continue
         if name.startswith("scalar.integer") and not fills_bytes(scheme):
             continue
@@ -132,14 +137,20 @@ def candidates(case: Case, thin: int) -> list[dict]:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
-            large = config["BLOCK_N"] * config.get("BLOCK_G", 1) > 8192
+            large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
             rows = 32 if body == "integer_dot" else 64
             if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
             gathers = body in ("integer_dot", "words_dot")
-            if gathers and config["BLOCK_M"] != min(rows, token_block(M)):
+            # Sums of words save MMAs, of which 16 tokens need few.
+            if config.get("BOOKS") == 0 and (M <= 16 or parse_scheme(scheme).num_codebooks == 1):
+                continue
+            # Each warp reads all inputs.
+            if body == "integer_dot" and config["BLOCK_N"] < 16 * config["num_warps"]:
+                continue
+            if gathers and config["BLOCK_M"] != min(rows, max(16, token_block(M))):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
             if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
@@ -148,11 +159,9 @@ def candidates(case: Case, thin: int) -> list[dict]:
     return found[::thin]
 
 
-def calls(case: Case, copies: int) -> list[Callable[[], torch.Tensor]]:
-    """The matmul of a case over distinct weights, without rotations."""
-    scheme, N, K, M = case
+def layers(scheme: str, N: int, K: int, copies: int) -> list[Callable]:
+    """x -> x W^T over distinct weights, without rotations."""
     format, family = parse_scheme(scheme), family_of(scheme)
-    x = torch.randn(M, K, device="cuda").half()
     none = torch.empty(0, dtype=torch.int8, device="cuda")
     problem = Problem(format, N, K, torch.float16, "cuda")
     kernel = next(
@@ -165,47 +174,63 @@ def calls(case: Case, copies: int) -> list[Callable[[], torch.Tensor]]:
         if family == "additive":
             op = kernels("additive").additive_matmul
             rest = (tensors["codebooks"], tensors["scales"], None, buffers["widest"], [N])
-            args = (x, buffers["packed_codes"], *rest)
+            args = (buffers["packed_codes"], *rest)
         elif family == "e8p":
             op = kernels("e8p").e8p_matmul
             rest = (None, None, none, format.bits, 1 / format.residual, N, 0, 0, "exact")
-            args = (x, buffers["packed_Qidxs"], *rest)
+            args = (buffers["packed_Qidxs"], *rest)
         else:
             op = kernels("scalar").scalar_matmul
             grouped = isinstance(format, ScalarFormat)
             scales = tensors["scales"] if grouped else buffers["grid_step"]
             G = format.group_size if grouped else K
             rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
-            args = (x, buffers["packed_qweight"], *rest, "exact")
-        made.append(lambda op=op, args=args: op(*args))
+            args = (buffers["packed_qweight"], *rest, "exact")
+        made.append(lambda x, op=op, args=args: op(x, *args))
     return made
+
+
+def compiled_once(configs: list[dict]) -> list[dict]:
+    """One config for each kernel: how many programs run makes no other."""
+    kernels_of = {tuple((k, v) for k, v in c.items() if k != "PROGRAMS"): c for c in configs}
+    return list(kernels_of.values())
 
 
 def compile_all(work: list[tuple[Case, list[dict]]]) -> None:
     """Run each config of each case once; Triton keeps the compiled kernels on disk."""
     tuning = kernels("additive").tuning
-    for case, configs in work:
-        (call,) = calls(case, 1)
+    for (scheme, N, K, M), configs in work:
+        (layer,) = layers(scheme, N, K, 1)
+        x = torch.randn(M, K, device="cuda").half()
         for config in configs:
             with tuning.forced(config), torch.no_grad():
                 try:
-                    call()
+                    layer(x)
                 except Exception as error:  # does not compile: the timing run says so
-                    print(f"{case} {config}: {str(error)[:100]}", flush=True)
+                    print(f"{scheme} {M} {config}: {str(error)[:100]}", flush=True)
         torch.cuda.synchronize()
 
 
 @torch.no_grad()
-def measure(case: Case, configs: list[dict], replays: int) -> Iterator[tuple[float, dict]]:
-    """(us, config) of each config that runs."""
+def measure(
+    made: list[Callable], case: Case, configs: list[dict], replays: int
+) -> Iterator[tuple[float, dict]]:
+    """(us, config) of each config that runs, repeats bit by bit and is right."""
     tuning = kernels("additive").tuning
-    scheme, N, K, _ = case
-    bits = parse_scheme(scheme).bits_per_weight(N, K)
-    made = calls(case, copies_for("dram", int(N * K * bits / 8)))
+    scheme, _, K, M = case
+    x = torch.randn(M, K, device="cuda").half()
+    with tuning.forced({"body": "gemv" if M == 1 else "dot"}):
+        expected = made[0](x).float()
     for config in configs:
         with tuning.forced(config):
             try:
-                yield round(time_graph(made, replays).median_us, 2), config
+                y = made[0](x)
+                error = ((y.float() - expected).norm() / expected.norm()).item()
+                if not error <= LARGEST_ERROR or not torch.equal(y, made[0](x)):
+                    print(f"{case} {config}: off by {error:.1e}, or another result", flush=True)
+                    continue
+                timed = time_graph([lambda f=f: f(x) for f in made], replays)
+                yield round(timed.median_us, 2), config
             except Exception as error:
                 print(f"{case} {config}: {str(error)[:100]}", flush=True)
 
@@ -218,6 +243,7 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", default=SCHEMES)
     parser.add_argument("--shape", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--m", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--body", nargs="+", help="try these bodies only")
     parser.add_argument("--thin", type=int, default=1, help="try every n-th candidate")
     parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--seconds", type=float, help="start no case after this time")
@@ -226,26 +252,36 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="the cache holds every kernel")
     arguments = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape]
-    cases = [(s, N, K, M) for (N, K), M, s in product(shapes, arguments.m, arguments.scheme)]
-    work = [(case, candidates(case, arguments.thin)) for case in cases]
+    layers_of = [(s, N, K) for (N, K), s in product(shapes, arguments.scheme)]
+    work = {
+        layer: [(m, candidates((*layer, m), arguments.thin, arguments.body)) for m in arguments.m]
+        for layer in layers_of
+    }
     if not arguments.no_compile:
-        pieces = [(case, configs[i::4]) for case, configs in work for i in range(4)]
+        pieces = [
+            [((*layer, m), compiled_once(configs)[i::4])]
+            for layer, cases in work.items() for m, configs in cases for i in range(4)
+        ]  # fmt: skip
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            list(pool.map(compile_all, [[piece] for piece in pieces]))
+            list(pool.map(compile_all, pieces))
     if arguments.compile_only:
         return
     begin, best = time.time(), {}
-    for case, configs in work:
+    for layer, cases in work.items():
         if arguments.seconds and time.time() - begin > arguments.seconds:
-            print(f"out of time before {case}", flush=True)
+            print(f"out of time before {layer}", flush=True)
             break
-        timed = sorted(measure(case, configs, arguments.replays), key=lambda t: t[0])
-        if arguments.log:
-            with arguments.log.open("a") as log:
-                log.writelines(json.dumps([*case, us, config]) + "\n" for us, config in timed)
-        if timed:
-            best[case] = timed[0]
-            print(*case, *timed[0], flush=True)
+        size = int(layer[1] * layer[2] * parse_scheme(layer[0]).bits_per_weight(*layer[1:]) / 8)
+        made = layers(*layer, copies_for("dram", size))
+        for m, configs in cases:
+            case = (*layer, m)
+            timed = sorted(measure(made, case, configs, arguments.replays), key=lambda t: t[0])
+            if arguments.log:
+                with arguments.log.open("a") as log:
+                    log.writelines(json.dumps([*case, us, c]) + "\n" for us, c in timed)
+            if timed:
+                best[case] = timed[0]
+                print(*case, *timed[0], flush=True)
         write(arguments.out, arguments.merge, best)
 
 

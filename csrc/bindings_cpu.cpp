@@ -3,11 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "common/check.h"
 #include "cpu/additive.h"
+#include "cpu/dense.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/plan.h"
+#include "cpu/step.h"
 #include "cpu/tiled.h"
 
 namespace py = pybind11;
@@ -104,6 +108,31 @@ void decode(const TiledWeight& weight, Address packed, Address scales, Address z
   tiled_decode(weight, {pointer<uint8_t>(packed), group_values(scales, zeros, values_dtype),
                         pointer<void>(out), out_row_stride, parse_dtype(out_dtype, "out_dtype"),
                         row_begin, row_end, num_threads});
+}
+
+void norm(Address x, int64_t x_stride, Address delta, int64_t delta_stride, Address weight,
+          float eps, Address total, Address y, const std::string& dtype, int64_t M, int64_t N,
+          int num_threads) {
+  add_norm({{pointer<void>(x), x_stride}, {pointer<void>(delta), delta_stride},
+            pointer<void>(weight), eps, pointer<void>(total), pointer<void>(y),
+            parse_dtype(dtype, "dtype"), M, N, num_threads});
+}
+
+void attention(Address q, std::array<int64_t, 2> q_stride, Address key,
+               std::array<int64_t, 2> key_stride, Address value,
+               std::array<int64_t, 2> value_stride, Address cos, Address sin, Address ids,
+               int64_t filled, Address keys, std::array<int64_t, 3> keys_stride, Address values,
+               std::array<int64_t, 3> values_stride, Address mask, int64_t mask_stride,
+               float scale, Address y, const std::string& dtype, std::array<int64_t, 5> sizes,
+               int num_threads) {
+  rope_attention({pointer<void>(q), pointer<void>(key), pointer<void>(value),
+                  {q_stride[0], q_stride[1]}, {key_stride[0], key_stride[1]},
+                  {value_stride[0], value_stride[1]}, pointer<void>(cos), pointer<void>(sin),
+                  pointer<int64_t>(ids), filled, pointer<void>(keys), pointer<void>(values),
+                  {keys_stride[0], keys_stride[1], keys_stride[2]},
+                  {values_stride[0], values_stride[1], values_stride[2]}, pointer<bool>(mask),
+                  mask_stride, scale, pointer<void>(y), parse_dtype(dtype, "dtype"), sizes[0],
+                  sizes[1], sizes[2], sizes[3], sizes[4], num_threads});
 }
 
 // One row a kernel: its id, the code widths it serves and the instruction sets that have it.
@@ -256,6 +285,43 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("pre"), py::arg("post"), py::arg("h"), py::arg("factor"), py::arg("block"),
         py::arg("transpose"), py::arg("y"), py::arg("M"), py::arg("n"), py::arg("num_threads"));
 
+  m.def(
+      "dense_matvec",
+      [](Address x, Address weight, int64_t row_stride, Address bias, Address y,
+         const std::string& dtype, int64_t N, int64_t K, int num_threads) {
+        dense_matvec({pointer<void>(x), pointer<void>(weight), row_stride, pointer<void>(bias),
+                      pointer<void>(y), parse_dtype(dtype, "dtype"), N, K, num_threads});
+      },
+      ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("row_stride"), py::arg("bias"),
+      py::arg("y"), py::arg("dtype"), py::arg("N"), py::arg("K"), py::arg("num_threads"));
+
+  m.def("add_norm", &norm, ReleaseGil(), py::arg("x"), py::arg("x_stride"), py::arg("delta"),
+        py::arg("delta_stride"), py::arg("weight"), py::arg("eps"), py::arg("total"), py::arg("y"),
+        py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("num_threads"));
+  m.def(
+      "swiglu",
+      [](Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address y,
+         const std::string& dtype, int64_t M, int64_t N, int num_threads) {
+        swiglu({{pointer<void>(gate), gate_stride}, {pointer<void>(up), up_stride},
+                pointer<void>(y), parse_dtype(dtype, "dtype"), M, N, num_threads});
+      },
+      ReleaseGil(), py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"),
+      py::arg("y"), py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("num_threads"));
+  m.def(
+      "argmax",
+      [](Address scores, int64_t stride, const std::string& dtype, int64_t M, int64_t N,
+         Address best) {
+        argmax({pointer<void>(scores), stride}, parse_dtype(dtype, "dtype"), M, N,
+               pointer<int64_t>(best));
+      },
+      ReleaseGil(), py::arg("scores"), py::arg("stride"), py::arg("dtype"), py::arg("M"),
+      py::arg("N"), py::arg("best"));
+  m.def("rope_attention", &attention, ReleaseGil(), py::arg("q"), py::arg("q_stride"),
+        py::arg("key"), py::arg("key_stride"), py::arg("value"), py::arg("value_stride"),
+        py::arg("cos"), py::arg("sin"), py::arg("ids"), py::arg("filled"), py::arg("keys"),
+        py::arg("keys_stride"), py::arg("values"), py::arg("values_stride"), py::arg("mask"),
+        py::arg("mask_stride"), py::arg("scale"), py::arg("y"), py::arg("dtype"), py::arg("sizes"),
+        py::arg("num_threads"));
   m.def(
       "advise_huge_pages",
       [](Address ptr, int64_t nbytes) { return advise_huge_pages(pointer<void>(ptr), nbytes); },

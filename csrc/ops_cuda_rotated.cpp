@@ -5,10 +5,13 @@
 // be captured in a graph.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cuda/norm_rotate.h"
 #include "cuda/rotated.h"
 #include "ops_cuda_common.h"
 
@@ -190,8 +193,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   bool reserved = false;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
-        aqlm::choose_rotated(w, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)), factor != 0,
-                             info);
+        aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
+                             factor != 0, info);
     if (config.tiles == 0) {
       Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)
@@ -243,6 +246,44 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     m += p.tokens;
   }
   return y;
+}
+
+// Of one token: x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
+bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
+                 int64_t factor, aqlm::NormRotateParams n, cudaStream_t stream) {
+  aqlm::DeviceInfo info;
+  check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
+  if (n.tokens != 1 || factor != 1 || !sv || sv->scalar_type() != ScalarType::Float ||
+      reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
+      n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
+    return false;
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
+  if (config.share != aqlm::Share::kOwned) return false;
+  aqlm::RotatedMatmul p = {};
+  p.w = w;
+  p.tokens = 1;
+  aqlm::schedule_rotated(config, info, &p);
+  Tensor partials = torch::stable::new_empty(z, {static_cast<int64_t>(n.n)}, ScalarType::Float);
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.x = z.const_data_ptr();
+  p.x_stride = w.K;
+  p.x_type = n.type;
+  p.local_bits = 5;  // of a block's 32 rows
+  check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
+  aqlm::MixNormParams m = {};
+  m.z = p.partials;
+  m.sv = static_cast<const float*>(sv->const_data_ptr());
+  m.x = n.x;
+  m.weight = n.weight;
+  m.su = n.su;
+  m.sum = n.sum;
+  m.y = n.y;
+  m.type = n.type;
+  m.n = n.n;
+  m.eps = n.eps;
+  m.gain = n.gain;
+  check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  return true;
 }
 
 // dx = (U_N^T (sv * dy)) Wq, Wq dequantized in column slices so that nothing is accumulated.
@@ -378,6 +419,58 @@ Tensor e8p_matmul(const Tensor& x, const Tensor& packed, const std::optional<Ten
   return matmul(w, x, sv, bias, h, factor, block, precision);
 }
 
+// sum = x + sv * U (z Wq^T), y = U^T (su * the norm of sum).
+std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed,
+                                           const std::optional<Tensor>& sv, const Tensor& h,
+                                           int64_t bits, double residual, int64_t factor,
+                                           const Tensor& x, const Tensor& weight, double eps,
+                                           const Tensor& su) {
+  check_input(z, packed, "z");
+  CHECK(z.dim() == 2 && x.dim() == 2 && z.size(0) == x.size(0) && z.size(0) < 65536 &&
+            z.scalar_type() == x.scalar_type(),
+        "z [M, K] and x [M, N] must have as many rows and one dtype");
+  const int64_t M = x.size(0), N = x.size(1), power = factor > 0 ? N / factor : 0;
+  CHECK(power >= 128, "N=", N, ", factor=", factor, ": N / factor must be at least 128");
+  const int device = x.get_device_index();
+  DeviceGuard guard(device);
+  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
+  set_packed(w, packed);
+  const aqlm::Rotation r = rotation_of(h, N, factor, 0, true, device);
+  aqlm::DType sv_type;
+  vector_of(sv, N, "sv", device, &sv_type);
+  auto vector = [&](const Tensor& t, ScalarType type, const char* name) {
+    CHECK(t.numel() == N && t.is_contiguous() && t.scalar_type() == type &&
+              t.get_device_index() == device &&
+              reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0,
+          name, " must be ", N, " contiguous values on x's device, 16-byte aligned");
+    return t.const_data_ptr();
+  };
+  Tensor rows = torch::stable::contiguous(x), in = torch::stable::contiguous(z);
+  Tensor sum = torch::stable::new_empty(x, {M, N}), y = torch::stable::new_empty(x, {M, N});
+  if (M == 0) return {sum, y};
+  aqlm::NormRotateParams n = {};
+  n.x = rows.const_data_ptr();
+  CHECK(reinterpret_cast<uintptr_t>(n.x) % 16 == 0, "x must be 16-byte aligned");
+  n.x_stride = n.delta_stride = N;
+  n.weight = vector(weight, x.scalar_type(), "weight");
+  n.su = static_cast<const float*>(vector(su, ScalarType::Float, "su"));
+  n.h = r.h;
+  n.sum = sum.mutable_data_ptr();
+  n.y = y.mutable_data_ptr();
+  n.type = dtype_of(x, "x");
+  n.n = static_cast<int>(N);
+  n.factor = static_cast<int>(factor);
+  n.tokens = static_cast<int>(M);
+  n.eps = static_cast<float>(eps);
+  n.gain = 1.f / std::sqrt(static_cast<float>(N));
+  cudaStream_t stream = current_stream(device);
+  if (matmul_norm(w, in, sv, factor, n, stream)) return {sum, y};
+  Tensor delta = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
+  n.delta = delta.const_data_ptr();
+  check_cuda(aqlm::launch_norm_rotate(n, stream), "norm_rotate");
+  return {sum, y};
+}
+
 Tensor e8p_matmul_dx(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& sv,
                      const Tensor& h, int64_t bits, double residual, int64_t in_features,
                      int64_t factor, int64_t block) {
@@ -459,6 +552,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_pack", TORCH_BOX(&e8p_pack));
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
+  m.impl("e8p_matmul_norm", TORCH_BOX(&e8p_matmul_norm));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));

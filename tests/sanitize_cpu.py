@@ -3,8 +3,9 @@
     python tests/sanitize_cpu.py [pytest arguments]
 
 Builds ``_cpu`` with -fsanitize=address,undefined in a temporary folder and runs
-tests/test_kernels_cpu.py and test_kernels_cpu_rotated.py against that build. Any report ends the
-run with a failure (add ``-s`` to see it: pytest keeps what a dying process printed).
+tests/test_kernels_cpu.py, test_kernels_cpu_rotated.py and test_generation_ops.py against that
+build. Any report ends the run with a failure (add ``-s`` to see it: pytest keeps what a dying
+process printed).
 """
 
 import os
@@ -65,8 +66,10 @@ def main() -> int:
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        tests = [str(ROOT / "tests" / f"test_kernels_cpu{part}.py") for part in ("", "_rotated")]
-        command = [sys.executable, "-c", RUN, str(module), *tests, "-p", "no:cacheprovider"]
+        names = ("kernels_cpu", "kernels_cpu_rotated", "generation_ops")
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
+        options = ["-p", "no:cacheprovider", "-m", "not gpu"]
+        command = [sys.executable, "-c", RUN, str(module), *tests, *options]
         return subprocess.run([*command, *sys.argv[1:]], env=environment, cwd=ROOT).returncode
 
 

@@ -30,7 +30,8 @@ MATMUL_KEYS = {
 GENERATE_KEYS = {
     "bench", "date", "commit", "device", "backend", "model", "scheme", "batch", "tokens_per_s",
     "dense_tokens_per_s", "ttft_ms", "dense_ttft_ms", "bytes", "threads", "dtype", "mode",
-    "dense_compiled_tokens_per_s", "prompt_tokens", "new_tokens", "lm_head", "peak_bytes",
+    "dense_compiled_tokens_per_s", "dense_compiled_ttft_ms", "prompt_tokens", "new_tokens",
+    "lm_head", "peak_bytes",
 }  # fmt: skip
 
 needs_native = pytest.mark.skipif(native.cpu is None, reason="the CPU module is not built")
@@ -142,10 +143,10 @@ def test_matmul_cases_are_checked():
 def test_generate_rows():
     dense = tiny_model()
     quantized = quantized_copy(dense, "aqlm-1x4-g8", "exact", progress=False)
-    options = {"new_tokens": 4, "modes": ("eager", "prepared"), "prompt_tokens": (3, 5)}
+    options = {"new_tokens": 4, "modes": ("eager", "no-graph", "prepared"), "prompt_tokens": (3, 5)}
     rows = list(bench_generate("tiny", quantized, Dense(dense), batches=(1, 2), **options))
     cases = [(row["mode"], row["batch"], row["prompt_tokens"]) for row in rows]
-    assert cases == list(product(("eager", "prepared"), (1, 2), (3, 5)))
+    assert cases == list(product(("eager", "no-graph", "prepared"), (1, 2), (3, 5)))
     for row in rows:
         assert row.keys() >= GENERATE_KEYS
         assert (row["model"], row["scheme"]) == ("tiny", "aqlm-1x4-g8")

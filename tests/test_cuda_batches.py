@@ -78,6 +78,20 @@ def test_long_passes(scheme, dtype):
         assert_close(y, x.double() @ weight.T + bias, x, weight, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_passes(dtype):
+    """8x8 g32 with up to 128 tokens a pass, which only larger matrices take."""
+    N, K = 12801, 8192
+    layer = random_layer("aqlm-8x8-g32", N, K, dtype)
+    quant = make(layer, "exact")
+    weight, bias = quant.weight.double(), layer.bias.double().cuda()
+    for M in (6, 33, 65, 100, 128):
+        x = random_input(M, K, dtype).contiguous().cuda()
+        y = quant(x)
+        assert torch.equal(y, quant(x)), f"M={M}: two runs differ"
+        assert_close(y, x.double() @ weight.T + bias, x, weight, dtype)
+
+
 @pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8"])
 @pytest.mark.parametrize("M", [9, 64, 130])
 def test_fused_parts(scheme, M):

@@ -1,5 +1,6 @@
 """Captured decode steps on a GPU: the same tokens as the model gives, graph after graph."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_greedy_tokens_on_lm7(quantized_lm7):
     prepare_for_generation(model)
     runner = model.aqlm_generation.runner
     got = [greedy(model, *each, max_new_tokens=60) for each in (*arguments, *arguments)]
-    assert runner.counts["captures"] == 2 and runner.counts["replays"]
+    assert runner.counts["bodies"] == 2 and runner.counts["replays"]
     undo_prepare_for_generation(model)
     for tokens, other, (_, mask) in zip(got, expected * 2, arguments * 2, strict=True):
         assert_same_tokens(model, tokens, other, mask)
@@ -97,6 +98,43 @@ def test_step_logits(scheme, dtype):
     got = torch.stack(out.logits, 1)
     error = (got.double() - expected.double()).norm() / expected.double().norm()
     assert error < (2e-2 if dtype == torch.float16 else 8e-2), f"{error:.1e}"
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, None])
+def test_prompt_logits(scheme, dtype, tokens):
+    """Of prompts in the operators of a step, and of the step after: the eager model's."""
+    model = random_model(config(), scheme, dtype, "cuda")
+    ids = torch.randint(1, 512, (2, tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        with captured(model) if scheme is None else nullcontext(prepared(model)) as runner:
+            out = greedy(model, ids, max_new_tokens=2, return_dict_in_generate=True,
+                         output_logits=True)  # fmt: skip
+            again = greedy(model, ids, max_new_tokens=2)
+        assert runner.counts["prompts"] == 2 and torch.equal(out.sequences, again)
+        if scheme is not None:
+            undo_prepare_for_generation(model)
+        expected = model(out.sequences[:, :-1]).logits[:, -2:]
+    error = (torch.stack(out.logits, 1).double() - expected.double()).norm()
+    limit = {torch.float16: 2e-2, torch.bfloat16: 8e-2, torch.float32: 5e-3}[dtype]
+    assert error < limit * expected.double().norm(), f"{error:.1e}"
+
+
+def prepared(model, **options):
+    return prepare_for_generation(model, **options).aqlm_generation.runner
+
+
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "quip-e8p-2bit"])
+def test_steps_without_a_graph(scheme):
+    model = random_model(config(), scheme, torch.float16, "cuda")
+    ids = torch.randint(1, 512, (3, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    prepare_for_generation(model)
+    expected = greedy(model, ids)
+    undo_prepare_for_generation(model)
+    runner = prepared(model, graphs=False)
+    assert torch.equal(greedy(model, ids), expected)
+    assert runner.counts == {"bodies": 1, "prompts": 1, "replays": 23}
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 64])
@@ -151,11 +189,11 @@ def test_weights_changed_in_place_and_moved():
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
     after = greedy(model, ids)
-    assert runner.counts["captures"] == 1
+    assert runner.counts["bodies"] == 1
     model.cpu()
     model.cuda()
     assert torch.equal(greedy(model, ids), after)
-    assert runner.counts["captures"] == 2
+    assert runner.counts["bodies"] == 2
 
 
 def test_dense_models_for_comparison():
@@ -166,11 +204,26 @@ def test_dense_models_for_comparison():
         assert torch.equal(greedy(model, ids), expected) and runner.counts["replays"] == 23
 
 
-def test_quantized_head():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_head(bits):
     model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda")
     ids = torch.randint(1, 512, (1, 7), generator=torch.Generator().manual_seed(2)).cuda()
-    prepare_for_generation(model, lm_head="rtn-int8-g128")
+    prepare_for_generation(model, lm_head=f"rtn-int{bits}-g128")
     assert greedy(model, ids).shape == (1, 31) and model.lm_head.kernel_id == "cuda.scalar"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("graphs", [None, False])
+def test_second_device(graphs):
+    """A model on a device that is not the current one."""
+    model = random_model(config(), "aqlm-2x8-g8", torch.float16, "cuda:1")
+    ids = torch.randint(1, 512, (2, 7), generator=torch.Generator().manual_seed(2))
+    prepare_for_generation(model, graphs=graphs)
+    got = greedy(model, ids.to("cuda:1"))
+    undo_prepare_for_generation(model)
+    prepare_for_generation(model.to("cuda:0"), graphs=graphs)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(greedy(model, ids.to("cuda:0")).cpu(), got.cpu())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aqlm_infer.backends import native
 from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.generation import ops
 from aqlm_infer.ops import OperandError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = ["cpu", *(pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "triton"))]
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -21,15 +23,25 @@ def rand(*shape, device, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
 
+def run(kernel: str, name: str, *given):
+    """An operator; "cuda": the kernel that is launched where there is no graph."""
+    return getattr(ops.EAGER if kernel == "cuda" else ops, name)(*given)
+
+
+def device_of(kernel: str) -> str:
+    return "cpu" if kernel == "cpu" else "cuda"
+
+
 def close(y, exact, dtype):
     error = (y.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
     assert error <= LIMITS[dtype], f"relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize(("M", "N"), [(1, 96), (3, 4096), (5, 8192)])
-def test_norms(device, dtype, M, N):
+@pytest.mark.parametrize(("M", "N"), [(1, 96), (3, 4096), (5, 8192), (300, 100), (2, 20480)])
+def test_norms(kernel, dtype, M, N):
+    device = device_of(kernel)
     x = rand(M, 2 * N, device=device, dtype=dtype)[:, :N]  # rows apart
     delta, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((M, N), (N,)))
 
@@ -37,18 +49,70 @@ def test_norms(device, dtype, M, N):
         wide = total.double()
         return weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
 
-    close(ops.rms_norm(x, weight, 1e-5), exact(x), dtype)
-    total, y = ops.add_rms_norm(x, delta, weight, 1e-5)
+    if kernel != "cuda":
+        close(ops.rms_norm(x, weight, 1e-5), exact(x), dtype)
+    total, y = run(kernel, "add_rms_norm", x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     close(y, exact(total), dtype)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", native.cpu.supported_isas())
+def test_native_operators(isa, threads, name):
+    """Every instruction set: sizes that are no multiple of its vectors, any number of threads."""
+    isa(name)
+    for dtype in LIMITS:
+        test_norms("cpu", dtype, 33, 2055)
+        test_swiglu_takes_halves_of_one_product("cpu", dtype, 3, 751)
+        test_rope_attention("cpu", dtype, (3, 6, 2, 700, 90, 690))
+        test_choose_takes_the_first_of_equals_and_counts("cpu", 5001, 5)
+        x = rand(97, 2055, device="cpu", dtype=dtype)
+        case = attention_case("cpu", dtype, 3, 6, 2, 700, 90, 690)
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            q, key, value, keys, values, mask, cos, sin, ids = (t.clone() for t in case)
+            at, counts = torch.tensor([690]), torch.zeros(6, dtype=torch.int32)
+            y = ops.rope_attention(
+                q, key, value, cos, sin, ids, at, keys, values, mask, counts, 0.3
+            )
+            results.append((ops.add_rms_norm(x, x, x[0], 1e-5)[1], ops.swiglu(x, x), y))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_native_swiglu_of_every_magnitude(isa):
+    """Where the exponential is bounded, and infinities: what torch says; NaN stays."""
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38])])[None]
+    exact = F.silu(x.double())
+    for name in native.cpu.supported_isas():
+        isa(name)
+        y = ops.swiglu(x, torch.ones_like(x)).double()
+        assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()
+        edges = torch.tensor([[float("inf"), float("-inf"), float("nan")]])
+        big, small, nan = ops.swiglu(edges, torch.ones(1, 3))[0]
+        assert big == float("inf") and small == 0 and nan.isnan()
+
+
+def test_native_attention_to_nothing_is_zero_and_positions_are_checked():
+    case = attention_case("cpu", torch.float32, 1, 4, 2, 40, 64, 7)
+    q, key, value, keys, values, mask, cos, sin, ids = case
+    counts, at = torch.zeros(2, dtype=torch.int32), torch.tensor([7])
+    fixed = q, key, value, cos, sin
+    nothing = torch.zeros_like(mask)
+    assert not ops.rope_attention(*fixed, ids, at, keys, values, nothing, counts, 0.3).any()
+    with pytest.raises(ValueError, match="position 40 is outside a cache of 40"):
+        ops.rope_attention(*fixed, ids, at + 33, keys, values, mask, counts, 0.3)
+    with pytest.raises(ValueError, match="rotary position 40 is outside"):
+        ops.rope_attention(*fixed, ids * 0 + 40, at, keys, values, mask, counts, 0.3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_swiglu_takes_halves_of_one_product(device, dtype):
-    both = rand(3, 1500, device=device, dtype=dtype)
-    gate, up = both[:, :750], both[:, 750:]
-    close(ops.swiglu(gate, up), F.silu(gate.double()) * up.double(), dtype)
+@pytest.mark.parametrize(("M", "N"), [(3, 750), (200, 750), (33, 1024)])
+def test_swiglu_takes_halves_of_one_product(kernel, dtype, M, N):
+    both = rand(M, 2 * N, device=device_of(kernel), dtype=dtype)
+    gate, up = both[:, :N], both[:, N:]
+    close(run(kernel, "swiglu", gate, up), F.silu(gate.double()) * up.double(), dtype)
 
 
 def attention_case(device, dtype, B, H, heads, L, D, filled):
@@ -73,7 +137,8 @@ def rotated64(x, cos, sin):
 CASES = [
     (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
     (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
-    (64, 4, 4, 256, 64, 131),
+    (64, 4, 4, 256, 64, 131), (16, 32, 8, 256, 128, 255), (1, 8, 1, 4096, 64, 4095),
+    (7, 14, 2, 512, 128, 130),
 ]  # fmt: skip
 
 
@@ -109,6 +174,45 @@ def test_rope_attention(device, dtype, case):
     close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
 
 
+PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64),
+           (2, 3, 1, 9, 12, 20)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_rope_store(kernel, dtype, case):
+    """q, key and value are slices of one product; positions are the sequences' own."""
+    device = device_of(kernel)
+    B, H, heads, T, L, D = case
+    product = rand(B * T, (H + 2 * heads) * D, device=device, dtype=dtype)
+    q, key, value = (
+        part.view(B, T, -1, D) for part in product.split((H * D, heads * D, heads * D), 1)
+    )
+    angle = torch.arange(L)[:, None] * 0.3 ** torch.arange(D // 2)[None]
+    cos, sin = (torch.cat((f, f), 1).to(dtype).to(device) for f in (angle.cos(), angle.sin()))
+    ids = (torch.arange(T)[None] - torch.arange(B)[:, None]).clamp(min=0).to(device)
+    keys, values = (rand(B, heads, L, D, device=device, dtype=dtype, seed=s) for s in (3, 4))
+    rest = keys[:, :, T:].clone(), values[:, :, T:].clone()
+    y = run(kernel, "rope_store", q, key, value, cos, sin, ids, keys, values)
+    at = cos[ids][:, :, None], sin[ids][:, :, None]
+    close(y, rotated64(q, *at), dtype)
+    close(keys[:, :, :T], rotated64(key, *at).transpose(1, 2), dtype)
+    assert torch.equal(values[:, :, :T], value.transpose(1, 2))
+    assert torch.equal(keys[:, :, T:], rest[0]) and torch.equal(values[:, :, T:], rest[1])
+    again = run(kernel, "rope_store", q, key, value, cos, sin, ids, keys, values)
+    assert torch.equal(again, y)
+
+
+def test_rope_store_refuses_what_does_not_fit():
+    q, keys = torch.ones(1, 5, 4, 8), torch.ones(1, 2, 4, 8)
+    table, ids = torch.ones(4, 8), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(OperandError, match="5 tokens of 4 heads do not fit a cache of 4 positions"):
+        ops.rope_store(q, q[:, :, :2], q[:, :, :2], table, table, ids, keys, keys.clone())
+    with pytest.raises(OperandError, match=r"key is \[1, 5, 1, 8\], expected \[1, 5, 2, 8\]"):
+        ops.rope_store(q, q[:, :, :1], q[:, :, :2], table, table, ids, keys, keys.clone())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [16, 32, 64, 128, 512])
 def test_every_chunk_size(chunk):
@@ -120,12 +224,13 @@ def test_every_chunk_size(chunk):
     close(y, ops._attend(q.double(), keys.double(), values.double(), mask, 0.1), torch.float16)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_embedding_with_its_norm(device, dtype):
+def test_embedding_with_its_norm(kernel, dtype):
+    device = device_of(kernel)
     table, weight = (rand(*s, device=device, dtype=dtype, seed=1) for s in ((50, 384), (384,)))
     tokens = torch.tensor([7, 0, 49], device=device)
-    x, y = ops.embed_norm(tokens, table, weight, 1e-5)
+    x, y = run(kernel, "embed_norm", tokens, table, weight, 1e-5)
     assert torch.equal(x, table[tokens])
     close(y, ops.rms_norm(x, weight, 1e-5), dtype)
 
@@ -182,6 +287,7 @@ CASES = [
     (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
     (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
     (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
+    (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
     (decode._swiglu, {"BLOCK": 512}),
@@ -211,7 +317,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 7", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 8", run.stderr[-2000:]
 
 
 def test_operands_are_checked():

@@ -336,3 +336,37 @@ def test_kernel_table_matches_the_registry():
     compiled = [row["id"] for row in native.cpu.kernel_table()]
     for family in (k.removesuffix(".rotated") for k in KERNELS if k.startswith("cpu.")):
         assert any(body.startswith(family) for body in compiled), family
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 40), (64, 64), (130, 200), (257, 1031)])
+def test_dense_matvec(threads, isa, name, dtype, N, K):
+    """Rows of a wider matrix, any number of threads, with and without a bias."""
+    isa(name)
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, K + 8, generator=rng).to(dtype)[:, :K]
+    x, bias = (torch.randn(*s, generator=rng).to(dtype) for s in ((1, 1, K), (N,)))
+    for given in (None, bias):
+        threads(1)
+        y = ops.dense_matvec(x, weight, given)
+        assert y.shape == (1, 1, N) and y.dtype == dtype
+        exact = x[0].double() @ weight.double().T + (0 if given is None else given.double())
+        assert_close(y[0], exact, x[0], weight, dtype)
+        for count in (2, 3, 7):
+            threads(count)
+            assert torch.equal(ops.dense_matvec(x, weight, given), y)
+
+
+def test_dense_matvec_bad_operands():
+    weight, x = torch.randn(8, 16), torch.randn(16)
+    for bad, match in (
+        ((torch.randn(2, 16), weight, None), "expected one row"),
+        ((x[:8], weight, None), "expected one row"),
+        ((x.bfloat16(), weight, None), "weight has dtype torch.float32, x torch.bfloat16"),
+        ((x, weight[0], None), r"weight is \[16\]"),
+        ((x, weight, torch.randn(7)), r"bias has shape \[7\]"),
+    ):
+        with pytest.raises(ops.OperandError, match=match):
+            ops.dense_matvec(*bad)
+    assert ops.dense_matvec(x.to("meta"), weight.to("meta"), None).shape == (8,)

@@ -137,6 +137,20 @@ def test_scalar_bodies(bits, N, K, G, zeros, dtype):
     check(Scalar(bits, N, K, G, zeros, dtype), dtype)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scale_groups_before_a_rotation(bits):
+    """No format has both; the operator takes them."""
+    layer, r = Scalar(bits, 3072, 1024, 128), Hadamard.full(3072)
+    h, sv = r.matrix("cuda"), torch.rand(3072, generator=seeded(1), device="cuda") + 0.5
+    for M in TOKENS:
+        x = rows(M, 1024, torch.float16, seed=M)
+        y = ops.scalar_matmul(
+            x, layer.packed, layer.scales, layer.zeros, sv, None, h, bits, 128, 3072, r.factor, 0,
+            "exact",
+        )  # fmt: skip
+        close(y, hadamard_transform(layer.expected(x), r.factor, 0) * sv.double(), x.dtype)
+
+
 @pytest.mark.parametrize("M", [1, 9])
 def test_outlier_columns_cost_only_their_own_group_precision(M):
     """Activations have one scale a group: 3000 in one column leaves the others' sums exact."""
@@ -162,6 +176,32 @@ def test_hadamard_sizes(n, dtype):
             y = ops.hadamard(x, pre, post, h, r.factor, 0, transpose)
             expected = hadamard_transform(x.double() * pre, r.factor, 0, transpose) * post
             close(y, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("n", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 28672, 32768])
+def test_rotation_of_many_tokens(n, dtype):
+    """Aligned rows and one vector: 1 to 16 warps a token, and more tokens than a wave of blocks."""
+    r = Hadamard.full(n)
+    h, vector = r.matrix("cuda"), torch.rand(n, generator=seeded(n), device="cuda") + 0.5
+    for M in (33, 300, 2100):
+        x = torch.randn(M, n + 8, generator=seeded(M), device="cuda").to(dtype)[:, :n]
+        for transpose in (False, True):
+            for pre, post in ((None, None), (vector, None), (None, vector)):
+                y = ops.hadamard(x, pre, post, h, r.factor, 0, transpose)
+                wide = x.double() if pre is None else x.double() * pre
+                expected = hadamard_transform(wide, r.factor, 0, transpose)
+                close(y, expected if post is None else expected * post, dtype)
+                assert torch.equal(ops.hadamard(x, pre, post, h, r.factor, 0, transpose), y)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_bias_of_many_tokens(dtype):
+    """More tokens than the MMA bodies take: dequantized, then rotated with a bias."""
+    layer = E8P(2, 3072, 1024)
+    x = torch.randn(2000, 1024, generator=seeded(1), device="cuda").to(dtype)
+    bias = torch.randn(3072, generator=seeded(2), device="cuda").to(dtype) * 32
+    close(layer(x, bias), layer.expected(x) + bias.double(), dtype)
 
 
 @pytest.mark.parametrize("M", [1, 12, 100, 500])

@@ -51,12 +51,15 @@ def test_matmul(scheme, N, K, dtype):
 @pytest.mark.parametrize(
     ("scheme", "N", "K"),
     [("aqlm-1x8-g8", 63, 200), ("aqlm-2x6-g8", 64, 104), ("aqlm-2x8-g8", 130, 520),
-     ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 65, 136), ("aqlm-1x12-g8", 67, 264)],
+     ("aqlm-2x8-g8", 132, 520), ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 66, 136),
+     ("aqlm-1x12-g8", 67, 264), ("aqlm-2x10-g8", 64, 256)],
 )  # fmt: skip
-@pytest.mark.parametrize("body", ["words_dot", "unshared", "dot"])
+@pytest.mark.parametrize("body", ["words_dot", "unshared", "summed", "dot"])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
-    """Words gathered into registers from shared memory where codebooks fit, or into a tile."""
-    config = {"body": "words_dot", "COPIES": 0} if body == "unshared" else {"body": body}
+    """Words gathered into registers (a codebook a program or all, from shared memory where they
+    fit), or into a tile."""
+    config = {"body": "dot" if body == "dot" else "words_dot"}
+    config |= {"unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2}}.get(body, {})
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()

@@ -101,6 +101,7 @@ BYTES = (
     ("gptq-int4-g128", 33, 384),
     ("gptq-int8-g64", 17, 192),
     ("gptq-int2-g128", 35, 640),
+    ("gptq-int2-g128", 33, 768),
     ("gptq-int2-g64", 33, 320),
 )
 
@@ -139,6 +140,21 @@ def test_both_bodies_of_few_tokens(scheme, N, K, body):
                 y = quant(x.to(DEVICE))
             expected = x.double() @ weight.T + layer.bias.double()
             assert_close(y.cpu(), expected, x, weight, dtype)
+
+
+@pytest.mark.parametrize(
+    ("M", "body"), [(1, "integers"), (1, "gemv"), (7, "integer_dot"), (7, "dot")]
+)
+def test_one_split_is_the_result(M, body):
+    """Without a scale, a bias or a rotation that comes after it, it is written in x's type."""
+    layer = random_layer("gptq-int4-g128", 35, 640, torch.float16)
+    tensors = {name: tensor.to(DEVICE) for name, tensor in layer.tensors.items()}
+    quant = QuantLinear.from_tensors(layer.format, tensors, layer.K, kernel="triton.scalar")
+    x, weight = random_input(M, layer.K, torch.float16), layer.weight()
+    for programs in (1, 1000):
+        with tuning.forced({"body": body, "PROGRAMS": programs}):
+            y = quant(x.to(DEVICE))
+        assert_close(y.cpu(), x.double() @ weight.T, x, weight, torch.float16)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), LAYERS)

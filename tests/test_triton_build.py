@@ -16,7 +16,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar
+from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar, words
 
 A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
@@ -24,13 +24,16 @@ CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
-        (additive._words_dot, {**A, "COPIES0": 4, "COPIES": 4, "BYTES": 32768, "ASM": True,
-                               "BLOCK_N": 64, "BLOCK_M": 16}),
+        (words._arrange, {"TILES": 1}),
+        (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
+                            "ROWS": 2, "WIDTH": 2, "EVEN": False, "ASM": True, "WARPS": 4,
+                            "BLOCK_M": 16}),
+        (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
+                             "ASM": True, "WARPS": 8}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
-        (partial._finish, {"SPLITS": 8, "OG": 1, "UNIT": True, "SCALES": True, "BIAS": True,
-                           "BLOCK": 256}),
+        (partial._finish, {"OG": 1, "UNIT": True, "SCALES": True, "BIAS": True, "BLOCK": 256}),
         (partial._sums, {"BLOCK": 1024}),
     ],
     "rotated": [
@@ -39,10 +42,10 @@ CASES = {
         (e8p._dot, {"BITS": 4, "EXACT": False, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16,
                     "SHARED": False, "FIRST": True}),
         (e8p._dequantize, {"BITS": 3, "BLOCK_N": 64, "BLOCK_G": 8}),
-        (e8p._quantize, {"TILE": 32, "BLOCK": 128, "CHUNK_K": 4096}),
+        (e8p._quantize, {"TILES": 1, "BLOCK": 128, "CHUNK_K": 4096}),
         (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": 16, "ASM": True, "BLOCK_N": 64,
                          "BLOCK_G": 32}),
-        (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "BLOCK_N": 64, "BLOCK_G": 32,
+        (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
                           "PRECISION": "tf32x3", "BLOCK_R": 16}),
@@ -55,11 +58,12 @@ CASES = {
         (scalar._dot, {**S, "EVEN": False, "EXACT": False, "FIRST": False, "BLOCK_N": 64,
                        "BLOCK_M": 32}),
         (scalar._dequantize, {"BITS": 3, "ZEROS": True, "ALIGNED": True, "BLOCK_N": 16}),
-        (scalar._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILE": True, "CHUNK": 4096}),
+        (scalar._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILES": 2, "NB": 2,
+                            "CHUNK": 4096}),
         (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
         (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "ASM": True,
-                               "BLOCK_N": 64, "BLOCK_M": 16}),
+                               "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
     ],
 }[sys.argv[1]]
 TYPES = {
@@ -74,10 +78,10 @@ for body, constants in CASES:
     types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
     if body is additive._lookup:
         types["tables_ptr"] = "*fp16"
-    if body.__name__ == "_quantize":
+    if body.__name__ in ("_quantize", "_arrange"):
         types["out_ptr"] = "*i32"
-    elif body.__name__.startswith("_integer"):
-        types["x_ptr"] = "*i32" if body.__name__ == "_integers" else "*i8"
+    elif body.__name__.startswith("_integer") or body is words._words_dot:
+        types["x_ptr"] = "*i32"
     at = {(body.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(fn=body, signature=types, constexprs=at)
     assert triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32)).asm["cubin"]
@@ -87,7 +91,7 @@ print("compiled", len(CASES))
 
 @pytest.mark.parametrize(
     ("family", "arch", "count"),
-    [("additive", 90, 8), ("rotated", 80, 9), ("scalar", 90, 7)],
+    [("additive", 90, 10), ("rotated", 80, 9), ("scalar", 90, 7)],
 )
 def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

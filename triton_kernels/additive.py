@@ -6,8 +6,8 @@ neighbouring bytes. ``additive_ops`` chooses the body by the number of tokens M:
     _tables, _lookup   one token: the 2^b partial dot products of every input vector and codebook,
                        then one table entry a code (2 bytes from L1 instead of a 16-byte word)
     _gemv              one token: words gathered and multiplied
-    _words_dot         words gathered straight into the operand of an MMA (NVIDIA, vectors of 8)
     _dot               words gathered into a tile of the weight, one ``tl.dot`` for all tokens
+                       (``words`` has a faster one for vectors of 8 on NVIDIA)
     _dequantize        a slice of the weight, for the device's GEMM
 
 Split K writes partial sums [S, M, N] (``partial``).
@@ -15,8 +15,6 @@ Split K writes partial sums [S, M, N] (``partial``).
 
 import triton
 import triton.language as tl
-
-from .shared import _declare, _load4, _load_byte, _load_half, _ready, _share4
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: t
     return code0, code1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
          GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -148,7 +146,7 @@ def _tables(x_ptr, books_ptr, widest_ptr, tables_ptr, unit_ptr, K, IN, x_stride,
         tl.store(tables_ptr + at, products.to(tables_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
             B: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups and the codebooks of tables[m, i, b, code]."""
@@ -166,7 +164,7 @@ def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
     tl.store(partial_ptr + (split * M + m) * N + rows, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
           B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
@@ -194,125 +192,6 @@ def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
                                eviction_policy="evict_last")  # fmt: skip
             total += tl.sum(word.to(tl.float32) * x[None, :, :], 2)
     tl.store(partial_ptr + tl.program_id(1) * N + rows, tl.sum(total, 1), mask=rows < N)
-
-
-@triton.jit
-def _shared_books(books_ptr, B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr,
-                  COPIES: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    """The address of all codebooks in shared memory: COPIES0 of the first, COPIES of the others."""
-    base = _declare(BYTES)
-    _share4(books_ptr, base, ENTRIES, COPIES0)
-    for b in tl.static_range(1, B):
-        at = base + 16 * ENTRIES * (COPIES0 + (b - 1) * COPIES)
-        _share4(books_ptr + b * (8 * ENTRIES), at, ENTRIES, COPIES)
-    return _ready(base)
-
-
-@triton.jit
-def _add_pairs(a, b, TYPE: tl.constexpr):
-    """Sums of the two numbers in each word."""
-    if tl.float16 == TYPE:
-        return tl.inline_asm_elementwise(
-            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2; }", "=r,r,r",
-            [a, b], tl.int32, True, 1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _halves(word, TYPE: tl.constexpr):
-    """The two numbers in each word, last dimension 2 (they stay one register)."""
-    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16)).to(TYPE, bitcast=True)
-
-
-@triton.jit
-def _word4(books_ptr, base, code, lane, b: tl.constexpr, ENTRIES: tl.constexpr,
-           COPIES0: tl.constexpr, COPIES: tl.constexpr):  # fmt: skip
-    """Codebook b's words of 8 numbers as four 32-bit words, from shared copies where there are."""
-    if COPIES0 > 0:
-        first: tl.constexpr = 0 if b == 0 else COPIES0 + (b - 1) * COPIES
-        copies: tl.constexpr = COPIES0 if b == 0 else COPIES
-        return _load4(base + 16 * ENTRIES * first + lane % copies * 16 + code * (16 * copies), True)
-    else:
-        return _load4(books_ptr + (b * ENTRIES + code) * 8, False)
-
-
-@triton.jit
-def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, K, IN, x_stride, per_split,
-               B: tl.constexpr, ENTRIES: tl.constexpr, COPIES0: tl.constexpr, COPIES: tl.constexpr,
-               BYTES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum over the split's steps of 32 groups of x[m] . word sums[n], of up to
-    BLOCK_M tokens (16, 32, or 64 as two tiles of 32); vectors of 8, x and codebooks of one 16-bit
-    type.
-
-    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
-    registers: a thread loads the codes and gathers the words that the MMA takes from it (a quarter
-    of a step's groups of its rows), so the weight is never in shared memory. Codebooks may be:
-    COPIES0 of the first, COPIES of the others, for the lanes that read at once; 8 have no bank
-    conflicts. 16 rows a warp keep it so: of 32 Triton (3.6) moves the tile through shared memory.
-    """
-    TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
-    tokens = tl.arange(0, TOKENS)
-    begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, (IN + 31) // 32)
-    base = 0
-    if COPIES0 > 0:
-        base = _shared_books(books_ptr, B, ENTRIES, COPIES0, COPIES, BYTES)
-    total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    total2 = tl.zeros((TOKENS, BLOCK_N), tl.float32)
-    t, q = tl.arange(0, 4)[:, None, None], tl.arange(0, 8)[None, None, :]
-    n = tl.arange(0, BLOCK_N)[None, :, None]
-    row = tl.minimum(tl.program_id(0) * BLOCK_N + n, N - 1)
-    lane = t + n % 2 * 4
-    # The tile has half words of groups t * 8 + q of the threads t in turn: four neighbouring
-    # numbers are what Triton gives to a thread of the MMA. (In another order it would shuffle.)
-    i = tl.arange(0, 256)
-    i = i // 4 % 4 * 64 + i // 32 * 8 + i // 16 % 2 * 4 + i % 4
-    for step in range(begin, end):
-        k = step * 256 + i
-        x_at = x_ptr + tokens[:, None] * x_stride + k[None, :]
-        x_ok = (tokens < M)[:, None] & (k < K)[None, :]
-        x = tl.load(x_at, mask=x_ok, other=0.0)
-        x2 = x
-        if BLOCK_M > 32:
-            x_ok = (tokens < M - 32)[:, None] & (k < K)[None, :]
-            x2 = tl.load(x_at + 32 * x_stride, mask=x_ok, other=0.0)
-        # Groups past K repeat the last one, and meet inputs of 0.
-        at = codes_ptr + tl.minimum(step * 32 + t * 8 + q, IN - 1) * N + row
-        if ASM:
-            wide: tl.constexpr = codes_ptr.dtype.element_ty == tl.int16
-            code = (_load_half(at) if wide else _load_byte(at)) & (ENTRIES - 1)
-            w0, w1, w2, w3 = _word4(books_ptr, base, code, lane, 0, ENTRIES, COPIES0, COPIES)
-            for b in tl.static_range(1, B):
-                code = _load_half(at + b * IN * N) if wide else _load_byte(at + b * IN * N)
-                code = code & (ENTRIES - 1)
-                v0, v1, v2, v3 = _word4(books_ptr, base, code, lane, b, ENTRIES, COPIES0, COPIES)
-                w0 = _add_pairs(w0, v0, TYPE)
-                w1 = _add_pairs(w1, v1, TYPE)
-                w2 = _add_pairs(w2, v2, TYPE)
-                w3 = _add_pairs(w3, v3, TYPE)
-            w = _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), TYPE)
-        else:
-            j = tl.arange(0, 8)[None, None, None, :]
-            w = tl.zeros((4, BLOCK_N, 8, 8), TYPE)
-            for b in tl.static_range(B):
-                code = tl.load(at + b * IN * N).to(tl.int32) & (ENTRIES - 1)
-                w += tl.load(books_ptr + (b * ENTRIES + code)[:, :, :, None] * 8 + j)
-            w = tl.reshape(w, (4, BLOCK_N, 8, 2, 2, 2))
-        tile = tl.reshape(tl.permute(w, (2, 3, 0, 4, 5, 1)), (256, BLOCK_N))
-        total = tl.dot(x, tile, total, input_precision="ieee")
-        if BLOCK_M > 32:
-            total2 = tl.dot(x2, tile, total2, input_precision="ieee")
-    at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
-    tl.store(at, total, mask=(rows < N)[None, :] & (tokens < M)[:, None])
-    if BLOCK_M > 32:
-        tl.store(at + 32 * N, total2, mask=(rows < N)[None, :] & (tokens < M - 32)[:, None])
 
 
 @triton.jit

@@ -13,22 +13,23 @@ from torch.library import triton_op, wrap_triton
 from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
-from . import tuning
+from . import tuning, words
 from .fields import has_dp4a
 from .partial import finish, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
+DEQUANTIZE_WARPS, DEQUANTIZE_STEPS = 8, 16  # of a program of ``words``
 
 
-def _copies(books: int, entries: int, tokens: int) -> tuple[int, int, int]:
-    """Copies of the first codebook and of the others in shared memory, and its bytes; zeros: they
-    do not fit. (With 8 KB for 16 tokens' inputs, or 16 for 32, they stay within 48 KB.)"""
-    size = {16: 32768, 32: 24576}.get(tokens, 0)
-    for first, others in ((8, 8), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)):
-        if 16 * entries * (first + (books - 1) * others) <= size:
-            return first, others, size
-    return 0, 0, 0
+def _copies(books: int, entries: int) -> tuple[int, int]:
+    """Copies of codebooks of vectors of 8 in shared memory, and its bytes; zeros: they do not fit.
+    (With what Triton takes itself they stay within 48 KB, see ``shared``.)"""
+    for copies in (8, 4, 2, 1):
+        size = 16 * entries * books * copies
+        if size <= 32768:
+            return copies, 16384 if size <= 16384 else 32768
+    return 0, 0
 
 
 class _Part:
@@ -50,10 +51,10 @@ class _Part:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
             # entries cost more than the products that they replace.
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
-        words = M > 1 and (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
-        words = words and x.dtype == self.codebooks.dtype
+        gathers = (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
+        gathers = gathers and x.dtype == self.codebooks.dtype
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
-        if config["body"] == "words_dot" and not words:
+        if config["body"] == "words_dot" and not gathers:
             return tuning.default("additive.dot")
         return config
 
@@ -86,18 +87,28 @@ class _Part:
 
     def words_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
-        M, block_n, block_m = x.shape[0], config["BLOCK_N"], tuning.token_rows(config, x.shape[0])
-        tiles, steps = triton.cdiv(self.N, block_n), triton.cdiv(self.in_groups, 32)
-        each, splits = split(steps, config["PROGRAMS"] // tiles)
-        partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
-        first = others = size = 0
+        M, block_m, warps = x.shape[0], tuning.token_rows(config, x.shape[0]), config["num_warps"]
+        rows = self.rows_of_a_word()
+        width, books = config["WIDTH"] * 4 // rows, config["BOOKS"] or self.B
+        books = books if self.B % books == 0 else 1
+        tiles = triton.cdiv(self.N, 8 * warps * rows * width)
+        steps = triton.cdiv(self.in_groups, words.STEP.value)
+        each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
+        inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
+        wrap_triton(words._arrange)[(steps, block_m // 16)](
+            x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
+        )
+        partial = torch.empty(
+            (splits * self.B // books, M, self.N), dtype=torch.float32, device=x.device
+        )
+        copies = size = 0
         if has_dp4a(x) and config["COPIES"]:
-            first, others, size = _copies(self.B, self.entries, block_m)
-        wrap_triton(bodies._words_dot)[(tiles, splits)](
-            x, self.codes, self.codebooks, partial, M, self.N, self.K, self.in_groups,
-            x.stride(0), each, B=self.B, ENTRIES=self.entries, COPIES0=first, COPIES=others,
-            BYTES=size, ASM=has_dp4a(x), BLOCK_N=block_n, BLOCK_M=block_m,
-            **tuning.launch_options(config),
+            copies, size = _copies(books, self.entries)
+        wrap_triton(words._words_dot)[(tiles, partial.shape[0])](
+            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
+            BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
+            EVEN=self.in_groups % words.STEP.value == 0, ASM=has_dp4a(x), WARPS=warps,
+            BLOCK_M=block_m, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 
@@ -144,12 +155,36 @@ class _Part:
 
     def dequantize(self, first: int, out: torch.Tensor) -> None:
         """Fill ``out`` [rows, K] with the rows from ``first`` on."""
+        rows = self.rows_of_a_word()
+        here = torch.version.hip is None and out.device.type != "xpu"
+        whole = (first % rows, out.shape[0] % rows) == (0, 0)
+        if here and whole and (self.g, self.og, self.codebooks.dtype.itemsize) == (8, 1, 2):
+            self._dequantize_words(first, out, rows)
+            return
         block_g = max(DEQUANTIZE_K // self.gp, 1)
         grid = (triton.cdiv(out.shape[0], DEQUANTIZE_N), triton.cdiv(self.in_groups, block_g))
         wrap_triton(bodies._dequantize)[grid](
             self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
             self.in_groups, self.out_groups, **self.sizes, GP=self.gp, BLOCK_N=DEQUANTIZE_N,
             BLOCK_G=block_g, num_warps=4,
+        )  # fmt: skip
+
+    def rows_of_a_word(self) -> int:
+        """Neighbouring rows whose codes are a 32-bit word; 1 where rows do not begin with one."""
+        rows = 4 // self.codes.dtype.itemsize
+        return 1 if self.N % rows or self.codes.storage_offset() % rows else rows
+
+    def _dequantize_words(self, first: int, out: torch.Tensor, rows: int) -> None:
+        copies, size = _copies(self.B, self.entries) if has_dp4a(out) else (0, 0)
+        grid = (
+            triton.cdiv(out.shape[0], 4 * DEQUANTIZE_WARPS * rows),
+            triton.cdiv(self.in_groups, 8 * DEQUANTIZE_STEPS),
+        )
+        wrap_triton(words._dequantize)[grid](
+            self.codes, self.codebooks, self.scales, out, first, first + out.shape[0], self.K,
+            self.N, self.in_groups, DEQUANTIZE_STEPS, B=self.B, ENTRIES=self.entries,
+            COPIES=copies, BYTES=size, ROWS=rows, ASM=has_dp4a(out), WARPS=DEQUANTIZE_WARPS,
+            num_warps=DEQUANTIZE_WARPS,
         )  # fmt: skip
 
 

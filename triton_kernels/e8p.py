@@ -26,6 +26,7 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .operands import _operand, _place
 from .shared import _declare, _load, _ready, _share
 
 ZERO = tl.constexpr(7.5)
@@ -138,48 +139,46 @@ def _gemv(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, grou
 
 
 @triton.jit
-def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILE: tl.constexpr,
+def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, groups, TILES: tl.constexpr,
               BLOCK: tl.constexpr, CHUNK_K: tl.constexpr):  # fmt: skip
     """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    out is int32: the nibbles at even places of a word (or odd), high bytes (or low), of each group,
-    in the order of its nibbles: [even or odd, high or low, groups] for one token, or for a tile of
-    TILE groups [high or low, M, groups / TILE, TILE / 4, 4, even or odd]: a thread's TILE / 4
-    neighbouring groups in turn with those of three others, as in an MMA's operand. sums[m, p] is
-    the sum of a program's 16-bit inputs.
+    A program takes BLOCK groups of one token. out is int32: the inputs of the nibbles at even
+    places of a word (or odd), high bytes (or low), of each group, in the order of its nibbles:
+    [even or odd, high or low, groups] for one token, or ``operands``' of TILES tiles of tokens,
+    past M zeros: chunks of 32 groups, eight neighbours a lane. sums[m, p] is the sum of a program's
+    16-bit inputs.
     """
     p, m = tl.program_id(0), tl.program_id(1)
     x_ptr += m * x_stride
-    unit = _unit(x_ptr, K, CHUNK_K)
-    group = p * BLOCK + tl.arange(0, BLOCK)
-    ok = group < groups
-    total = tl.zeros((BLOCK,), tl.int32)
-    for odd in tl.static_range(2):
-        high4 = tl.zeros((BLOCK,), tl.int32)
-        low4 = tl.zeros((BLOCK,), tl.int32)
-        for b in tl.static_range(4):
-            # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
-            element = 2 * (2 * (b % 2) + odd) + b // 2
-            x = tl.load(x_ptr + group * 8 + element, mask=group * 8 < K, other=0.0)
-            high, low = _sixteen_bits(x.to(tl.float32), unit)
-            total += 256 * high + low
-            high4 |= (high & 255) << (8 * b)
-            low4 |= (low & 255) << (8 * b)
-        if TILE > 0:
-            g = group % TILE
-            place = group - g + g % (TILE // 4) * 4 + g // (TILE // 4)
-            at = out_ptr + 2 * (m * groups + place) + odd
-            tl.store(at, high4, mask=ok)
-            tl.store(at + 2 * M * groups, low4, mask=ok)
-        else:
-            tl.store(out_ptr + (2 * odd) * groups + group, high4, mask=ok)
-            tl.store(out_ptr + (2 * odd + 1) * groups + group, low4, mask=ok)
-    tl.store(sums_ptr + m * tl.num_programs(0) + p, tl.sum(total.to(tl.float32), 0))
-    if p == 0:
-        tl.store(unit_ptr + m, unit)
+    end = tl.where(m < M, K, 0)
+    unit = _unit(x_ptr, end, CHUNK_K)
+    group = p * BLOCK + tl.arange(0, BLOCK)[:, None]
+    odd = tl.arange(0, 2)[None, :]
+    b = tl.arange(0, 4)[None, None, :]
+    # Nibble 2b + odd: of the lower half (b < 2) it holds element 2 (2b + odd).
+    k = (group * 8 + 2 * odd)[:, :, None] + 4 * (b % 2) + b // 2
+    x = tl.load(x_ptr + k, mask=k < end, other=0.0)
+    high, low = _sixteen_bits(x.to(tl.float32), unit)
+    total = tl.sum(tl.reshape(256 * high + low, (8 * BLOCK,)), 0).to(tl.float32)
+    high = tl.sum((high & 255) << (8 * b), 2)
+    low = tl.sum((low & 255) << (8 * b), 2)
+    ok = (group < groups) & (odd >= 0)
+    if TILES > 0:
+        q = group % 8  # of the lane
+        pair = group // 32 * 4 + q // 2
+        at = _place(pair, q % 2, group // 8 % 4, odd, m, 0, TILES, 2)
+        tl.store(out_ptr + at, high, mask=ok)
+        tl.store(out_ptr + at + 256, low, mask=ok)
+    else:
+        at = out_ptr + 2 * odd * groups + group
+        tl.store(at, high, mask=ok)
+        tl.store(at + groups, low, mask=ok)
+    tl.store(sums_ptr + m * tl.num_programs(0) + p, total, mask=m < M)
+    tl.store(unit_ptr + m, unit, mask=(m < M) & (p == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, N, groups,
               per_split, residual, sums, BITS: tl.constexpr, SHARED: tl.constexpr,
               COPIES: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -246,40 +245,71 @@ def _integers(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partia
 
 
 @triton.jit
-def _integer_tile(tables_ptr, base, code, KIND: tl.constexpr, COPIES: tl.constexpr,
-                  ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """The nibbles of codes [BLOCK_N, BLOCK_G], int8 [8 BLOCK_G, BLOCK_N] in ``_quantize``'s order:
-    the thread that loaded a code has its nibbles where an MMA wants them."""
-    if COPIES > 0:
-        word = _shared_words(base, code, COPIES, BLOCK_N, BLOCK_G)
-    elif ASM and KIND == 1:
-        word = _load(tables_ptr + 512 + (code & 255), False)
-    elif ASM:
-        word = _load(tables_ptr + ((code >> 8) & 255), False)
-        word = word ^ _load(tables_ptr + 256 + (code & 255), False)
-    else:
-        word = _words(tables_ptr, code, KIND, False, (BLOCK_N, BLOCK_G))
-    word = tl.reshape(word, (BLOCK_N, 4, 1, BLOCK_G // 4))
-    odd = tl.arange(0, 2)[None, None, :, None]
-    nibbles = _bytes(_byte_fields(word, 4 * odd, 4, ASM))
-    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (8 * BLOCK_G, BLOCK_N))
+def _code_words(codes_ptr, step, rows, N, KIND: tl.constexpr):
+    """The codes of a chunk of 32 groups as 32-bit words [rows, 16 KIND / 2], for rows below N."""
+    WORDS: tl.constexpr = 8 * KIND
+    at = codes_ptr.to(tl.pointer_type(tl.int32)) + (step * N + rows)[:, None] * WORDS
+    at += tl.arange(0, WORDS)[None, :]
+    return tl.load(at, mask=(rows < N)[:, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
+def _byte(word, b, ASM: tl.constexpr):
+    """Byte b of each word, int32."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, 0x4440 + b], tl.int32, True, 1
+        )
+    else:
+        return (word >> (8 * b)) & 255
+
+
+@triton.jit
+def _integer_tile(tables_ptr, base, word, KIND: tl.constexpr, COPIES: tl.constexpr,
+                  ASM: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The nibbles of a chunk of codes, int8 [256, BLOCK_N] in ``_quantize``'s order: the thread
+    that loaded a word (``_code_words``) has its nibbles where an MMA wants them."""
+    HELD: tl.constexpr = 4 // KIND  # codes of a word
+    word = tl.reshape(word, (BLOCK_N, 4, 8 // HELD, 1))
+    i = tl.reshape(tl.arange(0, HELD), (1, 1, 1, HELD))
+    if KIND == 1:
+        at = 512 + _byte(word, i, ASM)
+        word = _load(tables_ptr + at, False) if ASM else tl.load(tables_ptr + at)
+    else:
+        magnitude, sign = _byte(word, 2 * i + 1, ASM), _byte(word, 2 * i, ASM)
+        if COPIES > 0:
+            lane = tl.reshape(tl.arange(0, 4), (1, 4, 1, 1))
+            lane += tl.reshape(tl.arange(0, BLOCK_N) % 8 * 4, (BLOCK_N, 1, 1, 1))
+            own = base + lane % COPIES * 4
+            word = _load(own + magnitude * (4 * COPIES), True)
+            word = word ^ _load(own + 1024 * COPIES + sign * (4 * COPIES), True)
+        elif ASM:
+            word = _load(tables_ptr + magnitude, False) ^ _load(tables_ptr + 256 + sign, False)
+        else:
+            word = tl.load(tables_ptr + magnitude) ^ tl.load(tables_ptr + 256 + sign)
+    word = tl.reshape(word, (BLOCK_N, 4, 1, 8))
+    odd = tl.arange(0, 2)[None, None, :, None]
+    nibbles = _bytes(_byte_fields(word, 4 * odd, 4, ASM))
+    return tl.reshape(tl.permute(nibbles, (3, 1, 2, 4, 5, 0)), (256, BLOCK_N))
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N,
                  groups, per_split, residual, sums, BITS: tl.constexpr, COPIES: tl.constexpr,
-                 ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+                 ASM: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits.
 
-    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
-    registers: nibbles go into it without shared memory.
+    Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
+    inputs (``operands``, TILES tiles of 16 tokens) and nibbles go into them without shared memory.
     """
+    COUNT: tl.constexpr = BLOCK_M // 16
+    PAIRS: tl.constexpr = 4  # of a chunk
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, groups // BLOCK_G)
+    end = tl.minimum(begin + per_split, groups // 32)
     high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
@@ -288,27 +318,26 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     if COPIES > 0:
         base = _tables(tables_ptr, COPIES)
     # Codes are loaded one step ahead.
-    g = tl.arange(0, BLOCK_G)[None, :]
-    code = _codes(codes_ptr, begin, g, rows[:, None], N, BLOCK_G)
+    code = _code_words(codes_ptr, begin, rows, N, 2)
     code2 = code
     if BITS > 2:
-        code2 = _codes(rest_ptr, begin, g, rows[:, None], N, BLOCK_G)
-    x_at = x_ptr + tokens[:, None] * (8 * groups) + tl.arange(0, 8 * BLOCK_G)[None, :]
+        code2 = _code_words(rest_ptr, begin, rows, N, BITS - 2)
+    first = tl.program_id(2) * COUNT
     for step in range(begin, end):
-        x_high = tl.load(x_at + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0)
-        x_low = tl.load(
-            x_at + M * groups * 8 + step * (8 * BLOCK_G), mask=token_ok[:, None], other=0
-        )
+        x_high = _bytes(_operand(x_ptr, step * PAIRS, first, 0, PAIRS, COUNT, TILES, 2, ASM))
+        x_low = _bytes(_operand(x_ptr, step * PAIRS, first, 1, PAIRS, COUNT, TILES, 2, ASM))
+        x_high = tl.reshape(x_high, (BLOCK_M, 256))
+        x_low = tl.reshape(x_low, (BLOCK_M, 256))
         ahead = tl.minimum(step + 1, end - 1)
-        next_code = _codes(codes_ptr, ahead, g, rows[:, None], N, BLOCK_G)
+        next_code = _code_words(codes_ptr, ahead, rows, N, 2)
         next_code2 = next_code
         if BITS > 2:
-            next_code2 = _codes(rest_ptr, ahead, g, rows[:, None], N, BLOCK_G)
-        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+            next_code2 = _code_words(rest_ptr, ahead, rows, N, BITS - 2)
+        tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N)
         high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
         low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N, BLOCK_G)
+            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N)
             high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
             low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code

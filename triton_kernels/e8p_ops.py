@@ -18,7 +18,7 @@ from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_
 from . import e8p as bodies
 from . import tuning
 from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, split
+from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
 PREPARED = 1024  # inputs of a program
@@ -109,20 +109,20 @@ class _Weight:
         config = tuning.config("e8p", f"{self.bits}bit", self.N, self.K, block, body)
         return config if integers else tuning.default("e8p.dot")
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 64 tokens, float32."""
+    def partial(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """Partial sums [S, M, N] of at most 64 tokens, float32, or one split in y [M, N]."""
         M, groups, config = x.shape[0], _groups(self.K), self.config(x)
-        block_g, block_n = config["BLOCK_G"], config["BLOCK_N"]
+        block_g, block_n = config.get("BLOCK_G", CHUNK), config["BLOCK_N"]
         tiles = triton.cdiv(self.N, block_n)
         tokens = triton.cdiv(M, tuning.DOT_ROWS) if config["body"] == "integer_dot" else 1
         each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
-        partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
+        partial = partial_sums(splits, x, self.N, y)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
         copies = 0
         if has_dp4a(x) and config.get("COPIES") and self.bits != 3:
-            copies = 16 if M <= 16 else 8  # with the inputs within 48 KB (``shared``)
+            copies = 16
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](
@@ -140,11 +140,13 @@ class _Weight:
                 one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
             )  # fmt: skip
         elif config["body"] == "integer_dot":
-            inputs, sums, unit = self._quantized(x, block_g)
+            block_m = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            tiles = tokens * block_m // 16
+            inputs, sums, unit = self._quantized(x, tiles)
             wrap_triton(bodies._integer_dot)[(*grid, tokens)](
-                inputs.view(torch.int8), sums, unit, *weight, partial, M, self.N, groups,
-                each, self.residual, sums.shape[1], COPIES=copies, ASM=has_dp4a(x),
-                BLOCK_M=min(tuning.DOT_ROWS, tuning.token_rows(config, M)), **options,
+                inputs, sums, unit, *weight, partial, M, self.N, groups, each, self.residual,
+                sums.shape[1], COPIES=copies, ASM=has_dp4a(x), TILES=tiles, BLOCK_M=block_m,
+                BITS=self.bits, BLOCK_N=block_n, **tuning.launch_options(config),
             )  # fmt: skip
         else:
             wrap_triton(bodies._dot)[grid](
@@ -155,15 +157,16 @@ class _Weight:
             )  # fmt: skip
         return partial
 
-    def _quantized(self, x: torch.Tensor, tile: int):
-        """What ``_quantize`` makes of x for a tile of this many groups: bytes, sums and units."""
-        M, groups = x.shape[0], _groups(self.K)
+    def _quantized(self, x: torch.Tensor, tiles: int):
+        """What ``_quantize`` makes of x for ``tiles`` tiles of tokens, or one token: bytes, sums
+        and units."""
+        M, groups, tokens = x.shape[0], _groups(self.K), 16 * tiles or 1
         pieces = triton.cdiv(groups, QUANTIZED)
-        inputs = torch.empty((M, 4, groups), dtype=torch.int32, device=x.device)
+        inputs = torch.empty(4 * tokens * groups, dtype=torch.int32, device=x.device)
         sums = torch.empty((M, pieces), dtype=torch.float32, device=x.device)
         unit = torch.empty(M, dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(pieces, M)](
-            x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILE=tile, BLOCK=QUANTIZED,
+        wrap_triton(bodies._quantize)[(pieces, tokens)](
+            x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILES=tiles, BLOCK=QUANTIZED,
             CHUNK_K=4096, num_warps=8,
         )  # fmt: skip
         return inputs, sums, unit

@@ -11,16 +11,19 @@ FINISH_ROWS = 256
 SUM_ELEMENTS = 8192
 
 
-@triton.jit
-def _finish(partial_ptr, unit_ptr, scales_ptr, bias_ptr, y_ptr, M, N, y_stride,
-            SPLITS: tl.constexpr, OG: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr,
-            BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["M", "splits"])
+def _finish(partial_ptr, unit_ptr, scales_ptr, bias_ptr, y_ptr, M, N, y_stride, splits,
+            OG: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, BIAS: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
     """y[m, n] = scale[n] * unit[m] * (partial sums in order) + bias[n]."""
     rows, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     ok = rows < N
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + (s * M + m) * N + rows, mask=ok, other=0.0)
+    for first in range(0, splits, 4):
+        for i in tl.static_range(4):  # loads of four at once
+            s = first + i + 0 * rows
+            at = partial_ptr + (s * M + m) * N + rows
+            total += tl.load(at, mask=ok & (s < splits), other=0.0)
     if UNIT:
         total *= tl.load(unit_ptr + m)
     if SCALES:
@@ -48,6 +51,13 @@ def split(steps: int, wanted: int) -> tuple[int, int]:
     return each, triton.cdiv(steps, each)
 
 
+def partial_sums(splits: int, x: torch.Tensor, N: int, y: torch.Tensor | None) -> torch.Tensor:
+    """Memory for partial sums [splits, M, N]: y [M, N] for one split if it is given, or float32."""
+    if splits == 1 and y is not None:
+        return y[None]
+    return torch.empty((splits, x.shape[0], N), dtype=torch.float32, device=x.device)
+
+
 def finish(
     partial: torch.Tensor,
     y: torch.Tensor,
@@ -64,7 +74,7 @@ def finish(
     splits, M, N = partial.shape
     wrap_triton(_finish)[(triton.cdiv(N, FINISH_ROWS), M)](
         partial, partial if unit is None else unit, partial if scales is None else scales,
-        partial if bias is None else bias, y, M, N, y.stride(0), SPLITS=splits, OG=out_group,
+        partial if bias is None else bias, y, M, N, y.stride(0), splits, OG=out_group,
         UNIT=unit is not None, SCALES=scales is not None, BIAS=bias is not None, BLOCK=FINISH_ROWS,
     )  # fmt: skip
 

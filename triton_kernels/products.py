@@ -1,7 +1,8 @@
 """Products with a weight W and an output rotation, whatever the weight's format.
 
-A weight has ``N``, ``K``, ``partial(x)`` (partial sums [S, M, N] of up to 64 tokens) and
-``dequantize(first, out, factor)`` (``factor`` times the rows from ``first`` on).
+A weight has ``N``, ``K``, ``partial(x, y)`` (partial sums [S, M, N] of up to 64 tokens, or of one
+split in y [M, N] if it is given) and ``dequantize(first, out, factor)`` (``factor`` times the rows
+from ``first`` on).
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ def rotated_product(x, weight, sv, bias, h, factor: int, block: int) -> torch.Te
     if rows.shape[0] == 0:
         return y
     if rows.shape[0] <= tuning.DOT_TOKENS:
-        partial = weight.partial(rows)
+        plain = factor == 0 and sv is None and bias is None
+        partial = weight.partial(rows, y if plain else None)
         if factor == 0:
-            finish(partial, y, scales=sv, bias=bias)
+            if not (plain and partial.shape[0] == 1):
+                finish(partial, y, scales=sv, bias=bias)
             return y
-        z = torch.empty(y.shape, dtype=torch.float32, device=x.device)
-        finish(partial, z)
+        z = partial[0]
+        if partial.shape[0] > 1:
+            z = torch.empty(y.shape, dtype=torch.float32, device=x.device)
+            finish(partial, z)
         return rotated(z, None, sv, h, factor, block, False, bias, x.dtype)
     if factor == 0 and sv is None:
         sliced_matmul(rows, y, weight.dequantize, bias)

@@ -27,6 +27,8 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .operands import _operand, _place
+from .shared import _load_number
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
@@ -162,57 +164,56 @@ def _gemv(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K, 
 
 @triton.jit
 def _quantize(x_ptr, out_ptr, sums_ptr, unit_ptr, M, K, x_stride, blocks, BITS: tl.constexpr,
-              C: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr,
+              C: tl.constexpr, GROUPED: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr,
               CHUNK: tl.constexpr):  # fmt: skip
     """Inputs as ``_integers`` and ``_integer_dot`` want them: 16 bits in units, as signed bytes.
 
-    A chunk is C sets of a block. The unit is one for all inputs of a token, or when GROUPED one a
-    chunk: an outlier then costs the others no precision. sums[m, chunk] are sums of 16-bit inputs.
+    A program takes NB blocks of one token. A chunk is C sets of a block. The unit is one for all
+    inputs of a token, or when GROUPED one a chunk: an outlier then costs the others no precision.
+    sums[m, chunk] are sums of 16-bit inputs.
 
     out holds, for each set and word, the inputs of the word's four bytes: int32 [blocks, sets, high
-    or low, PW] for one token, or with TILE [high or low, M, blocks, chunks, 2 C, 4, 2]: in the
-    order in which a thread of an MMA takes bytes, eight of one word (or of two, where C is 1).
+    or low, PW] for one token, or ``operands``' of TILES tiles of tokens; past M they are zeros.
     """
     SETS: tl.constexpr = 8 // BITS
-    block, m = tl.program_id(0), tl.program_id(1)
+    COUNT: tl.constexpr = NB * SETS // C
+    m = tl.program_id(1)
     x_ptr += m * x_stride
-    unit = 1.0
-    if not GROUPED:
-        unit = _unit(x_ptr, K, CHUNK)
-        if block == 0:
-            tl.store(unit_ptr + m, unit)
-    i = tl.arange(0, PW)
-    for c in tl.static_range(SETS // C):
-        first = (block * SETS + c * C) * SET
-        chunk = (m * blocks + block) * (SETS // C) + c
-        if GROUPED:
-            unit = _unit(x_ptr + first, tl.minimum(K - first, C * SET), C * SET)
-            tl.store(unit_ptr + chunk, unit)
-        total = tl.zeros((PW,), tl.int32)
-        for s in tl.static_range(C):
-            high4 = tl.zeros((PW,), tl.int32)
-            low4 = tl.zeros((PW,), tl.int32)
-            for b in tl.static_range(4):
-                k = first + s * SET + b % 2 * (2 * PW) + 2 * i + b // 2
-                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                high, low = _sixteen_bits(x, unit)
-                total += 256 * high + low
-                high4 |= (high & 255) << (8 * b)
-                low4 |= (low & 255) << (8 * b)
-            if TILE:
-                # Word i is the (i % 4)-th of the four that thread i // 4 reads at once.
-                u = i % 4 * C + s
-                at = chunk * (C * PW) + u // 2 * 8 + i // 4 * 2 + u % 2
-                tl.store(out_ptr + at, high4)
-                tl.store(out_ptr + M * blocks * (SETS * PW) + at, low4)
-            else:
-                at = out_ptr + ((block * SETS + c * C + s) * 2) * PW + i
-                tl.store(at, high4)
-                tl.store(at + PW, low4)
-        tl.store(sums_ptr + chunk, tl.sum(total.to(tl.float32), 0))
+    end = tl.where(m < M, K, 0)
+    chunk = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    s = tl.arange(0, C)[None, :, None]
+    i = tl.arange(0, PW)[None, None, :]
+    b = tl.arange(0, 4)[None, None, None, :]
+    set = chunk[:, None, None] * C + s
+    k = set[:, :, :, None] * SET + b % 2 * (2 * PW) + 2 * i[:, :, :, None] + b // 2
+    x = tl.load(x_ptr + k, mask=k < end, other=0.0).to(tl.float32)
+    if GROUPED:
+        unit = tl.max(tl.reshape(tl.abs(x), (COUNT, C * SET)), 1) / 32512
+        unit = tl.where(unit > 0, unit, 1.0)
+        tl.store(unit_ptr + m * blocks * (SETS // C) + chunk, unit, mask=chunk * 0 + m < M)
+        high, low = _sixteen_bits(x, unit[:, None, None, None])
+    else:
+        unit = _unit(x_ptr, end, CHUNK)
+        tl.store(unit_ptr + m, unit, mask=(m < M) & (tl.program_id(0) == 0))
+        high, low = _sixteen_bits(x, unit)
+    total = tl.sum(tl.reshape(256 * high + low, (COUNT, C * SET)), 1).to(tl.float32)
+    tl.store(sums_ptr + m * blocks * (SETS // C) + chunk, total, mask=chunk * 0 + m < M)
+    high = tl.sum((high & 255) << (8 * b), 3)
+    low = tl.sum((low & 255) << (8 * b), 3)
+    if TILES > 0:
+        # Word i is the (i % 4)-th of the four that thread i // 4 reads at once.
+        u = i % 4 * C + s
+        pair = chunk[:, None, None] * C + u // 4
+        at = _place(pair, u // 2 % 2, i // 4, u % 2, m, 0, TILES, 2)
+        tl.store(out_ptr + at, high)
+        tl.store(out_ptr + at + 256, low)
+    else:
+        at = out_ptr + 2 * PW * set + i
+        tl.store(at, high)
+        tl.store(at + PW, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_split"])
 def _integers(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, N, K,
               blocks, per_split, G, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
               GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
@@ -285,52 +286,69 @@ def _integer_tile(word, first: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
+def _number(at, ASM: tl.constexpr):
+    """The number at each pointer, float32."""
+    if ASM:
+        return _load_number(at)
+    else:
+        return tl.load(at).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
-                 ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_M: tl.constexpr):  # fmt: skip
+                 ZEROS: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits, for 2 and 4 bits.
 
-    Less than 64 tokens as the first operand make MMAs of one warp, whose second operand is in
-    registers: codes go from the load into it without shared memory. When GROUPED, C sets share a
-    scale.
+    Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
+    inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
+    shared memory. When GROUPED, C sets share a scale.
     """
     SETS: tl.constexpr = 8 // BITS
+    COUNT: tl.constexpr = BLOCK_M // 16
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     token_ok = tokens < M
+    tile = tl.program_id(2) * COUNT
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)
     groups = K // G
     i = tl.arange(0, PW)
-    k = tl.arange(0, C * SET)
     high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Words are loaded one step ahead.
+    # Words are loaded one step ahead, and leave the L1 cache first: inputs shall stay there.
     at = words_ptr + rows[:, None] * (blocks * PW) + i[None, :]
-    next_word = tl.load(at + begin * PW, mask=row_ok[:, None], other=0)
+    next_word = tl.load(
+        at + begin * PW, mask=row_ok[:, None], other=0, eviction_policy="evict_first"
+    )
     for block in range(begin, end):
         word = next_word
         ahead = rows[:, None] < tl.where(block + 1 < end, N, 0)
-        next_word = tl.load(at + (block + 1) * PW, mask=ahead, other=0)
+        next_word = tl.load(
+            at + (block + 1) * PW, mask=ahead, other=0, eviction_policy="evict_first"
+        )
         for first in tl.static_range(0, SETS, C):
-            x_at = x_ptr + tokens[:, None] * (blocks * SETS * SET)
-            x_at += (block * SETS + first) * SET + k[None, :]
-            x_high = tl.load(x_at, mask=token_ok[:, None], other=0)
-            x_low = tl.load(x_at + M * blocks * (SETS * SET), mask=token_ok[:, None], other=0)
-            tile = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
-            high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
-            low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
+            pair = block * SETS + first
             if GROUPED:
-                group = tl.minimum((block * SETS + first) * SET // G, groups - 1)
-                scale, zero = _scale_and_zero(
-                    scales_ptr, zeros_ptr, rows, row_ok, group, groups, BITS, ZEROS
-                )
-                chunk = (tokens * blocks + block) * (SETS // C) + first // C
-                unit = tl.load(unit_ptr + chunk, mask=token_ok, other=0.0)
-                sums = tl.load(sums_ptr + chunk, mask=token_ok, other=0.0)
+                # By inline assembly these are loaded as the product wants them (no barriers).
+                group = tl.minimum(pair * SET // G, groups - 1)
+                at_group = tl.minimum(rows, N - 1) * groups + group
+                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
+                scale = _number(scales_ptr + at_group, ASM)
+                if ZEROS:
+                    zero = _number(zeros_ptr + at_group, ASM)
+                else:
+                    zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+                unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
+            x_high = _bytes(_operand(x_ptr, pair, tile, 0, C, COUNT, TILES, 2, ASM))
+            x_low = _bytes(_operand(x_ptr, pair, tile, 1, C, COUNT, TILES, 2, ASM))
+            codes = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
+            high = tl.dot(tl.reshape(x_high, (BLOCK_M, C * SET)), codes, high, out_dtype=tl.int32)
+            low = tl.dot(tl.reshape(x_low, (BLOCK_M, C * SET)), codes, low, out_dtype=tl.int32)
+            if GROUPED:
                 part = (high * 256 + low).to(tl.float32) - zero[None, :] * sums[:, None]
                 total += scale[None, :] * (unit[:, None] * part)
                 high = tl.zeros_like(high)

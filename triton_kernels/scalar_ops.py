@@ -16,7 +16,7 @@ from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_
 from . import scalar as bodies
 from . import tuning
 from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, split
+from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
 PLANES = {2: 8, 3: 16, 4: 4, 8: 2}  # of a block
@@ -104,10 +104,10 @@ class _Weight:
             return 0
         return self.planes(2 * count) // 2
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 64 tokens, float32."""
+    def partial(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """Partial sums [S, M, N] of at most 64 tokens, float32, or one split in y [M, N]."""
         if self.grouped and self.G % PLANE:
-            return self._dequantized(x)
+            return self._dequantized(x, y)
         M, config = x.shape[0], self.config(x)
         body, tokens = config["body"], 1
         if body == "integer_dot":
@@ -115,7 +115,7 @@ class _Weight:
         at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
-        partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
+        partial = partial_sums(splits, x, self.N, y)
         options = {
             "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
             "BLOCK_N": config["BLOCK_N"], **tuning.launch_options(config),
@@ -149,32 +149,36 @@ class _Weight:
             return tuning.default("scalar.gemv" if M == 1 else "scalar.dot")
         return config
 
-    def _quantized(self, x: torch.Tensor, tile: bool):
-        """What ``_quantize`` makes of x: bytes in words, sums and units, and its C."""
+    def _quantized(self, x: torch.Tensor, tiles: int):
+        """What ``_quantize`` makes of x: bytes in words (for ``tiles`` tiles of tokens, or one
+        token), sums and units, and its C."""
         M, count, sets = x.shape[0], 8 // self.bits, self.sets()
-        chunks = self.blocks * (count // sets)
-        inputs = torch.empty((2, M, self.blocks * count * PW), dtype=torch.int32, device=x.device)
+        chunks, tokens = self.blocks * (count // sets), 16 * tiles or 1
+        words = 2 * tokens * self.blocks * count * PW
+        inputs = torch.empty(words, dtype=torch.int32, device=x.device)
         sums = torch.empty((M, chunks), dtype=torch.float32, device=x.device)
         unit = torch.empty((M, chunks if self.grouped else 1), dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(self.blocks, M)](
+        wrap_triton(bodies._quantize)[(self.blocks // AT_ONCE, tokens)](
             x, inputs, sums, unit, M, self.K, x.stride(0), self.blocks, BITS=self.bits, C=sets,
-            GROUPED=self.grouped, TILE=tile, CHUNK=4096, num_warps=1 if self.grouped else 8,
+            GROUPED=self.grouped, TILES=tiles, NB=AT_ONCE, CHUNK=4096,
+            num_warps=2 if self.grouped else 8,
         )  # fmt: skip
         return inputs, sums, unit, sets
 
     def _integers(self, x, partial, grid, per_split: int, options: dict) -> None:
-        inputs, sums, unit, sets = self._quantized(x, False)
+        inputs, sums, unit, sets = self._quantized(x, 0)
         wrap_triton(bodies._integers)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, self.N, self.K,
             self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _integer_dot(self, x, partial, grid, per_split: int, options: dict) -> None:
-        inputs, sums, unit, sets = self._quantized(x, True)
+        tiles = grid[2] * options["BLOCK_M"] // 16
+        inputs, sums, unit, sets = self._quantized(x, tiles)
         wrap_triton(bodies._integer_dot)[grid](
-            inputs.view(torch.int8), sums, unit, self.words, self.scales, self.zeros, partial,
-            x.shape[0], self.N, self.K, self.blocks, per_split, self.G, C=sets,
-            ASM=has_dp4a(x), **options,
+            inputs, sums, unit, self.words, self.scales, self.zeros, partial, x.shape[0], self.N,
+            self.K, self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), TILES=tiles,
+            **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:
@@ -201,11 +205,13 @@ class _Weight:
             EXACT=exact_type(x.dtype, bits), **options,
         )  # fmt: skip
 
-    def _dequantized(self, x: torch.Tensor) -> torch.Tensor:
+    def _dequantized(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """Groups that no plane fits in: the product with the decoded weight, as one split."""
         weight = torch.empty((self.N, self.K), dtype=x.dtype, device=x.device)
         self.dequantize(0, weight)
-        return torch.mm(x, weight.t()).float()[None]
+        partial = partial_sums(1, x, self.N, y)
+        partial[0] = torch.mm(x, weight.t())
+        return partial
 
     def dequantize(self, first: int, out: torch.Tensor, factor: float = 1.0) -> None:
         """Fill ``out`` [rows, K] with ``factor`` times the rows from ``first`` on."""

@@ -18,15 +18,11 @@ import triton.language as tl
 
 @triton.jit
 def _declare(BYTES: tl.constexpr):
-    """The address of 16, 24 or 32 KB of shared memory, int32. Once a kernel."""
-    tl.static_assert(BYTES == 16384 or BYTES == 24576 or BYTES == 32768)
+    """The address of 16 or 32 KB of shared memory, int32. Once a kernel."""
+    tl.static_assert(BYTES == 16384 or BYTES == 32768)
     if BYTES == 16384:
         return tl.inline_asm_elementwise(
             "{ .shared .align 16 .b8 t[16384]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
-        )
-    elif BYTES == 24576:
-        return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[24576]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
         )
     else:
         return tl.inline_asm_elementwise(
@@ -110,3 +106,30 @@ def _load4(at, SHARED: tl.constexpr):
             "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
             (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
         )  # fmt: skip
+
+
+@triton.jit
+def _load_once(at):
+    """A word from each pointer that is read once: it takes no place in the L1 cache."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def _gather4(at):
+    """Four neighbouring words from each pointer into a table, which stays in the L1 cache."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_number(at):
+    """The 16 or 32-bit number at each pointer, float32."""
+    TYPE: tl.constexpr = at.dtype.element_ty
+    if TYPE.primitive_bitwidth == 16:
+        return _load_half(at).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    else:
+        return _load(at, False).to(TYPE, bitcast=True).to(tl.float32)

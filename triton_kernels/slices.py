@@ -17,7 +17,7 @@ def slices(
     N: int, K: int, fill: Fill, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (first row, weight slice [rows, K]); the scratch is reused."""
-    count = max(1, SLICE_BYTES // (K * dtype.itemsize))
+    count = max(1, SLICE_BYTES // (K * dtype.itemsize) // 64) * 64
     scratch = torch.empty((min(count, N), K), dtype=dtype, device=device)
     for first in range(0, N, count):
         weight = scratch[: min(count, N - first)]
@@ -32,9 +32,9 @@ def sliced_matmul(
     for first, weight in slices(y.shape[1], x.shape[1], fill, x.dtype, x.device):
         end = first + weight.shape[0]
         if bias is None:
-            y[:, first:end] = torch.mm(x, weight.t())
+            torch.mm(x, weight.t(), out=y[:, first:end])
         else:
-            y[:, first:end] = torch.addmm(bias[first:end].to(x.dtype), x, weight.t())
+            torch.addmm(bias[first:end].to(x.dtype), x, weight.t(), out=y[:, first:end])
 
 
 def sliced_dx(dy: torch.Tensor, K: int, fill: Fill) -> torch.Tensor:

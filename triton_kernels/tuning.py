@@ -25,7 +25,8 @@ DEFAULTS: dict[str, Config] = {
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 64, "COPIES": 1, "PROGRAMS": 528, "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 16, "WIDTH": 1, "BOOKS": 1, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "num_stages": 1,
     },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
@@ -40,7 +41,7 @@ DEFAULTS: dict[str, Config] = {
         "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_G": 32, "COPIES": 0, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 16, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.dot": {
@@ -50,7 +51,7 @@ DEFAULTS: dict[str, Config] = {
     "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 3,
+        "BLOCK_M": 16, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "scalar.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,

@@ -264,6 +264,21 @@ def _prepare(codebooks, precision, partitions):
     return aux
 
 
+def _dense_matvec(x, weight, bias):
+    ops.check_matvec(x, weight, bias)
+    x, weight = x.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+    N, K = weight.shape
+    if bias is not None:
+        bias = bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], N))
+    native.cpu.dense_matvec(
+        x=x.data_ptr(), weight=weight.data_ptr(), row_stride=weight.stride(0),
+        bias=0 if bias is None else bias.data_ptr(), y=y.data_ptr(), dtype=_dtype_name(x, "x"),
+        N=N, K=K, num_threads=_threads(),
+    )  # fmt: skip
+    return y
+
+
 if native.cpu is not None:
     for _name, _function in {
         "additive_pack": _pack,
@@ -272,6 +287,7 @@ if native.cpu is not None:
         "additive_matmul": _matmul,
         "additive_matmul_dx": _matmul_dx,
         "additive_dequantize": _dequantize,
+        "dense_matvec": _dense_matvec,
     }.items():
         ops.LIBRARY.impl(_name, _function, "CPU")
 

@@ -24,8 +24,9 @@ from .matmul import num_threads
 from .record import Row, environment, rounded
 
 PROMPT_TOKENS = 32
-MODES = ("eager", "prepared")
-"""A model as it is loaded, and after ``prepare_for_generation``."""
+MODES = ("eager", "no-graph", "prepared")
+"""A model as it is loaded, after ``prepare_for_generation(graphs=False)``, and after it with graphs
+where the device has them."""
 
 _REPEATS = 3
 _ENOUGH_SECONDS = 5.0
@@ -47,7 +48,7 @@ class Case:
 @dataclass(frozen=True)
 class Rate:
     """Tokens per second of the whole batch after the first token: of the median, 20th and 80th
-    percentile step. ``step_us`` is a captured step alone, replay after replay.
+    percentile step. ``step_us`` is a step alone, run after run: a replay where it is captured.
 
     ``capture_s`` is what the first call took longer than a later one: compiling and capturing.
     """
@@ -98,7 +99,7 @@ def measure(model: nn.Module, case: Case) -> Rate:
 
     # All of it where a step is captured: graphs belong to a cache length, which follows from the
     # number of tokens. Else a short warm-up.
-    _, first = run(case.new_tokens if _runner(model) is not None else 2)
+    _, first = run(case.new_tokens if on_gpu and _runner(model) is not None else 2)
     runs = [run(case.new_tokens)]
     while len(runs) < _REPEATS and sum(seconds for _, seconds in runs) < _ENOUGH_SECONDS:
         runs.append(run(case.new_tokens))
@@ -110,7 +111,7 @@ def measure(model: nn.Module, case: Case) -> Rate:
         p80_tokens_per_s=case.batch / fast,
         ttft_ms=1e3 * statistics.median(clock.ttft_s for clock, _ in runs),
         step_us=_step_us(model),
-        capture_s=None if _runner(model) is None else max(0.0, first - runs[-1][1]),
+        capture_s=max(0.0, first - runs[-1][1]) if on_gpu and _runner(model) else None,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
@@ -129,13 +130,18 @@ def _runner(model: nn.Module):
 
 
 def _step_us(model: nn.Module) -> float | None:
-    """A replay of the graph that ran last, in microseconds; None without one."""
+    """The step that ran last once more, in microseconds; None without a runner."""
     runner = _runner(model)
     if runner is None or not runner.counts["replays"]:
         return None
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     replay = runner.rehearsal()
     replay()
+    if model.device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(_REPLAYS):
+            replay()
+        return (time.perf_counter() - begin) * 1e6 / _REPLAYS
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(_REPLAYS):
         replay()
@@ -199,7 +205,7 @@ def check_modes(modes: Sequence[str], lm_head: str | None = None) -> None:
         if mode not in MODES:
             raise BenchError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         if mode == "eager" and lm_head is not None:
-            raise BenchError(f"lm_head={lm_head!r} needs mode prepared, not eager")
+            raise BenchError(f"lm_head={lm_head!r} needs mode prepared or no-graph, not eager")
     if lm_head is not None:
         parse_head(lm_head)
 
@@ -211,7 +217,7 @@ def in_mode(model: nn.Module, mode: str, lm_head: str | None = None) -> Iterator
     if mode == "eager":
         yield model
         return
-    prepare_for_generation(model, lm_head=lm_head)
+    prepare_for_generation(model, lm_head=lm_head, graphs=False if mode == "no-graph" else None)
     try:
         yield model
     finally:
@@ -281,6 +287,7 @@ def dense_fields(dense: Dense | None, case: Case, mode: str) -> Row:
         "dense_tokens_per_s": eager and eager.tokens_per_s,
         "dense_ttft_ms": eager and eager.ttft_ms,
         "dense_compiled_tokens_per_s": compiled and compiled.tokens_per_s,
+        "dense_compiled_ttft_ms": compiled and compiled.ttft_ms,
         "dense_step_us": compiled and compiled.step_us,
         "dense_bytes": model_bytes(dense.model) if dense is not None else None,
     }

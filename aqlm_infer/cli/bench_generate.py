@@ -50,7 +50,9 @@ def generate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="eager or prepared (the default); may be repeated.", metavar="MODE"),
+        typer.Option(
+            help="eager, no-graph or prepared (the default); may be repeated.", metavar="MODE"
+        ),
     ] = None,
     lm_head: Annotated[
         str | None, typer.Option(help="Quantize the output head, to rtn-int8-g128 for instance.")

@@ -60,10 +60,10 @@ class StepCache(StaticCache):
         """Forget what is stored. The next prefill sees an empty cache, in the same memory."""
         self.lengths.zero_()
         self.filled = 0
+        used = [layer for layer in self.layers if layer.is_initialized]
+        if used:  # one launch: a prompt waits for it
+            torch._foreach_zero_([t for layer in used for t in (layer.keys, layer.values)])
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
             # What transformers asks for an empty cache: it then attends causally, with no mask.
             layer.is_initialized = False
 

@@ -1,4 +1,4 @@
-"""The decode step of Llama and its like, from fused operators.
+"""The decode step of Llama and its like, and their prompts, from fused operators.
 
 The model's own modules do the matmuls (stacked, rotated or dense); between them run the operators
 of ``ops``, four a block. Results are rounded where the model's own forward rounds them, but for
@@ -8,6 +8,7 @@ norms that a rotation follows in the same launch.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import ops
@@ -38,10 +39,15 @@ def why_not_llama(model: nn.Module) -> str | None:
 
 
 class LlamaStep:
-    """Logits of one new token a sequence, over one cache (whose lengths it leaves)."""
+    """Logits of a prompt's last token, or of one new token a sequence, over one cache.
 
-    def __init__(self, model: nn.Module, cache: StepCache, batch: int):
+    ``prompt`` fills the cache; a step leaves its lengths. ``capture``: steps are put into a graph.
+    """
+
+    def __init__(self, model: nn.Module, cache: StepCache, batch: int, capture: bool = True):
         self.model, self.cache = model, cache
+        self.eager = ops.EAGER if model.device.type == "cuda" else ops
+        self.operators = ops if capture else self.eager
         base = model.model
         device, dtype = model.device, model.dtype
         with torch.no_grad():
@@ -56,29 +62,57 @@ class LlamaStep:
 
     def __call__(self, tokens, ids, valid) -> torch.Tensor:
         """tokens, ids (rotary positions) [B, 1], valid bool [B, L] -> logits [B, 1, vocabulary]."""
-        base, cache = self.model.model, self.cache
-        x, y = ops.embed_norm(tokens[:, 0], base.embed_tokens.weight, *_norm(self.norms[0]))
+
+        def attend(attention, layer, qkv):
+            q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in qkv)  # [B, heads, D]
+            return ops.rope_attention(
+                q, k, v, self.cos, self.sin, ids, self.cache.lengths[:1], layer.keys, layer.values,
+                valid, self.counts, attention.scaling,
+            ).flatten(1)  # fmt: skip
+
+        return self._logits(tokens, attend, self.operators)
+
+    def prompt(self, tokens, ids) -> torch.Tensor:
+        """tokens, ids (rotary positions) [B, T] -> logits of the last, [B, 1, vocabulary].
+
+        The cache, empty before, holds all of them. Every token sees those before it: no padding.
+        """
+        B, T = tokens.shape
+
+        def attend(attention, layer, qkv):
+            q, k, v = (part.view(B, T, -1, attention.head_dim) for part in qkv)
+            layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+            q = self.eager.rope_store(q, k, v, self.cos, self.sin, ids, layer.keys, layer.values)
+            z = F.scaled_dot_product_attention(
+                q.transpose(1, 2), layer.keys[:, :, :T], layer.values[:, :, :T], is_causal=True,
+                scale=attention.scaling, enable_gqa=q.shape[2] != k.shape[2],
+            )  # fmt: skip
+            return z.transpose(1, 2).reshape(B * T, -1)
+
+        logits = self._logits(tokens, attend, self.eager)
+        self.cache.lengths.fill_(T)
+        return logits
+
+    def _logits(self, tokens, attend, operators) -> torch.Tensor:
+        base, cache, add = self.model.model, self.cache, operators.add_rms_norm
+        T, table = tokens.shape[1], base.embed_tokens.weight
+        x, y = operators.embed_norm(tokens.reshape(-1), table, *_norm(self.norms[0]))
         qkv = self.blocks[0].qkv(y)
         after = [*(block.qkv for block in self.blocks[1:]), None]
         for block, layer, norm, siblings in zip(
             self.blocks, cache.layers, self.norms[1:], after, strict=True
         ):
-            y = self._attention(block.attention, layer, qkv, ids, valid)
-            x, (gate, up) = block.gate_up.of_norm(x, y, *_norm(block.norm))
-            y = block.down(ops.swiglu(gate, up))
+            z = attend(block.attention, layer, qkv)  # [M, heads * D]
+            if siblings is None:  # after the last attention only the last tokens count
+                x, z = x[T - 1 :: T], z[T - 1 :: T]
+            o = block.attention.o_proj
+            x, (gate, up) = block.gate_up.of_product(x, o, z, *_norm(block.norm), add)
+            y = operators.swiglu(gate, up)
             if siblings is None:
-                _, y = ops.add_rms_norm(x, y, *_norm(norm))
+                _, y = add(x, block.down(y), *_norm(norm))
             else:
-                x, qkv = siblings.of_norm(x, y, *_norm(norm))
+                x, qkv = siblings.of_product(x, block.down, y, *_norm(norm), add)
         return self.model.lm_head(y)[:, None]
-
-    def _attention(self, attention: nn.Module, layer, qkv, ids, valid) -> torch.Tensor:
-        q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in qkv)  # [B, heads, D]
-        z = ops.rope_attention(
-            q, k, v, self.cos, self.sin, ids, self.cache.lengths[:1], layer.keys, layer.values,
-            valid, self.counts, attention.scaling,
-        )  # fmt: skip
-        return attention.o_proj(z.flatten(1))
 
 
 class _Block:

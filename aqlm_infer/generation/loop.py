@@ -119,6 +119,14 @@ def decoding_loop(step_of: StepOf, streamer) -> Callable:
     return decode
 
 
+def _tell(note: Note, streamer) -> bool:
+    """Give the streamer the tokens of a note; whether all sequences have ended."""
+    sent, ended = note.read()
+    if streamer is not None:
+        streamer.put(sent)
+    return ended
+
+
 def _loop(step: DecodeStep, ids, logits, processors, criteria, config, streamer) -> torch.Tensor:
     greedy = not config.do_sample and not processors
     ends = Ends(criteria, config, ids.shape[0], ids.device)
@@ -139,14 +147,14 @@ def _loop(step: DecodeStep, ids, logits, processors, criteria, config, streamer)
         watched = all_ended is not None or streamer is not None
         if watched:
             note.send(tokens, all_ended)
-        if not full:
+            if note.sent is None:  # a step on the CPU is no work to hide this behind
+                ended = _tell(note, streamer)
+        if not full and not ended:
             logits = step.run(None if following else tokens)
             # A sequence that has ended goes on with other tokens than its padding: nobody reads it.
             tokens, following = step.best, greedy
-        if watched:
-            sent, ended = note.read()
-            if streamer is not None:
-                streamer.put(sent)
+        if watched and note.sent is not None:
+            ended = _tell(note, streamer)
         ended = ended or full
     if streamer is not None:
         streamer.end()

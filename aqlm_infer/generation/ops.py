@@ -1,4 +1,5 @@
-"""Operators between the matmuls of a decode step. M tokens are M sequences: one new token each.
+"""Operators between the matmuls of a model: of a decode step, where M tokens are M sequences with
+one new token each, and of a prompt.
 
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
@@ -8,17 +9,23 @@
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
+    rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
+    prompt; key (with it) and value become the first T positions of the cache
 
 On CUDA they are Triton kernels (``triton_kernels/decode.py``), but ``rotated_norm`` is one of
-``_cuda``; elsewhere plain torch. Everything else is rounded where transformers rounds it. Inference
-only: they have no gradients.
+``_cuda``; elsewhere plain torch. ``EAGER`` has those that are launched one by one, without a graph:
+of ``_cuda`` where it is built, which costs the host less. Everything else is rounded where
+transformers rounds it. Inference only: they have no gradients.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
+from ..backends import native  # noqa: F401 (``_cuda`` registers its operators before)
 from ..formats.rotation import hadamard_transform
 from ..ops.library import LIBRARY, OperandError, define
 from ..ops.rotated import check_rotation
@@ -36,7 +43,14 @@ _SCHEMAS = (
     "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
     " float scale) -> Tensor",
+    "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
 )
+
+_EAGER = ("add_rms_norm", "swiglu", "embed_norm", "rope_store")
+"""Operators with a second kernel, for launches that no graph holds."""
+
+_SCHEMAS += tuple(f"eager_{s}" for s in _SCHEMAS if s.split("(")[0] in _EAGER)
 
 
 def check_rows(x, *others) -> None:
@@ -112,6 +126,26 @@ def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
             raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
 
 
+def check_prompt(q, key, value, cos, sin, ids, keys, values) -> None:
+    """Raise OperandError unless a prompt's q, key and value [B, T, heads, D] fit the cache."""
+    B, heads, L, D = keys.shape
+    T, H = q.shape[1], q.shape[2]
+    shapes = {
+        "q": (q, [B, T, H, D]), "key": (key, [B, T, heads, D]), "value": (value, [B, T, heads, D]),
+        "cos": (cos, [L, D]), "sin": (sin, [L, D]), "values": (values, [B, heads, L, D]),
+        "keys": (keys, [B, heads, L, D]), "ids": (ids, [B, T]),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape or tensor.stride(-1) != 1:
+            raise OperandError(
+                f"{name} is {list(tensor.shape)}, expected {shape}, contiguous in the last"
+            )
+    if T > L or H % heads:
+        raise OperandError(
+            f"{T} tokens of {H} heads do not fit a cache of {L} positions and {heads} heads"
+        )
+
+
 def _norm(x, weight, eps):
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -184,6 +218,15 @@ def _rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, co
     return _attend(_rotate(q, cos, sin), keys, values, seen, scale)
 
 
+def _rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    T = q.shape[1]
+    cos, sin = cos[ids][:, :, None], sin[ids][:, :, None]  # [B, T, 1, D]
+    keys[:, :, :T] = _rotate(key, cos, sin).transpose(1, 2)
+    values[:, :, :T] = value.transpose(1, 2)
+    return _rotate(q, cos, sin)
+
+
 def _rms_norm_fake(x, weight, eps):
     check_rows(x, weight)
     return x.new_empty(x.shape)
@@ -224,12 +267,19 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
     return q.new_empty(q.shape)
 
 
+def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return q.new_empty(q.shape)
+
+
 define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
-     _choose_fake, _decode_attention_fake, _rope_attention_fake),
+     _choose_fake, _decode_attention_fake, _rope_attention_fake, _rope_store_fake,
+     _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
     (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention),
+     _decode_attention, _rope_attention, _rope_store,
+     _add_rms_norm, _swiglu, _embed_norm, _rope_store),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
@@ -241,6 +291,9 @@ rotated_norm = _ops.rotated_norm
 choose = _ops.choose
 decode_attention = _ops.decode_attention
 rope_attention = _ops.rope_attention
+rope_store = _ops.rope_store
+EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}") for name in _EAGER})
+"""The operators of ``_EAGER`` under their own names, for launches that no graph holds."""
 
 
 def _kernels():
@@ -287,13 +340,25 @@ def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mas
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
 
 
+def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
+    check_prompt(q, key, value, cos, sin, ids, keys, values)
+    return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
+
+
+def _in_module(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aqlm_infer::{name}", "CUDA")
+
+
 for _name, _function in {
     "rms_norm": _cuda_rms_norm,
     "add_rms_norm": _cuda_add_rms_norm,
     "swiglu": _cuda_swiglu,
     "embed_norm": _cuda_embed_norm,
+    "rope_store": _cuda_rope_store,
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
 }.items():
     LIBRARY.impl(_name, _function, "CUDA")
+    if _name in _EAGER and not _in_module(f"eager_{_name}"):
+        LIBRARY.impl(f"eager_{_name}", _function, "CUDA")

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..formats import Format
 from ..layers import quantized_layers, share_rotations
 from .errors import GenerationSetupError
-from .head import give_rows, head_format, quantize_head, restore_head
+from .head import give_rows, head_format, quantize_head, restore_head, take_rows
 from .stack import stack_siblings, unstack
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Preparation:
     """What ``prepare_for_generation`` did to a model: its attribute ``aqlm_generation``.
 
     ``stacked`` lists siblings that became one launch, ``rotations`` those that share a rotated
-    input. ``runner`` replays captured steps; without one ``reason`` says why.
+    input. ``runner`` runs the steps; where they are not captured, ``reason`` says why.
     """
 
     options: dict
@@ -40,7 +39,6 @@ class Preparation:
     runner: StepRunner | None
     reason: str | None
     head: nn.Linear | None = field(repr=False, default=None)
-    hook: RemovableHandle | None = field(repr=False, default=None)
 
 
 def prepare_for_generation(
@@ -56,11 +54,15 @@ def prepare_for_generation(
 
     Layers that share an input become one launch. On a GPU, steps of one token are captured in CUDA
     graphs, one for each batch size and cache length, when ``generate`` first needs them: greedy
-    search and sampling then run them on a static cache. Everything else runs as before.
+    search and sampling then run them on a static cache. On the CPU the same steps, of known blocks
+    (Llama and its like), run their operators one by one. Prompts without padding run in the same
+    operators where the model's blocks are known (Llama and its like). Everything else runs as
+    before.
 
     Args:
         model: a transformers causal language model with quantized layers, on its device.
         graphs: capture decode steps; None does where it can be done. True raises where it cannot.
+            False launches the operators of every step one by one, where the blocks are known.
         compile: torch.compile the step before it is captured, where the model is none of those
             that have a step of fused operators (Llama and its like). It takes seconds to minutes,
             once for each graph; without it the model's own kernels are captured.
@@ -95,17 +97,16 @@ def prepare_for_generation(
                "max_graphs": max_graphs}  # fmt: skip
     rotations, stacked = share_rotations(model), stack_siblings(model)
     head = None if lm_head is None else quantize_head(model, lm_head)
+    give_rows(_head(model))
     runner = None
-    if graphs is False:
-        reason = "graphs=False"
-    elif reason is None:
-        runner = _install(model, max_length, max_graphs, compile)
+    if reason is None:
+        runner = _runner(model, max_length, max_graphs, compile, graphs is not False)
+        reason = "graphs=False" if graphs is False else None
     elif any(device.type == "cuda" for device in devices):
         warnings.warn(f"decode steps run without CUDA graphs: {reason}", stacklevel=2)
-    dense = getattr(model, "get_output_embeddings", lambda: None)()
-    rows = isinstance(dense, nn.Linear) and dense.weight.device.type == "cpu"
-    hook = give_rows(dense) if rows else None
-    prepared = Preparation(options, stacked, rotations, runner, reason, head, hook)
+    elif _why_no_steps(model, devices) is None:
+        runner = _runner(model, max_length, max_graphs, compile, False)
+    prepared = Preparation(options, stacked, rotations, runner, reason, head)
     setattr(model, _ATTRIBUTE, prepared)
     model.save_pretrained = _Saver(model)
     return model
@@ -121,8 +122,7 @@ def undo_prepare_for_generation(model: nn.Module) -> nn.Module:
         raise GenerationSetupError("the model is not prepared for generation")
     if prepared.runner is not None:
         prepared.runner.uninstall()
-    if prepared.hook is not None:
-        prepared.hook.remove()
+    take_rows(_head(model))
     if prepared.head is not None:
         restore_head(model, prepared.head)
     unstack(model)
@@ -158,17 +158,23 @@ def captured(
     reason = _why_not_captured(model, check_devices(model))
     if reason is not None:
         raise GenerationSetupError(f"decode steps cannot be captured: {reason}")
-    runner = _install(model, None, max_graphs, compile)
+    runner = _runner(model, None, max_graphs, compile, True)
     try:
         yield runner
     finally:
         runner.uninstall()
 
 
-def _install(model: nn.Module, max_length: int | None, max_graphs: int, compile: bool):
+def _runner(
+    model: nn.Module, max_length: int | None, max_graphs: int, compile: bool, capture: bool
+) -> StepRunner | None:
+    """A runner in the model's place; None for steps that would be the model's own, uncaptured."""
+    from .llama import why_not_llama
     from .runner import StepRunner
 
-    runner = StepRunner(model, max_length, max_graphs, compile)
+    if not capture and why_not_llama(model) is not None:
+        return None
+    runner = StepRunner(model, max_length, max_graphs, compile, capture)
     runner.install()
     return runner
 
@@ -199,10 +205,19 @@ def check_capability(capability: tuple[int, int], device: str) -> None:
         )
 
 
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
 def _why_not_captured(model: nn.Module, devices) -> str | None:
     """Reason why decode steps of the model cannot be captured in a CUDA graph, or None."""
     if any(device.type != "cuda" for device in devices):
         return f"the model is on {', '.join(sorted(map(str, devices)))}, graphs need a CUDA device"
+    return _why_no_steps(model, devices)
+
+
+def _why_no_steps(model: nn.Module, devices) -> str | None:
+    """Reason why decode steps of the model cannot run on a static cache, or None."""
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices, a graph runs on one"
     from transformers import GenerationMixin

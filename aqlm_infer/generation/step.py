@@ -1,4 +1,4 @@
-"""One decode step as a captured CUDA graph: a token a sequence in, logits out, no Python between.
+"""One decode step, as a captured CUDA graph: a token a sequence in, logits out, no Python between.
 
 Everything that changes from step to step lives in tensors that stay in place: the tokens, their
 positions, which cached positions are not padding, and the number of filled positions. The graph
@@ -21,15 +21,17 @@ _WARM_UP = 2
 Body = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens [B, 1], positions [B, 1], valid bool [B, L]) -> logits [B, 1, vocabulary].
 
-Stores the new keys and values at ``cache.lengths``.
+Stores the new keys and values at ``cache.lengths``. A body that knows the model's blocks also has
+``prompt``: tokens and positions [B, T] -> logits of the last, with the keys and values stored.
 """
 
 
 class DecodeStep:
     """The step of ``batch`` sequences over one ``StepCache``, captured when first run.
 
-    ``make_body`` is called when the cache has been filled by a prompt; ``counts`` counts "captures"
-    and "replays"; ``pool`` is the memory pool that graphs share.
+    ``make_body`` is called once. ``counts`` counts the "bodies" that were made, the "prompts" that
+    they ran and the "replays". ``pool`` is the memory pool that graphs share; without ``capture``
+    there is no graph, and every run launches the body's kernels.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class DecodeStep:
         make_body: Callable[[], Body],
         counts: Counter,
         pool=None,
+        capture: bool = True,
     ):
         self.cache, self.make_body, self.counts, self.pool = cache, make_body, counts, pool
+        self.capture = capture
         device = cache.lengths.device
         self.body: Body | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -85,23 +89,32 @@ class DecodeStep:
         """
         if tokens is not None:
             self.tokens.copy_(tokens[:, None])
-        return self._replay()
-
-    def _replay(self) -> torch.Tensor:
+        self.counts["replays"] += 1
+        if not self.capture:
+            self.logits = self.eager()
+            return self.logits
         if self.graph is None:
             self._capture()
-        self.counts["replays"] += 1
         self.graph.replay()
         return self.logits
+
+    def prompt(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 1, vocabulary] of the last of tokens [B, T], which fill the empty cache."""
+        self.counts["prompts"] += 1
+        with torch.inference_mode(False), torch.no_grad():
+            return self._made_body().prompt(tokens, positions.expand(tokens.shape))
+
+    def _made_body(self) -> Body:
+        if self.body is None:
+            self.body = self.make_body()
+            self.counts["bodies"] += 1
+        return self.body
 
     def eager(self) -> torch.Tensor:
         """What the graph computes, without one."""
         # In normal mode, whatever mode the caller is in: what is made here outlives the call.
         with torch.inference_mode(False), torch.no_grad():
-            if self.body is None:
-                self.body = self.make_body()
-                self.counts["captures"] += 1
-            logits = self.body(self.tokens, self.positions, self.valid)
+            logits = self._made_body()(self.tokens, self.positions, self.valid)
             ops.choose(
                 logits[:, -1], self.best, self.tokens, self.positions, self.cache.lengths,
                 self._counts,

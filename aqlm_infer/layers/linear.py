@@ -72,7 +72,7 @@ class QuantLinear(nn.Module):
         value = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         self._buffer_names: tuple[str, ...] = ()
-        self._folded: tuple[int, ...] | None = None
+        self._folded: list[int] | None = None
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -213,10 +213,10 @@ class QuantLinear(nn.Module):
         self.kernel_id = kernel.id
         return self
 
-    def _versions(self) -> tuple[int, ...]:
+    def _versions(self) -> list[int]:
         """A number for each value that any in-place change of it changes."""
-        values = self._values().values()
-        return tuple(0 if v.is_inference() else v._version for v in values)
+        values = [self._parameters[n] for n in self._value_names]
+        return [0 if v.is_inference() else v._version for v in values]
 
     @torch.no_grad()
     def restore(self) -> QuantLinear:
@@ -279,7 +279,8 @@ class QuantLinear(nn.Module):
         return any(self._parameters[n].requires_grad for n in self._value_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel, trains = self.kernel, self.trains_values
+        kernel, compiling = self.kernel, torch.compiler.is_compiling()
+        trains = (torch.is_grad_enabled() or compiling) and self.trains_values
         if trains and torch.is_grad_enabled() and not (kernel is not None and kernel.trains):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
@@ -290,9 +291,9 @@ class QuantLinear(nn.Module):
             )
         buffers, values = self._buffers_of_kernel(), self._values()
         if kernel.fold is not None:
-            if trains and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if trains:
                 buffers |= kernel.fold(self.format, values)
-            elif not torch.compiler.is_compiling() and self._folded != self._versions():
+            elif not compiling and self._folded != self._versions():
                 buffers |= self._renew_folded()
         if kernel.rotate is not None:
             x = self._rotated(x, buffers, values)

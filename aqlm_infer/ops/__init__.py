@@ -2,7 +2,7 @@
 
 Backends register their implementations for a device key: ``backends/cpu*.py`` for CPU,
 ``csrc/ops_cuda*.cpp`` for CUDA. All operators are functional. One file a family: ``additive``
-(AQLM), ``rotated`` (Hadamard, E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest).
+(AQLM), ``rotated`` (Hadamard, E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest), ``dense``.
 """
 
 from .additive import (
@@ -15,6 +15,7 @@ from .additive import (
     check_matmul,
     check_operands,
 )
+from .dense import check_matvec, dense_matvec
 from .library import LIBRARY, NAMESPACE, OperandError
 from .rotated import (
     check_e8p,
@@ -55,11 +56,13 @@ __all__ = [
     "check_e8p_matmul_dx",
     "check_hadamard",
     "check_matmul",
+    "check_matvec",
     "check_operands",
     "check_rotation",
     "check_scalar",
     "check_scalar_matmul",
     "check_scalar_matmul_dx",
+    "dense_matvec",
     "e8p_dequantize",
     "e8p_matmul",
     "e8p_matmul_dx",

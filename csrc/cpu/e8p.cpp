@@ -108,6 +108,15 @@ E8PHalves make_halves() {
   return halves;
 }
 
+// What elements e and e + 2 of a half are XORed with as nibbles: bits 0..2 of `signs` are those of
+// its elements 0..2 (as in a byte of signs), `odd` the parity of all four; 1 everywhere for a shift.
+uint8_t flips(int signs, int odd, int shift, int e) {
+  signs &= 7;
+  signs |= ((odd ^ __builtin_parity(unsigned(signs))) & 1) << 3;
+  return uint8_t((signs >> e & 1 ? 0x0e : 0) ^ (signs >> (e + 2) & 1 ? 0xe0 : 0) ^
+                 (shift & 1 ? 0x11 : 0));
+}
+
 E8PTables make_tables() {
   E8PTables tables = {};
   const E8PHalves& halves = e8p_halves();
@@ -128,11 +137,10 @@ E8PTables make_tables() {
   for (int i = 0; i < 64; ++i) {
     for (int e = 0; e < 2; ++e) {
       tables.nibbles[e][i] = tables.nibbles[e][i % 32];
-      tables.signs[e][i] = uint8_t((i >> e & 1 ? 0x0e : 0) | (i >> (e + 2) & 1 ? 0xe0 : 0));
+      tables.front[e][i] = flips(i, i >> 3, i >> 4, e);
+      tables.back[e][i] = flips(i >> 2, i, i >> 1, e);
+      tables.back_odd[e][i] = flips(i % 16 >> 1, 1, i, e);
     }
-    if (!__builtin_parity(unsigned(i % 16))) continue;
-    tables.parity[i] = 0x11;
-    tables.first[i] = 0x1f;
   }
   return tables;
 }
@@ -145,17 +153,24 @@ int flipped_signs(int index) {
   return front | back << 4 | (front ^ back) << 7;
 }
 
-// Sign bits in element order. Bit 0 is not yet flipped by the parity: the kernels do it.
+// Byte of signs (e8p-inl.h): the parity of the published bits is the shift and flips element 0, so
+// that an even number of elements is negative and both halves have the same parity.
 uint8_t stored_signs(int index, int signs) {
-  int stored = 0;
-  for (int t = 0; t < 8; ++t) stored |= (signs >> t & 1) << kElement[t];
-  return uint8_t(stored ^ flipped_signs(index));
+  int negative = flipped_signs(index);
+  for (int t = 0; t < 8; ++t) negative ^= (signs >> t & 1) << kElement[t];
+  const int shift = __builtin_parity(unsigned(negative));
+  negative ^= shift;
+  const int odd = __builtin_parity(unsigned(negative & 15));
+  return uint8_t((negative & 7) | odd << 3 | shift << 4 | (negative >> 4 & 7) << 5);
 }
 
 int published_signs(int index, int stored) {
-  stored ^= flipped_signs(index);
+  const int front = stored & 7, back = stored >> 5, odd = stored >> 3 & 1, shift = stored >> 4 & 1;
+  int negative = front | (odd ^ __builtin_parity(unsigned(front))) << 3;
+  negative |= back << 4 | (odd ^ __builtin_parity(unsigned(back))) << 7;
+  negative ^= shift ^ flipped_signs(index);
   int signs = 0;
-  for (int t = 0; t < 8; ++t) signs |= (stored >> kElement[t] & 1) << t;
+  for (int t = 0; t < 8; ++t) signs |= (negative >> kElement[t] & 1) << t;
   return signs;
 }
 

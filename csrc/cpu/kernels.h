@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "packed.h"
+#include "step.h"
 #include "tile.h"
 
 namespace aqlm::cpu {
@@ -79,6 +80,15 @@ struct DecodeArgs {
   Dtype out_dtype;
 };
 
+// Rows of a dense weight, `row_stride` elements apart.
+struct DenseArgs {
+  const void* weight;
+  int64_t row_stride;
+  Dtype dtype;
+  int64_t K;
+  const float* x;
+};
+
 // Direct decode with tokens as the vector dimension: rows a call takes, and weights of a group.
 constexpr int kTokenLanes = 16;
 constexpr int64_t kDirectTileRows = 24, kDirectTileWeights = 256;
@@ -112,6 +122,10 @@ struct KernelTable {
   // [entries][ig] -> [ig][entries]
   void (*transpose)(const float* src, int64_t rows, int64_t cols, int64_t dst_stride, float* dst);
 
+  // Products of rows with x, not yet rounded.
+  void (*dense_rows)(const DenseArgs& args, int64_t rows, float* sums);
+
+  StepKernels step;  // between matmuls
   TileKernels tile;  // E8P, scalar grids, rotations
 };
 

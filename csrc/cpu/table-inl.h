@@ -18,6 +18,8 @@
 #include "scalar-inl.h"
 #include "e8p-inl.h"
 #include "hadamard-inl.h"
+#include "dense-inl.h"
+#include "step-inl.h"
 
 namespace aqlm::cpu {
 namespace {
@@ -43,8 +45,8 @@ constexpr KernelTable kTable = {
     AQLM_ISA,      kLutExact,       kLutFast,         kLutFloat,        kLutTokens,
     kLutMany,      kExactMaxTokens, kFastMaxTokens,   kMaxMLut,         kMaxMDirect,
     kDirectTokens, direct,          kDirectMaxTokens, direct_tokens_of, decode_rows,
-    finish,        to_float,        max_abs_bits,     transpose,
-    kTileKernels,
+    finish,        to_float,        max_abs_bits,     transpose,        dense_rows,
+    kStepKernels,  kTileKernels,
 };
 
 }  // namespace

@@ -9,6 +9,16 @@
 namespace aqlm::cpu {
 namespace {
 
+// Position 4 j + i of 32 <- 8 i + j (e8p-inl.h).
+template <class T>
+inline void e8p_order(T* values) {
+  typedef T Block __attribute__((vector_size(32 * sizeof(T))));
+  const auto block = read<Block>(values);
+  write(values, __builtin_shufflevector(block, block, 0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3,
+                                        11, 19, 27, 4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7,
+                                        15, 23, 31));
+}
+
 void quantize(const QuantizeArgs& args) {
   const int64_t columns = args.quads * kQuad;
   const uint32_t bits = max_abs_bits(args.x + args.begin, args.end - args.begin);
@@ -29,13 +39,6 @@ void quantize(const QuantizeArgs& args) {
     }
   }
   *args.sum = float(total);
-  if (args.e8p) {
-    for (int64_t k = 0; k < columns; k += 32) {
-      int16_t block[32];
-      __builtin_memcpy(block, q + k, sizeof block);
-      for (int j = 0; j < 32; ++j) q[k + j] = block[j % 4 * 8 + j / 4];
-    }
-  }
   if (args.planes) {
     alignas(64) int8_t high[kTileCols], low[kTileCols];
     const int shift = args.fast ? 0 : 8, half = args.fast ? 0 : 128;
@@ -44,11 +47,20 @@ void quantize(const QuantizeArgs& args) {
       high[k] = int8_t(upper);
       low[k] = int8_t(q[k] - upper * (1 << shift));
     }
+    if (args.e8p) {
+      for (int64_t k = 0; k < columns; k += 32) {
+        e8p_order(high + k);
+        e8p_order(low + k);
+      }
+    }
     for (int64_t d = 0; d < args.quads; ++d) {
       __builtin_memcpy(args.out + d * kQuantBytes, high + d * kQuad, 4);
       __builtin_memcpy(args.out + d * kQuantBytes + 4, low + d * kQuad, 4);
     }
     return;
+  }
+  if (args.e8p) {
+    for (int64_t k = 0; k < columns; k += 32) e8p_order(q + k);
   }
   auto* out = reinterpret_cast<int16_t*>(args.out);
   constexpr int kOrder[4] = {0, AQLM_LEVEL >= 1 ? 2 : 1, AQLM_LEVEL >= 1 ? 1 : 2, 3};

@@ -57,10 +57,10 @@ struct ProductArgs {
 
 // The values of E8P codes as the kernels read them (e8p.cpp makes them from the closed form).
 struct E8PTables {
-  // Of half h, elements e and e + 2 as the nibbles of nibbles[e][h]; of four signs, what they XOR
-  // to those: signs[e]; what an odd number of signs XORs to all nibbles, and to those of elements 0
-  // and 2. Entries repeat up to 64.
-  alignas(64) uint8_t nibbles[2][64], signs[2][64], parity[64], first[64];
+  // Elements e and e + 2 of a half as nibbles: of half h nibbles[e][h]; what signs and shift XOR to
+  // those, by the five bits of the sign byte that a half depends on, and by the upper four of the
+  // back as if the fifth were 1. Entries repeat up to 64.
+  alignas(64) uint8_t nibbles[2][64], front[2][64], back[2][64], back_odd[2][64];
   // Residual code b: 4 + twice elements 2p and 2p + 1, as nibbles of byte p * 256 + b.
   alignas(64) uint8_t residual[1024];
 };

@@ -8,7 +8,7 @@
 //   T: entry e: | stage 0: columns 0 .. 31 | stage 1: columns 0 .. 31 |     256 bytes, 64 KB in all
 //      Lane l of every warp looks up column l only, so each lane has a bank of its own: no
 //      conflicts and no replicas. One PRMT makes the offset: byte 0 lane and stage, byte 1 code.
-//   CTA: kWarps warps of 64 rows; a lane holds the sums of all rows of its warp over its columns.
+//   CTA: 8 warps of 64 rows; a lane holds the sums of all rows of its warp over its columns.
 //      The lanes are added once per row group, by shuffles.
 //   Codes: bulk copies into a ring of steps; the warps issue them in turn, because every warp waits
 //      for the slowest one (an issuer of its own doubled that one's instructions).
@@ -24,21 +24,21 @@
 #include "decode/additive.cuh"
 #include "mbarrier.cuh"
 #include "streamk.cuh"
+#include "tune.h"
 
 namespace aqlm {
 
 constexpr int kColumnPitch = 2 * 32 * 4;  // bytes of an entry
 constexpr int kColumnTableBytes = 256 * kColumnPitch;
+constexpr int kColumnWarps = 8;
+static_assert(tune::kColumnRows == kColumnWarps * kBlockRows);
 constexpr int kColumnStepUnits = 4;  // packed units of one step
-// Steps of codes in flight: with 8 warps two CTAs share the shared memory of an SM.
-AQLM_HD constexpr int columns_stages(int rows) { return rows > 512 ? 5 : 3; }
-
+constexpr int kColumnUnitBytes = kColumnWarps * kUnitBytes;
+constexpr int kColumnStages = 3;  // steps of codes in flight: two CTAs share an SM
 // Two of the four units of a step lie 64 bytes further, in other banks.
-AQLM_HD constexpr int columns_stage_bytes(int rows) { return kColumnStepUnits * rows * 8 + 64; }
-AQLM_HD constexpr int columns_smem(int rows) {
-  return kColumnTableBytes + columns_stages(rows) * columns_stage_bytes(rows) +
-         (columns_stages(rows) + 4) * 8;
-}
+constexpr int kColumnStageBytes = kColumnStepUnits * kColumnUnitBytes + 64;
+constexpr int kColumnSmem =
+    kColumnTableBytes + kColumnStages * kColumnStageBytes + (kColumnStages + 4) * 8;
 
 // Shared memory starts here in a block's window (the runtime keeps what lies below), so that the
 // address of a lookup is this constant plus 16 bits that one PRMT puts together.
@@ -51,15 +51,14 @@ __device__ __forceinline__ float column_entry(uint32_t at) {
   return v;
 }
 
-// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM. kPrefetch: steps that L2
-// fetches ahead of the ring.
-template <typename T, int kWarps, int kBooks, int kCtas, int kPrefetch>
-__global__ void __launch_bounds__(kWarps * 32, kCtas)
+// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM.
+template <typename T, int kBooks, int kCtas>
+__global__ void __launch_bounds__(kColumnWarps * 32, kCtas)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
+  constexpr int kWarps = kColumnWarps, kGroupRows = tune::kColumnRows, kStages = kColumnStages;
   constexpr int kTiles = 16 / kWarps;  // of 16 entries that a warp computes
-  constexpr int kGroupRows = kWarps * kBlockRows, kStages = columns_stages(kGroupRows);
-  constexpr int kStage = columns_stage_bytes(kGroupRows), kUnitStride = kGroupRows * 8;
+  constexpr int kStage = kColumnStageBytes, kUnitStride = kColumnUnitBytes;
   constexpr int kX = 4 / kBooks;  // distinct x fragments of a step
   constexpr int kXStep = 32 / kBooks * 8;  // elements of x in a step
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -101,15 +100,11 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     const uint32_t bytes = min(blocks, kWarps) * kUnitBytes;
     const uint8_t* from = p.packed + (size_t(u) * s.tiles + tile + group * kWarps) * kUnitBytes;
     mbar::expect(full + stage, units * bytes);
-    const int ahead = kPrefetch * kColumnStepUnits;
-    const bool more = kPrefetch > 0 && cell + kPrefetch < end && u + ahead + units <= a.units();
 #pragma unroll
     for (int i = 0; i < kColumnStepUnits; ++i, from += size_t(s.tiles) * kUnitBytes)
-      if (i < units) {
+      if (i < units)
         mbar::bulk_copy(ring + stage * kStage + i * kUnitStride + i / 2 * 64, from, bytes,
                         full + stage);
-        if (more) mbar::bulk_prefetch(from + size_t(ahead) * s.tiles * kUnitBytes, bytes);
-      }
   };
   if (warp < kStages) fetch(warp);
 

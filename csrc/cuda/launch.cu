@@ -47,7 +47,7 @@ int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
       if (r.variant == c.variant) return r.ctas_per_sm;
     return c.variant >= 8 ? 1 : 2;
   }
-  if (c.body == Body::kColumns) return tune::columns_ctas_per_sm(c.variant);
+  if (c.body == Body::kColumns) return c.variant;
   if (c.body != Body::kMma) return 1;
   const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
   return tune::mma_ctas_per_sm(a.codebooks, tiles);
@@ -140,7 +140,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     } else if (wide) {
       c.body = Body::kWgmmaWide;
       c.precision = Precision::kExact;
-      c.token_tile = round_up_tile(tokens, 32, 2);
+      c.token_tile = round_up_tile(tokens, 32, 4);
     } else if (lut) {
       c.body = Body::kLut;
       c.precision = Precision::kExact;
@@ -190,12 +190,12 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
   } else if (c.body == Body::kColumns) {
-    s.group_rows = tune::columns_rows(c.variant);
+    s.group_rows = tune::kColumnRows;
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
   } else if (c.body == Body::kWgmmaWide) {
-    s.group_rows = tune::kWideGroupRows;
+    s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each
     s.units /= 4;   // of four vectors
     s.x_steps = s.units;

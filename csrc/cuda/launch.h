@@ -62,7 +62,7 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; kColumns: see tune.h; kMma, kSplit: warps along rows
+  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma, kSplit: warps along rows
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
 };

@@ -37,10 +37,6 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)) : "memory");
 }
-// Starts copying contiguous global memory (16-byte multiples) to L2.
-__device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
-}
 // Of a ring, by one thread: `full` is announced by the producer, `empty` by each of the readers.
 template <int kStages>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int readers) {

@@ -73,7 +73,7 @@ norm_rotate_kernel(const __grid_constant__ NormRotateParams p, int log_l, int lo
     for (int j = 0; j < kLoads; ++j) {
       const int other = min(base + j, to - 1) >> log_c;
       const bool minus = (__popc(c & (base + j)) & 1) != (F > 1 && __ldg(p.h + other * F + a) < 0);
-      const float4 su = __ldg(reinterpret_cast<const float4*>(p.su + index(j)));
+      const float4 su = load_quad(p.su + index(j));
       Four<T> w;
       w.load(weight + index(j));
       const float4 v = w.values();

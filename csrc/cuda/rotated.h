@@ -106,12 +106,13 @@ struct RotatedConfig {
   int tiles;       // MMA column tiles of 4 tokens: one pass covers 4 * tiles tokens; 0: dequantize
   bool grouped;    // scalar scales change along K
   bool wgmma;      // Hopper's warpgroup MMAs
+  bool half;       // the same in float16, which scale groups cost nothing
   bool wide;       // more warps a block
   Share share;
 };
 
 // `rotates`: a rotation of the outputs follows.
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, bool rotates,
                              const DeviceInfo& device);
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p);
 struct RotatedWorkspace {

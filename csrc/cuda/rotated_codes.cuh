@@ -39,4 +39,19 @@ struct CodeStream {
   }
 };
 
+// Makes codes depend on the wait before. 8-bit codes are operands as they are: without an operation
+// in between they would be loaded into registers that MMAs still read.
+template <int kBits>
+__device__ __forceinline__ void after_wait(ScalarCodes<kBits>& c, uint32_t no_bits) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(c.a) / 16); ++i) {
+    uint32_t* w[4] = {&c.a[i].x, &c.a[i].y, &c.a[i].z, &c.a[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if constexpr (kBits == 8) asm volatile("xor.b32 %0, %0, %1;" : "+r"(*w[j]) : "r"(no_bits));
+      else asm volatile("" : "+r"(*w[j]));
+  }
+  asm volatile("" : "+r"(c.b.x), "+r"(c.b.y));
+}
+
 }  // namespace aqlm

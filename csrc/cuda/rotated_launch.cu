@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "enqueue.cuh"
+#include "hadamard_many.h"
 #include "hadamard_mix.cuh"
 #include "hadamard_spread.cuh"
 #include "rotated_bodies.h"
@@ -14,7 +15,7 @@ namespace {
 
 #ifdef AQLM_TUNE
 int g_rotated_cluster = 0, g_rotated_ctas = 0, g_rotated_body = 0;
-int g_rotated_local = -1, g_rotated_share = -1;
+int g_rotated_local = -1, g_rotated_share = -1, g_rotated_many = -1;
 #endif
 
 int log2_of(int n) {
@@ -68,6 +69,14 @@ cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t str
     config.numAttrs = dependent_launch ? 2 : 1;
     return cudaLaunchKernelEx(&config, rotate_kernel<C>, p, log_p);
   }
+}
+
+// Whether the kernel for many tokens takes a rotation of rows of x, and is faster.
+bool many_tokens(const RotateParams& p, const DeviceInfo& device) {
+#ifdef AQLM_TUNE
+  if (g_rotated_many >= 0) return p.tokens >= g_rotated_many && takes_many(p, device);
+#endif
+  return tune::rotates_many(p.r, p.tokens) && takes_many(p, device);
 }
 
 // Elements of one block of the spread rotation.
@@ -150,7 +159,7 @@ int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
 
 }  // namespace
 
-RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
+RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, bool rotates,
                              const DeviceInfo& device) {
   RotatedConfig c = {};
   c.grouped = w.coding == Coding::kScalar && w.group < w.K;
@@ -162,9 +171,18 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
       tune::rotated_tables(w.coding, w.bits) + tune::staged_bytes({}, 1, 2, Share::kRing, 0);
   if (least > device.max_smem) return c;
   const bool hopper = device.arch == 90 && (!c.grouped || tune::rotated_group_scales(w));
-  const int most = tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
+  c.half = hopper && c.grouped && tune::rotated_half(w, x_type, tokens);
+#ifdef AQLM_TUNE
+  if (g_rotated_body > 0) c.half = false;
+#endif
+  const int most = c.half ? 16 : tune::rotated_max_tiles(w.coding, w.bits, c.grouped, hopper);
   const int planes = tune::rotated_planes(w.coding, w.bits);
-  if (tokens > most * tune::rotated_passes(hopper, c.grouped, planes)) return c;
+  const int passes = c.half ? tune::kHalfPasses
+                            : tune::rotated_passes(hopper, c.grouped, planes);
+  if (tokens > most * passes) {
+    c.half = false;
+    return c;
+  }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
@@ -173,7 +191,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
-  c.wgmma = hopper && c.share == Share::kRing;
+  c.wgmma = hopper && c.share == Share::kRing && !c.half;
   c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
@@ -182,6 +200,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
     c.tiles = std::min(c.tiles, tune::rotated_max_tiles(w.coding, w.bits, c.grouped, false));
   }
 #endif
+  if (c.half) c.tiles = std::max(c.tiles, 8);  // 16 columns decode no faster than 32
   if (c.wgmma) c.tiles = std::max(c.tiles, 4);  // the narrowest of wgmma_ptx.cuh
   return c;
 }
@@ -189,7 +208,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, int tokens, bool rotates,
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const int warps = c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
+  const int warps = c.half    ? tune::rotated_half_warps(c.tiles)
+                   : c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
                                                   c.share);
@@ -199,7 +219,9 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.cells = c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped) : 1;
+  s.cells = c.half    ? tune::rotated_half_cells(p->w)
+            : c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped)
+                      : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;
   const long long cells = static_cast<long long>(s.groups) * s.units;
   int ctas = device.sms;
@@ -219,7 +241,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
 
 int local_bits_of(const RotatedConfig& c, const RotatedSchedule& s, const Rotation& r,
                   const DeviceInfo& device) {
-  if (r.factor == 0 || r.block != 0) return 0;
+  if (r.factor == 0 || r.block != 0 || (c.grouped && c.tiles == 1)) return 0;
   const int bits = log2_of(r.n / r.factor);
   if (bits < 5) return 0;  // rows of one warp
   int local = 5;
@@ -298,6 +320,8 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       if (p.partials != nullptr && p.local_bits > 0) {
         e = p.tokens <= kFewTokens ? rotate_mix<kFewSlots>(p, info.max_smem, stream)
                                    : rotate_mix<kManySlots>(p, info.max_smem, stream);
+      } else if (many_tokens(p, info)) {
+        e = launch_rotate_many(p, info, stream);
       } else if (const int bits = p.partials == nullptr ? spread_bits_of(p.r, p.tokens, info) : 0) {
         e = rotate_spread(p, bits, stream);
       } else switch (cluster_of(p.r, p.tokens, info)) {
@@ -340,7 +364,7 @@ cudaError_t launch_rotated_unpack(const RotatedWeight& w, void* codes, cudaStrea
 
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: blocks per cluster of a rotation, CTAs of a matmul (0: as tuned),
-// body (1: never wgmma), dependent launch.
+// body (1: never warpgroup MMAs, 2: not those in float16), dependent launch.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int cluster, int ctas,
                                                                              int body,
                                                                              int dependent) {
@@ -353,6 +377,10 @@ extern "C" __attribute__((visibility("default"))) void aqlm_rotated_override(int
 // wherever it fits.
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_share(int share) {
   aqlm::g_rotated_share = share;
+}
+// Tokens from which on the kernel for many tokens rotates (-1: as tuned).
+extern "C" __attribute__((visibility("default"))) void aqlm_rotated_many(int least) {
+  aqlm::g_rotated_many = least;
 }
 // Most Sylvester bits of the output rotation that a matmul does (-1: as tuned).
 extern "C" __attribute__((visibility("default"))) void aqlm_rotated_local_bits(int most) {

@@ -46,7 +46,13 @@ struct GroupScales {
       copy_async4(to + kGroupPlane + 2 * i, zeros + min(j + i, groups - 2));
     }
   }
-  // Group j of `row` in buffer `at`: plane 0 the scale, 1 the zero.
+  // Group j of `row` in buffer `at`, twice as it is: plane 0 the scale, 1 the zero.
+  __device__ __forceinline__ uint32_t pair(uint32_t j, int plane, int row, int at) const {
+    const uint32_t raw = *reinterpret_cast<const uint16_t*>(
+        own + (at * 2 + plane) * kGroupPlane + row * kGroupRow + j % kGroupChunk * 2);
+    return raw | raw << 16;
+  }
+  // As a number.
   __device__ __forceinline__ float value(uint32_t j, int plane, int row, int at) const {
     const uint16_t raw = *reinterpret_cast<const uint16_t*>(
         own + (at * 2 + plane) * kGroupPlane + row * kGroupRow + j % kGroupChunk * 2);

@@ -97,6 +97,29 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
+// The body of float16 operands (rotated_half.cuh), up to 64 tokens: warps, stages of x, steps of codes
+// in a warp's ring.
+AQLM_HD constexpr int rotated_half_warps(int tiles) { return tiles == 16 ? 12 : 16; }
+constexpr int kHalfStages = 4;
+constexpr int kHalfPasses = 16;  // as rotated_passes: four of 64 tokens 300 us at 28672 x 8192
+AQLM_HD constexpr int rotated_half_depth(int bits) { return bits == 8 ? 4 : 3; }
+// Cells a step, as above; two of 8 bits are too many registers.
+AQLM_HD constexpr int rotated_half_most_cells(int bits) { return bits == 8 ? 1 : 2; }
+inline int rotated_half_cells(const RotatedWeight& w) {
+  return w.group % (2 * kCellColumns) != 0 ? 1 : rotated_half_most_cells(w.bits);
+}
+AQLM_HD constexpr int rotated_half_smem(int bits, int tiles, int cells) {
+  const int warps = rotated_half_warps(tiles), codes = cells * kCellRows * kCellColumns / 8 * bits;
+  return warps * (rotated_half_depth(bits) * codes + kGroupBytes) +
+         kHalfStages * (cells * kCellColumns * 4 * tiles * 2 + 16);
+}
+// Whether it is faster, 28672 x 8192: int4-g128 16 tokens 54.2 against 51.7 us of the int8 body, 32
+// tokens 56.7 against 72.5, 64 tokens 75.3 against 144; int4-g64 8 tokens 65.5 against 74.6.
+inline bool rotated_half(const RotatedWeight& w, DType x_type, int tokens) {
+  return x_type == DType::kFloat16 && w.scale_type == DType::kFloat16 && rotated_group_scales(w) &&
+         (tokens > 16 || (tokens > 4 && w.group < 2 * kCellColumns));
+}
+
 template <Coding kCoding, int kBits, int kTiles>
 struct RotatedShape {
   static constexpr bool kE8p = kCoding == Coding::kE8p;
@@ -176,6 +199,15 @@ AQLM_HD constexpr int rotated_passes(bool hopper, bool grouped, int planes) {
 // clusters that exchange: 8192 x 16 tokens 2.6 against 4.0 us at 4 MB, 14336 x 4 4.8 against 6.3 at
 // 3 MB, 28672 x 4 8.1 against 7.8 at 6.4 MB (H200).
 constexpr double kSpreadMegabytes = 4.5;
+
+// Whether rows of x are rotated by the kernel for many tokens (hadamard_many.cu), H200, by itself:
+// 4096 x 128 5.6 against 4.9 us, x 512 6.7 against 9.4; 8192 x 64 4.7 against 6.0; 14336 (F = 28) x 16
+// 5.3 against 7.3. Its blocks leave no room for a matmul's beside them: a layer of 28672 x 8192 with
+// 64 tokens is 95 us with it and 89 without.
+inline bool rotates_many(const Rotation& r, int tokens) {
+  const double elements = static_cast<double>(r.n) * tokens;
+  return r.factor > 1 ? elements >= 1 << 19 : elements * r.n >= 8589934592.;
+}
 
 // Cells of K per CTA below which partial sums cost more than idle SMs.
 constexpr int kRotatedMinCells = 4;

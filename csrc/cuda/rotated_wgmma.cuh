@@ -15,6 +15,7 @@
 #pragma once
 
 #include "e8p_decode.cuh"
+#include "rotated_codes.cuh"
 #include "rotated_rows.cuh"
 #include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
@@ -22,21 +23,6 @@
 #include "wgmma_ptx.cuh"
 
 namespace aqlm {
-
-// Makes codes depend on the wait before. 8-bit codes are operands as they are: without an operation
-// in between they would be loaded into registers that MMAs still read.
-template <int kBits>
-__device__ __forceinline__ void after_wait(ScalarCodes<kBits>& c, uint32_t no_bits) {
-#pragma unroll
-  for (int i = 0; i < int(sizeof(c.a) / 16); ++i) {
-    uint32_t* w[4] = {&c.a[i].x, &c.a[i].y, &c.a[i].z, &c.a[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if constexpr (kBits == 8) asm volatile("xor.b32 %0, %0, %1;" : "+r"(*w[j]) : "r"(no_bits));
-      else asm volatile("" : "+r"(*w[j]));
-  }
-  asm volatile("" : "+r"(c.b.x), "+r"(c.b.y));
-}
 
 template <Coding kCoding, int kBits, int kTiles, bool kGrouped, int kCells>
 __global__ void
@@ -57,7 +43,8 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
   uint64_t* const empty = full + kStages;
   float* const exchange = reinterpret_cast<float*>(empty + kStages);  // two of [4][group_rows]
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
   const long long all_cells = static_cast<long long>(s.groups) * units;

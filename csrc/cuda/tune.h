@@ -59,12 +59,12 @@ constexpr int kLongFirst = 176;
 inline int long_tokens(int codebooks, long long cells) {
   return cells < 20000 ? 0 : cells < 50000 ? 512 : codebooks == 1 ? 768 : 2048;
 }
-// 8x8 g32 on Hopper: passes of up to 64 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
-// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128. 4096 x 4096: 21 us against 20 a
-// token.
+// 8x8 g32 on Hopper: passes of up to 128 tokens. 28672 x 8192: 178 .. 185 us up to 32 tokens, 220 up
+// to 64; tables 44 us a token, dequantize + GEMM 492 us at M = 128, two passes of 64 440. 4096 x
+// 4096: 21 us against 20 a token.
 inline int wide_first(long long cells) { return cells < 50000 ? 3 : 5; }
 inline int wide_tokens(long long cells) { return cells < 50000 ? 64 : 128; }
-constexpr int kWideGroupRows = 512;
+AQLM_HD constexpr int wide_group_rows(int tokens) { return tokens > 64 ? 256 : 512; }
 
 // Waves of items from which on whole waves are not cut along K: then direct stores pay for the
 // uneven end (1x8 28672 x 8192: M = 1024 769 us against 868, M = 512 440 against 403).
@@ -97,16 +97,16 @@ constexpr LutRow kLut[] = {
     {0, 2, 2, "small: more rows per table would leave too few units of K per CTA"},
 };
 
-// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. Variants: 1 = 8 warps, one CTA an SM;
-// 2 = 8 warps, two CTAs; for the ladder only: 3 = 16 warps, one CTA; 4 .. 6 = 1 .. 3 with
-// prefetches to L2.
+// Hopper, G = 8, B in {1, 2, 4}: one copy of each table. A variant is the CTAs of an SM: 1 or 2.
+// Also timed, and slower nearly everywhere: 16 warps of 1024 rows with five stages (2x8, M = 1:
+// 7.3, 11.3, 11.1, 27.0 us for the shapes of issue 3, against 4.9, 10.8, 10.6, 24.2), prefetches to
+// L2 four steps ahead (4.8, 11.0, 11.0, 28.1).
 constexpr int kColumnsArch = 90;
-inline int columns_rows(int variant) { return variant % 3 == 0 ? 1024 : 512; }
-inline int columns_ctas_per_sm(int variant) { return variant % 3 == 2 ? 2 : 1; }
+constexpr int kColumnRows = 512;
 inline int columns_variant(long long cells) {
-  // 4096 x 4096 is two steps a CTA: 4.9 us with one CTA an SM, 5.9 with two. 28672 x 8192: 24.0 us
-  // with two, 25.2 with 16 warps.
-  return cells < 10000 ? 1 : 2;
+  // One CTA an SM, two: 2x8 4096 x 4096 4.9 us, 5.9; 14336 x 4096 10.8, 10.8; 28672 x 8192 30.4,
+  // 24.2; 1x8 14336 x 4096 7.3, 8.2; 28672 x 8192 17.3, 16.3.
+  return cells < 20000 ? 1 : 2;
 }
 
 struct MmaRow {

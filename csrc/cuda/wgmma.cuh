@@ -2,19 +2,19 @@
 //
 // nbits <= 8, G = 8, B in {1, 2, 4}. As in cuda.additive.mma a codebook lookup (16 bytes,
 // replicated tables) is half the A registers of two MMAs; here the tokens are the B operand in
-// shared memory, where all eight warps share them, and the MMAs run while the next lookups are
-// under way. Weights are decoded once for up to 128 tokens.
+// shared memory, where all warps share them, and the MMAs run while the next lookups are under way.
+// Weights are decoded once for up to 128 tokens.
 //
 //   x image (x_image_kernel), one K step of 32 columns: [pair c = 0..3][token][vector t = 0..3]
 //     = elements 2c, 2c + 1 of vector t: the columns that lane t holds of A, as 8 x 16-byte core
 //     matrices without swizzle
-//   warps 0 .. 7: MMAs. Up to 64 tokens: a 64-row block each, 4 MMA row tiles; 128: half a block
-//   warp 8 (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
+//   8 or 16 warps: MMAs of a 64-row block each, 4 MMA row tiles; 16 warps or 128 tokens: of half
+//   one more (of a warpgroup that gives its registers away): bulk copies of a unit's codes (one run
 //     of neighbouring row blocks) and x into a ring of stages
 //
 // Codebooks are added in 16 bits (the rounding of a dequantized weight; B = 1: exact): of four, one
 // MMA instead of two, and x is read once.
-// H200, 2026-11-22, 2x8 28672 x 8192: M = 16 60 us, 32 62, 64 85, 128 118 (docs/notes/cuda.md).
+// H200, 2026-11-28, 2x8 28672 x 8192: M = 16 62 us, 32 65, 64 83 (docs/notes/cuda.md).
 // Architecture sm_90a only.
 #pragma once
 
@@ -24,11 +24,12 @@
 
 namespace aqlm {
 
-constexpr int kWgWarps = 8;   // that multiply
 constexpr int kWgStages = 8;  // cells in flight: one unit, of four codebooks two (one K step)
 
-AQLM_HD constexpr int wg_row_tiles(int tokens) {
-  return tune::wgmma_group_rows(tokens) / (kWgWarps * 16);
+// Warps that multiply: 16 with half a row block each where registers allow (2x8, M = 16: 62.3 us
+// against 65.7 with 8).
+AQLM_HD constexpr int wg_warps(int codebooks, int tokens) {
+  return codebooks <= 2 && tokens == 32 ? 16 : 8;
 }
 AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a cell
 AQLM_HD constexpr int wg_units(int codebooks) { return codebooks == 4 ? 2 : 1; }
@@ -127,11 +128,12 @@ __device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& p
 
 // kTokens: columns of the MMA (32, 64 or 128).
 template <typename T, int B, int kTokens>
-__global__ void __launch_bounds__((kWgWarps + 4) * 32, 1)
+__global__ void __launch_bounds__((wg_warps(B, kTokens) + 4) * 32, 1)
 wgmma_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = MmaTraits<T, false>;
-  constexpr int kTiles = wg_row_tiles(kTokens), kSteps = wg_ksteps(B);
+  constexpr int kWgWarps = wg_warps(B, kTokens), kSteps = wg_ksteps(B);
+  constexpr int kTiles = tune::wgmma_group_rows(kTokens) / (kWgWarps * 16);
   constexpr int kX = wg_x_bytes(B, kTokens), kStage = wg_stage_bytes(B, kTokens);
   constexpr int kUnits = wg_units(B);  // of a cell, each with so many bytes of codes
   constexpr int kCodes = tune::wgmma_group_rows(kTokens) / kBlockRows * kUnitBytes;
@@ -184,7 +186,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<240>();
+    registers_up<kWgWarps == 8 ? 240 : 112>();  // 112: a launch of 640 threads has 96 each
     const int g = lane / 4, t = lane % 4;
     // Lane 0's: the compiler then knows that a warp does not diverge, and keeps addresses of stages
     // and descriptors in uniform registers (16 R2UR less a step of 32 tokens).

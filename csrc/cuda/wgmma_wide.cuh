@@ -1,4 +1,4 @@
-// cuda.additive.wgmma_wide: y = x W^T for 8x8 g32 and 5 .. 64 tokens a pass on Hopper.
+// cuda.additive.wgmma_wide: y = x W^T for 8x8 g32 and 3 .. 128 tokens a pass on Hopper.
 //
 // Eight codebooks of 256 vectors of 32: a weight vector is the sum of eight entries of 64 bytes, 16
 // bytes of shared memory for every weight (3.8 GB at 28672 x 8192, 118 us at the full rate), so
@@ -11,7 +11,7 @@
 //
 //   x image (x_wide_kernel), a step: [lookup j][pair c = 0..3][token][vector t = 0..3]
 //     = elements 2c, 2c + 1 of chunk j ^ t of vector t
-//   warps 0 .. 7: MMAs of a 64-row block each; warp 8: copies (cuda.additive.wgmma)
+//   warps 0 .. 7: MMAs of a 64-row block each (128 tokens: of half); warp 8: copies (see wgmma.cuh)
 //
 // The four entries of a class are added in 16 bits, the two classes in the common reduction.
 // H200, 2026-11-28, 28672 x 8192: M = 8 179 us, 32 185, 64 220 (80 % of the shared-memory rate).
@@ -27,15 +27,17 @@ namespace aqlm {
 constexpr int kWideBooks = 4;         // of a class
 constexpr int kWideG = 32;
 constexpr int kWideWgWarps = 8;       // that multiply
-static_assert(tune::kWideGroupRows == kWideWgWarps * kBlockRows);
-constexpr int kWideUnits = 2;         // of a step and class, with kWideCodes bytes each
-constexpr int kWideCodes = kWideWgWarps * kUnitBytes;
+constexpr int kWideUnits = 2;         // of a step and class
 
+// Bytes of a unit's codes for all warps: 128 tokens leave registers for half the rows of a block.
+AQLM_HD constexpr int wide_codes(int tokens) {
+  return tune::wide_group_rows(tokens) / kBlockRows * kUnitBytes;
+}
 AQLM_HD constexpr int wide_x_bytes(int tokens) { return tokens * kStepVectors * kWideG * 2; }
 AQLM_HD constexpr int wide_stage_bytes(int tokens) {
-  return wide_x_bytes(tokens) + kWideUnits * kWideCodes;
+  return wide_x_bytes(tokens) + kWideUnits * wide_codes(tokens);
 }
-AQLM_HD constexpr int wide_stages(int tokens) { return tokens > 32 ? 4 : 6; }
+AQLM_HD constexpr int wide_stages(int tokens) { return tokens > 64 ? 2 : tokens > 32 ? 4 : 6; }
 AQLM_HD constexpr int wide_smem(int tokens) {
   return kWideBooks * kMmaBookBytes + wide_stages(tokens) * (wide_stage_bytes(tokens) + 16);
 }
@@ -66,7 +68,7 @@ x_wide_kernel(const __grid_constant__ MatmulParams p, int padded_tokens) {
   }
 }
 
-// kTokens: columns of the MMA (32 or 64).
+// kTokens: columns of the MMA (32, 64 or 128).
 template <typename T, int kTokens>
 __global__ void __launch_bounds__((kWideWgWarps + 4) * 32, 1)
 wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
@@ -74,7 +76,12 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
   using Traits = MmaTraits<T, false>;
   constexpr int kX = wide_x_bytes(kTokens), kStage = wide_stage_bytes(kTokens);
   constexpr int kStages = wide_stages(kTokens);
-  constexpr int kTiles = 4, kLookups = 4, kGroups = kTiles * kLookups * kWideUnits;
+  constexpr int kBlocks = tune::wide_group_rows(kTokens) / kBlockRows;
+  constexpr int kPerBlock = kWideWgWarps / kBlocks, kCodes = wide_codes(kTokens);
+  constexpr int kTiles = kBlockRows / 16 / kPerBlock, kLookups = 4;
+  constexpr int kGroups = kTiles * kLookups * kWideUnits;
+  // With two stages the next step's codes can only be read once the last step has been released.
+  constexpr bool kLate = kStages == 2;
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const stages = smem + kWideBooks * kMmaBookBytes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStage);
@@ -92,7 +99,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
     const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
     grid_dependency_wait();
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
-      const int bytes = min(piece.tiles * kUnitBytes, kWideCodes);
+      const int bytes = min(piece.tiles * kUnitBytes, kCodes);
       for (int u = piece.u0; u < piece.u1; ++u, ++produced, ring.advance()) {
         if (produced >= kStages) mbar::wait(empty + ring.stage, ring.phase ^ 1);
         unsigned char* const stage = stages + ring.stage * kStage;
@@ -101,13 +108,14 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         mbar::expect(full + ring.stage, kX + kWideUnits * bytes);
 #pragma unroll
         for (int i = 0; i < kWideUnits; ++i)
-          mbar::bulk_copy(stage + kX + i * kWideCodes, codes + i * unit_stride, bytes,
+          mbar::bulk_copy(stage + kX + i * kCodes, codes + i * unit_stride, bytes,
                           full + ring.stage);
         mbar::bulk_copy(stage, p.x_fragments + size_t(u) * kX, kX, full + ring.stage);
       }
     });
   } else {
     registers_up<240>();
+    const int block = warp / kPerBlock, tile0 = warp % kPerBlock * kTiles;
     const int g = lane / 4, t = lane % 4;
     uint32_t lane_offset[kLookups];
 #pragma unroll
@@ -133,7 +141,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         consumers_sync<kWideWgWarps * 32>();
       }
       // Warps past the part's last row block repeat it; they write nothing.
-      const uint32_t code_offset = kX + min(warp, piece.tiles - 1) * kUnitBytes + lane * 16;
+      const uint32_t code_offset = kX + min(block, piece.tiles - 1) * kUnitBytes + lane * 16;
       float acc[kTiles][kTokens / 2] = {};
       struct Codes {
         uint4 unit[kWideUnits];
@@ -144,7 +152,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         Codes c;
 #pragma unroll
         for (int i = 0; i < kWideUnits; ++i)
-          c.unit[i] = *reinterpret_cast<const uint4*>(from + i * kWideCodes);
+          c.unit[i] = *reinterpret_cast<const uint4*>(from + i * kCodes);
         ahead.advance();
         return c;
       };
@@ -153,7 +161,8 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         const int m = n / (kLookups * kWideUnits), j = n / kWideUnits % kLookups;
         const uint4 c = codes.unit[n % kWideUnits];
         const unsigned char* book = smem + n % kWideUnits * 2 * kMmaBookBytes;
-        const uint32_t w[2] = {m > 1 ? c.y : c.x, m > 1 ? c.w : c.z};
+        const bool upper = kPerBlock == 1 ? m > 1 : tile0 > 0;
+        const uint32_t w[2] = {upper ? c.y : c.x, upper ? c.w : c.z};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           e[i] = Traits::lookup(book + i / 2 * kMmaBookBytes +
@@ -164,7 +173,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
       uint32_t a[2][8];
       uint4 e[2][4];
       Codes c = read_codes(), next = c;
-      if (count > 1) next = read_codes();
+      if (!kLate && count > 1) next = read_codes();
       lookup(0, c, e[0]);
       lookup(1, c, e[1]);
       int released = ring.stage;
@@ -185,6 +194,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
           }
           r[0] = lo.x, r[1] = hi.x, r[2] = lo.y, r[3] = hi.y;
           r[4] = lo.z, r[5] = hi.z, r[6] = lo.w, r[7] = hi.w;
+          if (kLate && n == kGroups - 3 && i + 1 < count) next = read_codes();
           if (n + 2 < kGroups) lookup(n + 2, c, e[n % 2]);
           else lookup(n + 2 - kGroups, next, e[n % 2]);  // past the end: dropped
           if (first) continue;
@@ -197,13 +207,13 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
         released = ring.stage;
         ring.advance();
         c = next;
-        if (i + 2 < count) next = read_codes();
+        if (!kLate && i + 2 < count) next = read_codes();
       }
       mma_groups_wait<0>();
       if (lane == 0) mbar::arrive(empty + released);
 
-      if (warp >= piece.tiles) return;
-      float* out = slot_of(p, piece, 0) + warp * kBlockRows + g;
+      if (block >= piece.tiles) return;
+      float* out = slot_of(p, piece, 0) + block * kBlockRows + tile0 * 16 + g;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll

@@ -6,11 +6,13 @@ ARCH ?= -gencode arch=compute_90a,code=sm_90a
 OUT := build/rotated
 TORCH := $(shell $(PYTHON) -c "import torch,os;print(os.path.dirname(torch.__file__))")
 PYINC := $(shell $(PYTHON) -c "import sysconfig;print(sysconfig.get_paths()['include'])")
-NAMES := $(basename $(notdir $(wildcard csrc/cuda/rotated*.cu csrc/cuda/instances/rotated*.cu)))
-OBJ := $(NAMES:%=$(OUT)/obj/%.o) $(OUT)/obj/launch.o $(OUT)/obj/ops_cuda_rotated.o
+NAMES := $(basename $(notdir $(wildcard csrc/cuda/rotated*.cu csrc/cuda/hadamard*.cu \
+  csrc/cuda/*norm*.cu csrc/cuda/step*.cu csrc/cuda/instances/rotated*.cu)))
+OPS := $(OUT)/obj/ops_cuda_rotated.o $(OUT)/obj/ops_cuda_step.o
+OBJ := $(NAMES:%=$(OUT)/obj/%.o) $(OUT)/obj/launch.o $(OPS)
 HDR := $(wildcard csrc/cuda/rotated* csrc/cuda/scalar* csrc/cuda/e8p* csrc/cuda/hadamard* \
-  csrc/cuda/ptx.cuh csrc/cuda/numeric.cuh csrc/cuda/enqueue.cuh csrc/cuda/launch.h \
-  csrc/cuda/instances/rotated.inl csrc/ops_cuda_common.h)
+  csrc/cuda/norm_rotate.h csrc/cuda/step_attention.h csrc/cuda/ptx.cuh csrc/cuda/numeric.cuh csrc/cuda/enqueue.cuh \
+  csrc/cuda/launch.h csrc/cuda/instances/rotated.inl csrc/ops_cuda_common.h)
 VPATH := csrc/cuda:csrc/cuda/instances
 NVFLAGS := -O3 $(ARCH) -Xptxas -v -DAQLM_TUNE \
   -Xcompiler -fPIC,-fvisibility=hidden,-ffunction-sections
@@ -23,7 +25,7 @@ $(OUT)/_rotated.so: $(OBJ)
 $(OUT)/obj/%.o: %.cu $(HDR)
 	@mkdir -p $(dir $@)
 	nvcc $(NVFLAGS) -c $< -o $@ > $@.log 2>&1 || (cat $@.log; false)
-$(OUT)/obj/ops_cuda_rotated.o: csrc/ops_cuda_rotated.cpp $(HDR)
+$(OPS): $(OUT)/obj/%.o: csrc/%.cpp $(HDR)
 	@mkdir -p $(dir $@)
 	g++ -O2 -std=c++17 -fPIC -fvisibility=hidden -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
 	  -DPy_LIMITED_API=0x030a0000 -I$(TORCH)/include -I$(TORCH)/include/torch/csrc/api/include \

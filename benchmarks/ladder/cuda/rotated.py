@@ -1,6 +1,6 @@
 """Checks and times build/rotated/_rotated.so (rotated.mk) on a GPU machine.
 
-    python3 benchmarks/ladder/cuda/rotated.py check|tiny|golden|tune|profile|bench [--out DIR]
+    python3 benchmarks/ladder/cuda/rotated.py check|tiny|golden|many|... [--out DIR]
 
 ``check`` compares every operator with float64 on the same inputs; ``tune`` tries launch shapes
 through the overrides of the ladder build; ``bench`` writes the published rows. Needs only torch and
@@ -26,6 +26,8 @@ if __name__ == "__main__":
         "check": checks.check,
         "tiny": partial(checks.check, True),
         "golden": checks.golden,
+        "many": checks.many_tokens,
+        "halves": checks.halves,
         "tune": times.tune,
         "hadamards": times.hadamards,
         "profile": times.profile,

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rotated_weights import BLOCK, DEV, E8P, FULL, NONE, Scalar, rotation
+from rotated_weights import BLOCK, DEV, E8P, FULL, NONE, Scalar, many, rotation
 from safetensors.torch import load_file
 
 from aqlm_infer import ops
@@ -102,6 +102,53 @@ def check_hadamard(report, sizes, dtypes):
                         )
 
 
+def check_many(report, sizes, dtypes, tokens):
+    """The kernel for many tokens, forced for few as well; aligned rows, as it wants them."""
+    many(1)
+    for n in sizes:
+        r = Hadamard.full(n)
+        h, vector = r.matrix(DEV), torch.rand(n, device=DEV) + 0.5
+        for dtype in dtypes:
+            for M in tokens:
+                x = torch.randn(M, n + 8, device=DEV).to(dtype)[:, :n]
+                for transpose in (False, True):
+                    turned = rotate64(x, r, transpose)
+                    for a, b in ((None, None), (vector, None), (None, vector)):
+                        ref = turned * (1 if b is None else b)
+                        if a is not None:
+                            ref = rotate64(x.double() * a, r, transpose)
+                        poison(M, n, dtype=dtype)
+                        y = ops.hadamard(x, a, b, h, r.factor, 0, transpose)
+                        what = f"{n} M={M} T={transpose} {a is not None} {b is not None}"
+                        report.error(f"many {str(dtype)[6:]}", what, rel(y, ref), LIMITS[dtype])
+                        again = ops.hadamard(x, a, b, h, r.factor, 0, transpose)
+                        report.expect(torch.equal(y, again), f"many {what} repeat")
+    many()
+
+
+def many_tokens():
+    torch.manual_seed(4)
+    report = Report()
+    sizes = (1024, 2048, 3072, 4096, 5120, 6144, 8192, 14336, 16384, 28672, 32768)
+    check_many(report, sizes, (torch.float16, torch.bfloat16), (1, 3, 40, 300, 2100))
+    torch.cuda.synchronize()
+    report.finish("many")
+
+
+def halves():
+    """Scale groups of 5 and more tokens."""
+    torch.manual_seed(5)
+    report, tokens = Report(), (5, 8, 16, 17, 32, 33, 64, 65, 130, 200)
+    shapes = ((1001, 1024, 128), (200, 1280, 128), (130, 512, 64), (999, 2304, 192))
+    shapes += ((1500, 1536, 512), (9000, 2048, 128), (4096, 4096, 128))
+    for bits in (2, 3, 4, 8):
+        for N, K, G in shapes:
+            check_matmul(report, Scalar(bits, N, K, G), (torch.float16,), tokens)
+        layer = Scalar(bits, 3072, 1024, 128, FULL, True)
+        check_matmul(report, layer, (torch.float16,), tokens)
+    report.finish("halves")
+
+
 def check(tiny=False):
     torch.manual_seed(1)
     report = Report()
@@ -114,6 +161,7 @@ def check(tiny=False):
     if tiny:
         tokens, sizes = [1, 3, 9, 33, 70, 200], [(FULL, 3072), (FULL, 8192), (BLOCK, 384)]
     check_hadamard(report, sizes, half if tiny else (*both, torch.float32))
+    check_many(report, (3072, 8192), half, (3, 70))
     for bits in (2, 3, 4):
         for N, K, kind in (
             (48, 64, FULL),

@@ -1,6 +1,6 @@
 """Microseconds of whole rotated layers and of their parts, by launch shape.
 
-    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|groups|short|one|sanitize
+    python3 benchmarks/ladder/cuda/rotated_layers.py layers|hadamards|prompts|groups|short|...
 
 Uses the ladder build (rotated.mk). Every row names the overrides that it ran under.
 """
@@ -11,8 +11,8 @@ import sys
 from functools import partial
 
 import torch
-from rotated_times import time_layers, timed_graph
-from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, override
+from rotated_times import show, time_layers, timed_graph
+from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, many, override
 
 from aqlm_infer import ops
 from aqlm_infer.formats.rotation import Hadamard
@@ -62,6 +62,22 @@ def hadamards():
             print(f"hadamard {n} F={r.factor} M={M}  ", "  ".join(row), flush=True)
 
 
+def prompts():
+    """Rotations of many tokens, inputs (pre) and outputs (post): new kernel, the others."""
+    for n in (4096, 6144, 8192, 14336, 28672):
+        r = Hadamard.full(n)
+        h, vector = r.matrix(DEV), torch.randn(n, device=DEV)
+        for M in (4, 16, 32, 64, 128, 512, 2048):
+            x, row = torch.randn(M, n, device=DEV).half(), []
+            for least in (1, 1 << 30):
+                many(least)
+                for pair in ((vector, None), (None, vector)):
+                    calls = [partial(ops.hadamard, x, *pair, h, r.factor, 0, True)] * 20
+                    row.append(f"{timed_graph(calls, 9)[0]:.2f}")
+            many()
+            print(f"prompt {n} M={M}: pre, post", *row[:2], "before", *row[2:], flush=True)
+
+
 def groups():
     for bits in (2, 3, 4, 8):
         rows = copies(partial(Scalar, bits, *BIG, 128))
@@ -77,6 +93,18 @@ def groups():
                 [round(time_layers(rows, M, 9)[0], 2) for M in (1, 4, 16, 64)],
                 flush=True,
             )
+        del rows
+
+
+def halves():
+    """Scale groups: operands in float16, in int8."""
+    for bits, shape, G in (
+        (4, BIG, 128), (2, BIG, 128), (3, BIG, 128), (8, BIG, 128), (4, BIG, 64), (4, SMALL, 128),
+        (4, MEDIUM, 128),
+    ):  # fmt: skip
+        rows = copies(partial(Scalar, bits, *shape, G))
+        for M in (5, 8, 16, 32, 64, 128):
+            show(f"int{bits}-g{G}", rows, [M], variants=((), (0, 0, 2)))
         del rows
 
 
@@ -117,6 +145,18 @@ def sanitize():
         for M in (1, 2):
             y = ops.hadamard(x[:M], None, None, r.matrix(DEV), r.factor, 0, True)
             assert torch.isfinite(y).all(), n
+    for bits in (2, 3, 4, 8):  # float16 operands: whole and half steps, one pass and two
+        for N, K, G, M in ((97, 256, 128, 20), (97, 256, 128, 70), (400, 640, 64, 9)):
+            layer = Scalar(bits, N, K, G)
+            assert torch.isfinite(layer.call(torch.randn(M, K, device=DEV).half())).all()
+    many(1)
+    for n in (1024, 3072, 4096, 8192, 14336, 28672):
+        r = Hadamard.full(n)
+        x, vector = torch.randn(5, n, device=DEV).half(), torch.rand(n, device=DEV)
+        for pair in ((None, None), (vector, None), (None, vector)):
+            y = ops.hadamard(x, *pair, r.matrix(DEV), r.factor, 0, True)
+            assert torch.isfinite(y).all(), n
+    many()
     torch.cuda.synchronize()
     print("-- sanitize OK", flush=True)
 
@@ -135,7 +175,9 @@ if __name__ == "__main__":
     actions = {
         "layers": layers,
         "hadamards": hadamards,
+        "prompts": prompts,
         "groups": groups,
+        "halves": halves,
         "short": short,
         "one": one,
         "sanitize": sanitize,

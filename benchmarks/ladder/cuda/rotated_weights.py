@@ -25,6 +25,11 @@ def override(cluster=0, ctas=0, body=0, dependent=1):
     ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_override(cluster, ctas, body, dependent)
 
 
+def many(least=-1):
+    """Tokens from which on the kernel for many tokens rotates (-1: as tuned)."""
+    ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_many(least)
+
+
 def rotation(kind, size):
     if kind == NONE:
         return Hadamard(size, 0)

@@ -25,11 +25,11 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
-template <int kWarps, int kBooks, int kCtas, int kPrefetch = 0>
+template <int kBooks, int kCtas>
 cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
-  constexpr int kSmem = columns_smem(kWarps * kBlockRows);
-  auto kernel = columns_kernel<AQLM_T, kWarps, kBooks, kCtas, kPrefetch>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
+  auto kernel = columns_kernel<AQLM_T, kBooks, kCtas>;
+  return AQLM_ENQUEUE_SMEM(kernel, kColumnSmem, p.s.ctas, kColumnWarps * 32, kColumnSmem, stream,
+                           p);
 }
 
 }  // namespace
@@ -37,24 +37,11 @@ cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
 template <>
 cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                    cudaStream_t stream) {
-  switch (p.a.codebooks * 16 + c.variant) {
-    case 16 + 1: return columns<8, 1, 1>(p, stream);
-    case 16 + 2: return columns<8, 1, 2>(p, stream);
-    case 32 + 1: return columns<8, 2, 1>(p, stream);
-    case 32 + 2: return columns<8, 2, 2>(p, stream);
-    case 64 + 1: return columns<8, 4, 1>(p, stream);
-    case 64 + 2: return columns<8, 4, 2>(p, stream);
-#ifdef AQLM_TUNE
-    case 16 + 4: return columns<8, 1, 1, 4>(p, stream);
-    case 16 + 5: return columns<8, 1, 2, 4>(p, stream);
-    case 16 + 3: return columns<16, 1, 1>(p, stream);
-    case 16 + 6: return columns<16, 1, 1, 4>(p, stream);
-    case 32 + 4: return columns<8, 2, 1, 4>(p, stream);
-    case 32 + 5: return columns<8, 2, 2, 4>(p, stream);
-    case 32 + 3: return columns<16, 2, 1>(p, stream);
-    case 32 + 6: return columns<16, 2, 1, 4>(p, stream);
-    case 64 + 3: return columns<16, 4, 1>(p, stream);
-#endif
+  const bool two = c.variant == 2;  // CTAs an SM
+  switch (p.a.codebooks) {
+    case 1: return two ? columns<1, 2>(p, stream) : columns<1, 1>(p, stream);
+    case 2: return two ? columns<2, 2>(p, stream) : columns<2, 1>(p, stream);
+    case 4: return two ? columns<4, 2>(p, stream) : columns<4, 1>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

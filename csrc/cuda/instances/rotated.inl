@@ -3,6 +3,7 @@
 #include "../rotated_bodies.h"
 #include "../rotated_dequant.cuh"
 #include "../rotated_groups.cuh"
+#include "../rotated_half.cuh"
 #include "../rotated_mma.cuh"
 #include "../rotated_wgmma.cuh"
 
@@ -47,12 +48,34 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
+template <int kTiles, int kCells>
+cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
+  const int items = p.s.units * p.s.cells * 4;
+  const dim3 grid((items + kHalfStageThreads - 1) / kHalfStageThreads, p.tokens);
+  const cudaError_t e =
+      enqueue(stage_half_kernel<4 * kTiles>, grid, kHalfStageThreads, 0, stream, p);
+  if (e != cudaSuccess) return e;
+  auto kernel = rotated_half_kernel<AQLM_BITS, kTiles, kCells>;
+  constexpr int kSmem = tune::rotated_half_smem(AQLM_BITS, kTiles, kCells);
+  static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  const int threads = tune::rotated_half_warps(kTiles) * 32;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, threads, kSmem, stream, p);
+}
+template <int kTiles>
+cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
+  if constexpr (tune::rotated_half_most_cells(AQLM_BITS) == 2)
+    if (p.s.cells == 2) return half_tiles<kTiles, 2>(p, stream);
+  return half_tiles<kTiles, 1>(p, stream);
+}
+
 template <bool kGrouped>
 cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
   constexpr bool kE8p = AQLM_CODING == Coding::kE8p;
   constexpr int kMostWg = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, true);
   constexpr int kMost = tune::rotated_max_tiles(AQLM_CODING, AQLM_BITS, kGrouped, false);
   const int tiles = c.tiles;
+  if constexpr (kGrouped)
+    if (c.half) return tiles == 8 ? half_tiles<8>(p, stream) : half_tiles<16>(p, stream);
   if constexpr (kGrouped)
     if (tiles == 1 && tune::rotated_group_scales(p.w))
       return p.tokens == 1 ? matmul_groups<1>(p, stream) : matmul_groups<4>(p, stream);

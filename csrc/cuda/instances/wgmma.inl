@@ -16,9 +16,9 @@ cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32), p.s.passes);
   const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
   if (e != cudaSuccess) return e;
-  constexpr int kSmem = wg_smem(B, kTokens);
+  constexpr int kSmem = wg_smem(B, kTokens), kThreads = (wg_warps(B, kTokens) + 4) * 32;
   auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWgWarps + 4) * 32, kSmem, stream, p);
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, kThreads, kSmem, stream, p);
 }
 
 template <int B>
@@ -108,7 +108,12 @@ cudaError_t launch_wgmma_long<AQLM_T>(const LaunchConfig&, const MatmulParams& p
 template <>
 cudaError_t launch_wgmma_wide<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                       cudaStream_t stream) {
-  return c.token_tile == 32 ? wgmma_wide<32>(p, stream) : wgmma_wide<64>(p, stream);
+  switch (c.token_tile) {
+    case 32: return wgmma_wide<32>(p, stream);
+    case 64: return wgmma_wide<64>(p, stream);
+    case 128: return wgmma_wide<128>(p, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <>

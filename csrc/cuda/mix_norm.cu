@@ -1,0 +1,159 @@
+// Between two rotated layers of one token: the end of a matmul's output rotation, the sum with the
+// residual stream, RMSNorm, and the rotation of the next layer's input, in one launch.
+//
+// n = 1024 * kRegs, a power of two. The matmul has owned rows and has transformed their low five
+// bits. A block makes 512 of the n results and needs nothing from the others: it reads all of z (16
+// KB at most, from L2) and finishes the first rotation of the whole vector. Four neighbours make a
+// quad; quad 32 k + lane of the vector is in lane `lane`:
+//   of warp k % 8 and register k / 8, at first: loads, bits 5, 6 (lanes) and 10 .. (registers)
+//   of warp k / kRegs and register k % kRegs, from the first exchange on: it adds bits 7 .. 9;
+//     then everything else of the vector, and the way back up to bit 8 as far as registers hold it
+//   warp k % 4 of row k / 4, after the second: rows are added, bits 7, 8 completed, then bits 0 .. 6
+// (Lanes that hold bits 5 .. 9 need no first exchange, but load a sector each: 5.8 us after the matmul
+// of 4096 x 4096 instead of 1.8.)
+// The product is rounded as the matmul alone rounds it, the sum as a sum of x's type; the norm is
+// not rounded before its rotation, as in norm_rotate.cu.
+#include "enqueue.cuh"
+#include "hadamard.cuh"
+#include "norm_rotate.h"
+
+namespace aqlm {
+namespace {
+
+constexpr int kMixNormThreads = 256, kMixNormWarps = kMixNormThreads / 32;
+
+template <typename T>
+__device__ __forceinline__ uint32_t round2(float a, float b) {
+  const T pair[2] = {from_float<T>(a), from_float<T>(b)};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+__device__ __forceinline__ float4 add_signed(float4 sum, float4 v, int odd) {
+  return odd ? sub4(sum, v) : add4(sum, v);
+}
+
+// Grid: n / 512 blocks; block r makes results r * 512 .. r * 512 + 511.
+template <typename T, int kRegs>
+__global__ void __launch_bounds__(kMixNormThreads, 1)
+mix_norm_kernel(const __grid_constant__ MixNormParams p) {
+  __shared__ __align__(16) float4 mixed[kMixNormThreads * kRegs];
+  __shared__ __align__(16) float4 turned[kMixNormThreads * kRegs];
+  __shared__ float warp_squares[kMixNormWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;
+  auto butterflies = [](float4 (&v)[kRegs]) {
+#pragma unroll
+    for (int b = 1; b < kRegs; b *= 2)
+#pragma unroll
+      for (int k = 0; k < kRegs; ++k)
+        if ((k & b) == 0) {
+          const float4 s = v[k], d = v[k + b];
+          v[k] = add4(s, d);
+          v[k + b] = sub4(s, d);
+        }
+  };
+  const int first = (warp * kRegs * 32 + lane) * 4;  // element of register 0, the next 128 further
+  grid_dependents_start();
+  float4 sv[kRegs], su[kRegs];
+  uint2 weight[kRegs];
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) {
+    sv[k] = load_quad(p.sv + first + 128 * k);
+    su[k] = load_quad(p.su + first + 128 * k);
+    weight[k] = load_cached8(static_cast<const T*>(p.weight) + first + 128 * k);
+  }
+  grid_dependency_wait();
+  float4 v[kRegs];
+  uint2 x[kRegs];
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) v[k] = load_quad(p.z + ((k * 8 + warp) * 32 + lane) * 4);
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k)
+    x[k] = load_cached8(static_cast<const T*>(p.x) + first + 128 * k);
+  butterflies(v);
+#pragma unroll
+  for (int d = 8; d < 32; d *= 2)
+#pragma unroll
+    for (int k = 0; k < kRegs; ++k) {
+      const float sign = lane & d ? -1.f : 1.f;
+      v[k] = make_float4(fmaf(sign, v[k].x, __shfl_xor_sync(~0u, v[k].x, d)),
+                         fmaf(sign, v[k].y, __shfl_xor_sync(~0u, v[k].y, d)),
+                         fmaf(sign, v[k].z, __shfl_xor_sync(~0u, v[k].z, d)),
+                         fmaf(sign, v[k].w, __shfl_xor_sync(~0u, v[k].w, d)));
+    }
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) mixed[(k * 8 + warp) * 32 + lane] = v[k];
+  __syncthreads();
+
+  // Bits 7 .. 9: kOther values of the low bits of the warp, kRegs of the register.
+  constexpr int kOther = 8 / kRegs;
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) {
+    v[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int b = 0; b < kOther; ++b)
+      v[k] = add_signed(v[k], mixed[(((warp & ~(kOther - 1)) | b) * kRegs + k) * 32 + lane],
+                        __popc(b & warp) & 1);
+  }
+  butterflies(v);
+  float squares = 0.f;
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) {
+    const float4 s = sv[k], u = su[k];
+    const uint32_t low =
+        add2(x[k].x, round2<T>(v[k].x * (p.gain * s.x), v[k].y * (p.gain * s.y)), T());
+    const uint32_t high =
+        add2(x[k].y, round2<T>(v[k].z * (p.gain * s.z), v[k].w * (p.gain * s.w)), T());
+    const int own_row = (warp * kRegs + k) >> 2;
+    if (own_row == row)
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.sum) + first + 128 * k) = make_uint2(low, high);
+    const float2 a = unpack2(low, T()), b = unpack2(high, T());
+    const float2 wa = unpack2(weight[k].x, T()), wb = unpack2(weight[k].y, T());
+    squares += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
+    const float sign = __popc(own_row & row) & 1 ? -1.f : 1.f;
+    v[k] = make_float4(a.x * (u.x * wa.x * sign), a.y * (u.y * wa.y * sign),
+                       b.x * (u.z * wb.x * sign), b.y * (u.w * wb.y * sign));
+  }
+  butterflies(v);
+#pragma unroll
+  for (int k = 0; k < kRegs; ++k) turned[(warp * kRegs + k) * 32 + lane] = v[k];
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
+  if (lane == 0) warp_squares[warp] = squares;
+  __syncthreads();
+  if (warp >= 4) return;
+
+  float total = 0.f;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  constexpr int kLeft = 4 / kRegs;  // of bits 7 and 8, not yet in `turned`
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int b = i % kLeft;
+    sum = add_signed(sum, turned[(i / kLeft * 4 + b * kRegs + warp % kRegs) * 32 + lane],
+                     __popc(b & (warp / kRegs)) & 1);
+    total += warp_squares[i];
+  }
+  sum = rotate_lanes(sum, 7);
+  const float scale = p.gain * rsqrtf(total / p.n + p.eps);
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + row * 512 + (warp * 32 + lane) * 4) =
+      make_uint2(round2<T>(sum.x * scale, sum.y * scale), round2<T>(sum.z * scale, sum.w * scale));
+}
+
+template <typename T>
+cudaError_t mix_norm(const MixNormParams& p, cudaStream_t stream) {
+  const dim3 grid(p.n / 512);
+  switch (p.n) {
+    case 1024: return enqueue(mix_norm_kernel<T, 1>, grid, kMixNormThreads, 0, stream, p);
+    case 2048: return enqueue(mix_norm_kernel<T, 2>, grid, kMixNormThreads, 0, stream, p);
+    case 4096: return enqueue(mix_norm_kernel<T, 4>, grid, kMixNormThreads, 0, stream, p);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_mix_norm(const MixNormParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  return p.type == DType::kFloat16 ? mix_norm<__half>(p, stream)
+                                   : mix_norm<__nv_bfloat16>(p, stream);
+}
+
+}  // namespace aqlm

@@ -1,0 +1,245 @@
+"""Additive codebooks for a few tokens on NVIDIA: words gathered into the operands of MMAs.
+
+Less than 64 tokens as the first operand of ``tl.dot`` make MMAs of one warp, whose operands are in
+registers: a thread loads the codes and gathers the words that the MMA takes from it (a quarter of a
+step's groups of its rows), and its inputs lie in memory in its order (``operands``). Neither is
+moved. Vectors of 8, inputs and codebooks of one 16-bit type.
+
+What bounds it are accesses to shared memory, or to L1: four cycles of an SM for the words of a warp
+at least, when the lanes that read at once (8 of 16 bytes) have a copy of the codebook each.
+"""
+
+import triton
+import triton.language as tl
+
+from .operands import _operand, _place
+from .shared import (
+    _declare,
+    _gather4,
+    _load4,
+    _load_byte,
+    _load_half,
+    _load_once,
+    _ready,
+    _share4,
+)
+
+STEP = tl.constexpr(32)  # groups
+PAIRS = tl.constexpr(8)  # of tiles of 16 inputs in a step
+
+
+@triton.jit
+def _arrange(x_ptr, out_ptr, M, K, x_stride, TILES: tl.constexpr):
+    """Inputs of a step (256) as ``operands``' of TILES tiles of tokens; past M and K zeros.
+
+    Pair q of a step has group 8 t + q of lane t; its word i = 2 j + low is numbers 2i and 2i + 1.
+    """
+    step = tl.program_id(0)
+    token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None, None]
+    w = tl.arange(0, 128)[None, :, None]
+    k = step * 256 + 2 * w + tl.arange(0, 2)[None, None, :]
+    x = tl.load(x_ptr + token * x_stride + k, mask=(token < M) & (k < K), other=0.0)
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    word = tl.sum(bits << (16 * (k % 2)), 2)
+    w = tl.arange(0, 128)[None, :]
+    token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
+    group, i = w // 4, w % 4
+    at = _place(step * PAIRS + group % 8, i % 2, group // 8, i // 2, token, 0, TILES, 1)
+    tl.store(out_ptr + at, word)
+
+
+@triton.jit
+def _halves(word, TYPE: tl.constexpr):
+    """The two numbers in each word, last dimension 2 (they stay one register)."""
+    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16)).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def _codes(codes_ptr, step, group, rows, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
+           ENTRIES: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+           ASM: tl.constexpr):  # fmt: skip
+    """Words of the codes of ROWS neighbouring rows [t, lane, q, 1] of each of WIDTH ``rows`` and of
+    BOOKS codebooks. Groups past K repeat the last one, and meet inputs of 0."""
+    group = step * STEP + group
+    if not EVEN:
+        group = tl.minimum(group, IN - 1)
+    words = ()
+    for i in tl.static_range(WIDTH):
+        for b in tl.static_range(BOOKS):
+            at = codes_ptr + (b * IN + group) * N + rows[i]
+            if ASM and ROWS > 1:
+                word = _load_once(at)
+            elif ASM:
+                word = _load_half(at) if ENTRIES > 256 else _load_byte(at)
+            else:
+                word = (group + rows[i]) * 0
+                for r in tl.static_range(ROWS):
+                    code = tl.load(at + r).to(tl.int32) & (255 if ROWS == 4 else 65535)
+                    word |= code << (32 // ROWS * r)
+            words += (word,)
+    return words
+
+
+@triton.jit
+def _code_of(word, r, ROWS: tl.constexpr, ENTRIES: tl.constexpr, ASM: tl.constexpr):
+    """The codes of rows r of words that hold ROWS of them, int32."""
+    if ROWS > 1 and ASM:
+        bytes = (0x4440 + r) if ROWS == 4 else (0x4410 + 0x22 * r)
+        word = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, bytes], tl.int32, True, 1
+        )
+    elif ROWS > 1:
+        word = (word >> (32 // ROWS * r)) & (255 if ROWS == 4 else 65535)
+    WHOLE: tl.constexpr = 65536 if ROWS == 2 else 256
+    return word if ENTRIES == WHOLE and ROWS > 1 else word & (ENTRIES - 1)
+
+
+@triton.jit
+def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+          ASM: tl.constexpr):  # fmt: skip
+    """A codebook's words [.., j, low, half] of codes, from shared copies where there are."""
+    if ASM:
+        if COPIES > 0:
+            w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
+        else:
+            w0, w1, w2, w3 = _gather4(books_ptr + (book * ENTRIES + code) * 8)
+        return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
+    else:
+        at = tl.reshape((book * ENTRIES + code) * 8, (*code.shape, 1))
+        word = tl.load(books_ptr + at + tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8)))
+        return tl.reshape(word, (*code.shape, 2, 2, 2))
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B: tl.constexpr,
+               BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+               BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+               ASM: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and a split's steps of groups;
+    s counts splits, and in each of them the B / BOOKS programs of codebooks.
+
+    x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
+    lane loads ROWS codes of neighbouring rows at once; the program has WIDTH such words a lane, for
+    8 WARPS ROWS WIDTH rows, which are dots of at most 16 rows a warp: of 32 Triton (3.6) moves the
+    tile through shared memory. More than 32 tokens are dots of 32. EVEN: IN is whole steps.
+    """
+    TYPE: tl.constexpr = books_ptr.dtype.element_ty
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    HALVES: tl.constexpr = BLOCK_M // TOKENS
+    TILES: tl.constexpr = BLOCK_M // 16
+    PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
+    DOTS: tl.constexpr = ROWS // PART  # of a word
+    LANES: tl.constexpr = 8 * WARPS
+    book = tl.program_id(1) % (B // BOOKS) * BOOKS
+    begin = tl.program_id(1) // (B // BOOKS) * per_split
+    end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
+    base = 0
+    if COPIES > 0:
+        base = _declare(BYTES)
+        for b in tl.static_range(BOOKS):
+            to = base + 16 * ENTRIES * COPIES * b
+            _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
+        base = _ready(base)
+    t = tl.arange(0, 4)[:, None, None, None]
+    lane = tl.arange(0, LANES)[None, :, None, None]
+    q = tl.arange(0, 8)[None, None, :, None]
+    r = tl.arange(0, PART)[None, None, None, :]
+    own = base
+    if COPIES > 0:
+        own = base + (t + lane % 2 * 4) % COPIES * 16
+    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
+    zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
+    total = ()
+    for _ in tl.static_range(WIDTH * DOTS * HALVES):
+        total += (zero,)
+    rows = ()
+    for i in tl.static_range(WIDTH):
+        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
+    # Codes are loaded one step ahead.
+    codes_ptr += book * IN * N
+    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
+    for step in range(begin, end):
+        x = ()
+        for h in tl.static_range(HALVES):
+            part = _operand(x_ptr, step * PAIRS, h * 2, 0, PAIRS, TOKENS // 16, TILES, 1, ASM)
+            x += (tl.reshape(_halves(part, TYPE), (TOKENS, 256)),)
+        words = ahead
+        ahead = _codes(codes_ptr, tl.minimum(step + 1, end - 1), t * 8 + q, rows, N, IN, WIDTH,
+                       BOOKS, ENTRIES, ROWS, EVEN, ASM)  # fmt: skip
+        sums = ()
+        for i in tl.static_range(WIDTH):
+            for d in tl.static_range(DOTS):
+                for b in tl.static_range(BOOKS):
+                    code = _code_of(words[i * BOOKS + b], d * PART + r, ROWS, ENTRIES, ASM)
+                    word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
+                                 ENTRIES, COPIES, ASM)  # fmt: skip
+                    if b == 0:
+                        tile = word
+                    else:
+                        tile += word
+                # K is (q, low, t, j, half of a word), rows are (r, lane).
+                tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
+                tile = tl.reshape(tile, (256, LANES * PART))
+                for h in tl.static_range(HALVES):
+                    old = total[(i * DOTS + d) * HALVES + h]
+                    sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
+        total = sums
+    c = tl.arange(0, LANES * PART)
+    for i in tl.static_range(WIDTH):
+        for d in tl.static_range(DOTS):
+            row = first + (i * LANES + c % LANES) * ROWS + d * PART + c // LANES
+            for h in tl.static_range(HALVES):
+                tokens = h * 32 + tl.arange(0, TOKENS)
+                at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + row[None, :]
+                ok = (row < N)[None, :] & (tokens < M)[:, None]
+                tl.store(at, total[(i * DOTS + d) * HALVES + h], mask=ok)
+
+
+@triton.jit
+def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K, N, IN, per_program,
+                B: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr, BYTES: tl.constexpr,
+                ROWS: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """w[n - first_row, :] = scale[n] * word sums[n], rows first_row .. rows_end - 1, both multiples
+    of ROWS.
+
+    A lane loads ROWS codes at once. Steps of 8 groups are what makes Triton store 128 bytes of four
+    rows a warp, so that codes are read from 8 places.
+    """
+    LANES: tl.constexpr = 4 * WARPS  # of a step's group
+    base = 0
+    if COPIES > 0:
+        base = _declare(BYTES)
+        _share4(books_ptr, base, B * ENTRIES, COPIES)
+        base = _ready(base)
+    lane = tl.arange(0, LANES)[None, :, None]
+    g = tl.arange(0, 8)[None, None, :]
+    r = tl.arange(0, ROWS)[:, None, None]
+    own = base
+    if COPIES > 0:
+        own = base + g % COPIES * 16
+    quad = first_row + (tl.program_id(0) * LANES + lane) * ROWS
+    inside = tl.minimum(quad, N - ROWS)
+    i = tl.arange(0, LANES * ROWS)
+    row = first_row + (tl.program_id(0) * LANES + i % LANES) * ROWS + i // LANES
+    ok = row < rows_end
+    scale = tl.load(scales_ptr + row, mask=ok, other=0.0).to(tl.float32)
+    begin = tl.program_id(1) * per_program
+    for step in range(begin, tl.minimum(begin + per_program, (IN + 7) // 8)):
+        group = tl.minimum(step * 8 + g, IN - 1)
+        at = codes_ptr + group * N + inside
+        for b in tl.static_range(B):
+            if ASM and ROWS > 1:
+                code = _code_of(_load_once(at + b * IN * N), r, ROWS, ENTRIES, ASM)
+            else:
+                code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
+            mine = own + 16 * ENTRIES * COPIES * b
+            word = _word(books_ptr, mine, code, b, ENTRIES, COPIES, ASM).to(tl.float32)
+            if b == 0:
+                tile = word
+            else:
+                tile += word
+        tile = tl.reshape(tl.permute(tile, (0, 1, 2, 3, 4, 5)), (LANES * ROWS, 64))
+        tile = (tile * scale[:, None]).to(w_ptr.dtype.element_ty)
+        k = step * 64 + tl.arange(0, 64)
+        to = w_ptr + (row - first_row).to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(to, tile, mask=ok[:, None] & (k < K)[None, :])
