@@ -50,7 +50,7 @@ void norm_of(const NormRow& row) {
 // Within 2 units in the last place; below -87 zero, above 88 what 88 gives; NaN stays.
 template <int W>
 inline F<W> exponential(F<W> x) {
-  typedef typename Vec<W>::I I;
+  typedef typename Vec<W>::U U;  // unsigned: NaN gives any number
   const F<W> zero = {}, least = zero - 87.0f, most = zero + 88.0f;
   const F<W> bound = x > most ? most : x < least ? least : x;
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the float.
@@ -61,7 +61,7 @@ inline F<W> exponential(F<W> x) {
   y = y * r + 0x1.555556p-3f;
   y = y * r + 0.5f;
   y = y * r * r + r + 1.0f;
-  const I power = (bit_cast<I>(shifted) - (0x4b400000 - 127)) << 23;
+  const U power = (bit_cast<U>(shifted) - (0x4b400000u - 127u)) << 23;
   y *= bit_cast<F<W>>(power);
   return x < least ? zero : y;
 }
