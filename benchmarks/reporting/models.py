@@ -52,10 +52,16 @@ def extras(row: Row) -> str:
 
 
 def quality(rows: list[Row], model: str | None = None) -> str:
-    """Perplexity on test_prose by method, the dense model's beside it, of one model or all."""
+    """Perplexity on test_prose by method, the dense model's beside it, of one model or all.
+
+    One model's table leaves out the arms that compare starts of one quantizer.
+    """
     found = latest(of(rows, "quality", split="test_prose"), "model", "scheme", "method", "bits")
     shown = [
-        row for row in found.values() if row["method"] != "dense" and model in (None, row["model"])
+        row
+        for row in found.values()
+        if row["method"] != "dense"
+        and (model is None or (row["model"] == model and "-start" not in row["method"]))
     ]
     shown.sort(key=lambda row: (row["model"], -row["ppl"]))
     lines = [
