@@ -127,3 +127,11 @@ def _write_tensors(folder: Path, state: dict[str, torch.Tensor], kind: str) -> N
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float((y.double() - expected.double()).norm() / expected.double().norm())
+
+
+def wide_config(**changes):
+    """Sizes that every scheme and rotation takes."""
+    fields = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 32, "eos_token_id": None,
+              "max_position_embeddings": 512, "vocab_size": 97}  # fmt: skip
+    return tiny_config(**{**fields, **changes})
