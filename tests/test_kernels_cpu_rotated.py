@@ -141,6 +141,21 @@ def test_e8p_matmul(isa, name, bits, N, K, dtype):
 
 
 @pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_token_takes_eight_units_of_rows_at_a_time(isa, name, threads):
+    """More than eight, the last of them not whole, tiles of 128 and of 64 columns."""
+    isa(name)
+    case = E8PCase(2, 1136, 448)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(case, tokens(1, 448), no_rotation(1136))
+        check(case, tokens(1, 448), no_rotation(1136), "fast")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ISAS)
 @pytest.mark.parametrize(("bits", "group", "N", "K"), SCALAR)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scalar_matmul(isa, name, bits, group, N, K, dtype):

@@ -161,15 +161,25 @@ void decode_residual(const E8PTables& tables, const uint8_t* codes, int64_t bloc
   }
 }
 
-// Adds the sums of a tile's rows to theirs: `spill` without scales of rows.
+// The same block of the unit's next tile: units take turns, so that the hardware sees no stream.
+// From memory, 4096 x 4096, AVX2: 0.82 ms, 1.17 without this, 0.79 one unit after the other.
+AQLM_INLINE void prefetch_block(const uint8_t* codes, int64_t blocks) {
+  AQLM_UNROLL
+  for (int line = 0; line < kE8PBlockBytes; line += 64) {
+    const uint8_t* at = codes + blocks * kE8PBlockBytes + line;
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+  }
+}
+
+// Adds the sums of a unit's rows to theirs: `spill` without scales of rows.
 struct E8PSpill {
   F<kLanes> zero, factor;
   float* acc;
 
-  explicit E8PSpill(const ProductArgs& args)
+  E8PSpill(const ProductArgs& args, int64_t unit)
       : zero(F<kLanes>() + args.zero * args.x_sum[0]),
         factor(F<kLanes>() + args.scale * args.x_scale[0]),
-        acc(args.acc) {}
+        acc(args.acc + unit * kTileRows) {}
   AQLM_INLINE void operator()(int row, F<kLanes> sums) const {
     store<kLanes>(acc + row, F<kLanes>(load<kLanes>(acc + row) + (sums - zero) * factor));
   }
@@ -234,6 +244,7 @@ AQLM_INLINE void product_parts(const E8PDecoder<0>& front, const E8PDecoder<1>& 
   E8PSums<PLANES> first, second;
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t *at = codes + b * kE8PBlockBytes, *values = x + b * 8 * kQuantBytes;
+    if constexpr (PART == 0) prefetch_block(at, blocks);
     const E8PInput<PLANES> left(values);
     first.add(front.template decode<PART, true>(at), left);
     second.add(front.template decode<PART + 1, true>(at), left);
@@ -249,10 +260,14 @@ AQLM_INLINE void product_parts(const E8PDecoder<0>& front, const E8PDecoder<1>& 
 }
 
 template <int PLANES>
-void product_planes(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+void product_planes(const E8PTables& tables, const E8PUnits& units, int64_t blocks,
                     const ProductArgs& args) {
-  product_parts<0, PLANES>(E8PDecoder<0>(tables), E8PDecoder<1>(tables), codes, blocks, args.x,
-                           E8PSpill(args));
+  const E8PDecoder<0> front(tables);
+  const E8PDecoder<1> back(tables);
+  for (int64_t u = 0; u < units.count; ++u) {
+    product_parts<0, PLANES>(front, back, units.codes + u * units.bytes, blocks, args.x,
+                             E8PSpill(args, u));
+  }
 }
 
 #else
@@ -266,7 +281,7 @@ struct E8PSums {
   AQLM_INLINE void add(CodeVector element, const CodeVector* x) {
     const CodeVector product = AQLM_V(maddubs_epi16)(element, x[PLANE]);
     planes[PLANE] = FIRST ? product : AQLM_V(add_epi16)(planes[PLANE], product);
-    asm("" : "+v"(planes[PLANE]));  // or g++ adds up pairs of products, for which AVX2 has no registers
+    asm("" : "+v"(planes[PLANE]));  // or g++ adds up pairs of products: AVX2 lacks the registers
   }
   template <bool FIRST, int PLANE>
   AQLM_INLINE void add(const E8PElements& elements, const CodeVector* x) {
@@ -308,34 +323,42 @@ void half_product(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
                   const CodeVector* x, CodeVector* totals) {
   const E8PDecoder<BACK> decoder(tables);
   for (int64_t b = 0; b < blocks; b += 2) {
+    if constexpr (BACK == 0) {
+      prefetch_block(codes + b * kE8PBlockBytes, blocks);
+      prefetch_block(codes + (b + 1) * kE8PBlockBytes, blocks);
+    }
     half_products<0, BACK, PLANES>(decoder, codes + b * kE8PBlockBytes,
                                    x + (8 * b + 4 * BACK) * PLANES, totals);
   }
 }
 
 template <int PLANES>
-void product_planes(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+void product_planes(const E8PTables& tables, const E8PUnits& units, int64_t blocks,
                     const ProductArgs& args) {
-  alignas(64) CodeVector x[kTileQuads * PLANES], totals[kCodeParts] = {};
+  alignas(64) CodeVector x[kTileQuads * PLANES];
   for (int64_t q = 0; q < 8 * blocks; ++q) {
     for (int p = 0; p < PLANES; ++p)
       x[PLANES * q + p] = AQLM_V(set1_epi32)(read<int32_t>(args.x + q * kQuantBytes + 4 * p));
   }
-  half_product<0, PLANES>(tables, codes, blocks, x, totals);
-  half_product<1, PLANES>(tables, codes, blocks, x, totals);
-  const E8PSpill spill(args);
-  for (int part = 0; part < kCodeParts; ++part) {
-    typedef Vec<kLanes>::I I;
-    spill(part * kLanes, __builtin_convertvector(bit_cast<I>(totals[part]), F<kLanes>));
+  for (int64_t u = 0; u < units.count; ++u) {
+    alignas(64) CodeVector totals[kCodeParts] = {};
+    const uint8_t* codes = units.codes + u * units.bytes;
+    half_product<0, PLANES>(tables, codes, blocks, x, totals);
+    half_product<1, PLANES>(tables, codes, blocks, x, totals);
+    const E8PSpill spill(args, u);
+    for (int part = 0; part < kCodeParts; ++part) {
+      typedef Vec<kLanes>::I I;
+      spill(part * kLanes, __builtin_convertvector(bit_cast<I>(totals[part]), F<kLanes>));
+    }
   }
 }
 
 #endif
 
-void product_e8p(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+void product_e8p(const E8PTables& tables, const E8PUnits& units, int64_t blocks,
                  const ProductArgs& args) {
-  if (args.fast) product_planes<1>(tables, codes, blocks, args);
-  else product_planes<2>(tables, codes, blocks, args);
+  if (args.fast) product_planes<1>(tables, units, blocks, args);
+  else product_planes<2>(tables, units, blocks, args);
 }
 constexpr auto kProductE8P = product_e8p;
 
@@ -370,7 +393,7 @@ void decode_residual(const E8PTables& tables, const uint8_t* codes, int64_t bloc
   }
 }
 
-constexpr void (*kProductE8P)(const E8PTables&, const uint8_t*, int64_t,
+constexpr void (*kProductE8P)(const E8PTables&, const E8PUnits&, int64_t,
                               const ProductArgs&) = nullptr;
 
 #endif

@@ -83,6 +83,12 @@ struct E8PHalves {
   bool odd[32];                   // the sum of a half
 };
 
+// A tile's codes in `count` units, `bytes` apart: they share x as it is in registers' form.
+struct E8PUnits {
+  const uint8_t* codes;
+  int64_t count, bytes;
+};
+
 struct TileKernels {
   bool planes;  // x of `product`
   void (*quantize)(const QuantizeArgs& args);
@@ -94,7 +100,8 @@ struct TileKernels {
   // `chunks` chunks of 32 columns of 2, 3, 4 or 8 bits -> u = code.
   void (*decode_bits)(const uint8_t* codes, int bits, int64_t chunks, uint8_t* tile);
   // Decoding and product of one token at once, x in planes, at most 4 bits; null: there are none.
-  void (*product_e8p)(const E8PTables& tables, const uint8_t* codes, int64_t blocks,
+  // E8P: acc [unit][64].
+  void (*product_e8p)(const E8PTables& tables, const E8PUnits& units, int64_t blocks,
                       const ProductArgs& args);
   void (*product_bits)(const uint8_t* codes, int bits, int64_t chunks, const ProductArgs& args);
   // out[k] += scale * (u - zero) for the columns [begin, end) of one row of the tile.

@@ -16,6 +16,7 @@ namespace aqlm::cpu {
 namespace {
 
 constexpr int64_t kPassTokens = 64;
+constexpr int64_t kUnitsACall = 8;  // of E8P without tiles: x is broadcast once for all of them
 
 // Pieces of one tile: [first[t], first[t + 1]).
 std::vector<int64_t> tile_starts(const TiledWeight& weight) {
@@ -103,6 +104,7 @@ class Product {
     const bool bits = !e8p_ && weight.bits() <= 4 && weight.group_size() % kBlockCols == 0;
     fused_ = (all || bits) && call.M == 1 && table_.tile.product_e8p != nullptr;
     planes_ = table_.tile.planes || fused_;
+    step_ = fused_ && e8p_ ? kUnitsACall : 1;
   }
 
   void run() {
@@ -111,7 +113,7 @@ class Product {
     const bool rotates = call_.rotation.factor > 0;
     const int64_t x_bytes = pass * weight_.quads() * kQuantBytes;
     const int64_t F2 = call_.rotation.factor * call_.rotation.factor;
-    acc_floats_ = pass * kTileRows;
+    acc_floats_ = std::max(pass, step_) * kTileRows;
     value_floats_ = UnitValues::floats(weight_);
     const int64_t rotator =
         rotates ? Rotator::workspace_floats(call_.rotation, N) : 0;
@@ -171,22 +173,25 @@ class Product {
     auto* acc = reinterpret_cast<float*>(own + Workspace::padded(kTileSize));
     const UnitValues values(weight_, acc + Workspace::padded(acc_floats_ * 4) / 4);
     const int64_t units = weight_.units(), tiles = int64_t(starts_.size()) - 1;
-    for (int64_t u = units * thread / threads; u < units * (thread + 1) / threads; ++u) {
+    const int64_t end = units * (thread + 1) / threads;
+    for (int64_t u = units * thread / threads; u < end; u += step_) {
+      const int64_t count = std::min(step_, end - u);  // above 1: one token
       values.load(table_, weight_, call_.values, u);
-      std::memset(acc, 0, size_t(tokens * kTileRows) * sizeof(float));
+      std::memset(acc, 0, size_t(tokens * count * kTileRows) * sizeof(float));
       for (int64_t t = 0; t < tiles; ++t) {
         for (const TileStream& stream : weight_.streams()) {
           if (!fused_) decode_tile(table_.tile, weight_, stream, call_.packed, u, t, tile);
-          multiply_tile(stream, values, u, t, tokens, tile, acc);
+          multiply_tile(stream, values, u, count, t, tokens, tile, acc);
         }
       }
-      finish(m0, tokens, u, acc);
+      for (int64_t i = 0; i < count; ++i) finish(m0, tokens, u + i, acc + i * kTileRows);
     }
   }
 
-  void multiply_tile(const TileStream& stream, const UnitValues& values, int64_t unit, int64_t t,
-                     int64_t tokens, const uint8_t* tile, float* acc) const {
-    const int64_t count = int64_t(weight_.pieces().size());
+  void multiply_tile(const TileStream& stream, const UnitValues& values, int64_t unit,
+                     int64_t count, int64_t t, int64_t tokens, const uint8_t* tile,
+                     float* acc) const {
+    const int64_t pieces = int64_t(weight_.pieces().size());
     for (int64_t p = starts_[size_t(t)]; p < starts_[size_t(t) + 1]; ++p) {
       const Piece& piece = weight_.pieces()[size_t(p)];
       ProductArgs args;
@@ -198,7 +203,7 @@ class Product {
       args.x_stride = weight_.quads() * kQuantBytes;
       args.x_scale = buffers_.x_scale + p;
       args.x_sum = buffers_.x_sum + p;
-      args.piece_stride = count;
+      args.piece_stride = pieces;
       const bool grouped = weight_.grouped();
       args.row_scale = grouped ? values.scales + piece.group * kTileRows : nullptr;
       args.row_zero = grouped ? values.zeros + piece.group * kTileRows : nullptr;
@@ -209,7 +214,7 @@ class Product {
         const uint8_t* codes = codes_at(stream, call_.packed, unit, t);
         const int64_t first = piece.k0 % kTileCols / kBlockCols, blocks = piece.quads() / 8;
         if (e8p_) {
-          table_.tile.product_e8p(e8p_tables(), codes, blocks, args);
+          table_.tile.product_e8p(e8p_tables(), {codes, count, stream.unit_bytes}, blocks, args);
         } else {
           const int bits = weight_.bits();
           table_.tile.product_bits(codes + first * bits * kQuadBytes, bits, blocks, args);
@@ -259,6 +264,7 @@ class Product {
   std::vector<int64_t> starts_, quad_offsets_;
   Buffers buffers_;
   bool e8p_, fused_, planes_;  // columns in E8P's order; one token without tiles; x as bytes
+  int64_t step_;              // units a step
   int64_t acc_floats_ = 0, value_floats_ = 0;
 };
 
