@@ -253,6 +253,13 @@ def test_a_teacher_that_numbers_tokens_otherwise_is_refused(capfd, files, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_models_without_a_tokenizer_are_not_compared_in_silence(files):
+    from aqlm_infer.training.job import check_tokenizers
+
+    with pytest.warns(UserWarning, match="the vocabularies were not compared"):
+        check_tokenizers(str(files / "q"), files / "t")
+
+
 def test_text_is_read_with_the_models_tokenizer(tmp_path):
     examples = ROOT / "examples"
     windows = read_windows(examples / "text" / "valid.txt", str(examples / "lm7"), 8192, 64)
