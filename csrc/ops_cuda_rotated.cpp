@@ -11,8 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/mix_swiglu.h"
 #include "cuda/norm_rotate.h"
 #include "cuda/rotated.h"
+#include "cuda/step_rows.h"
 #include "ops_cuda_common.h"
 
 namespace {
@@ -25,6 +27,9 @@ constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tile
 // Float16 products of unit-variance weights with K activations stay in range: 4w is an integer
 // below 16, so that an eighth of it is exact too.
 constexpr float kDenseGain = 0.125f;
+
+// Most tokens whose SwiGLU is joined with the rotations around it.
+constexpr int kMostSwigluTokens = 16;
 
 aqlm::Rotation rotation_of(const Tensor& h, int64_t n, int64_t factor, int64_t block,
                            bool transpose, int device) {
@@ -166,6 +171,22 @@ void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, floa
   }
 }
 
+// Gives a scheduled matmul its workspace; a tensor that is there and large enough is used again.
+void set_workspace(const aqlm::RotatedConfig& config, const Tensor& like,
+                   std::optional<Tensor>& workspace, aqlm::RotatedMatmul* p) {
+  const aqlm::RotatedWorkspace need = aqlm::workspace_rotated(config, *p);
+  auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
+  const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
+                        padded(need.x_scales);
+  if (!workspace || workspace->numel() < bytes)
+    workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  uint8_t* at = static_cast<uint8_t*>(workspace->mutable_data_ptr());
+  p->partials = reinterpret_cast<float*>(at);
+  p->x_cells = at += padded(need.partials);
+  p->x_sums = reinterpret_cast<float2*>(at += padded(need.x_cells));
+  p->x_scales = reinterpret_cast<float*>(at += padded(need.x_sums));
+}
+
 // y = sv * U_N (x Wq^T) + bias.
 Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional<Tensor>& sv,
               const std::optional<Tensor>& bias, const Tensor& h, int64_t factor, int64_t block,
@@ -189,8 +210,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   check_cuda(aqlm::device_info(device, &info), "device_info");
   Tensor rows = rows_of(x, K);
 
-  Tensor workspace;
-  bool reserved = false;
+  std::optional<Tensor> workspace;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
         aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
@@ -218,19 +238,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.w = w;
     p.tokens = static_cast<int>(std::min<int64_t>(M - m, 4 * config.tiles));
     aqlm::schedule_rotated(config, info, &p);
-    const aqlm::RotatedWorkspace need = aqlm::workspace_rotated(config, p);
-    auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
-    const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
-                          padded(need.x_scales);
-    if (!reserved || workspace.numel() < bytes) {
-      workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      reserved = true;
-    }
-    uint8_t* at = static_cast<uint8_t*>(workspace.mutable_data_ptr());
-    p.partials = reinterpret_cast<float*>(at);
-    p.x_cells = at += padded(need.partials);
-    p.x_sums = reinterpret_cast<float2*>(at += padded(need.x_cells));
-    p.x_scales = reinterpret_cast<float*>(at += padded(need.x_sums));
+    set_workspace(config, x, workspace, &p);
     p.x = at_row(rows, m);
     p.x_stride = rows.stride(0);
     p.x_type = r.x_type;
@@ -283,6 +291,52 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
   m.eps = n.eps;
   m.gain = n.gain;
   check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  return true;
+}
+
+// Up to 16 tokens: U_n^T (su * silu(gate) * up) of a product of gate and up, in place of its second
+// kernel. False: not for these.
+bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
+                   const aqlm::Rotation& r, bool up_first, const float* su,
+                   const aqlm::Rotation& next, Tensor& y, cudaStream_t stream) {
+  const int tokens = static_cast<int>(y.size(0)), n = next.n;
+  aqlm::MixSwigluParams p = {};
+  p.type = dtype_of(z, "z");
+  if (p.type == aqlm::DType::kFloat32 || !sv || sv->scalar_type() != ScalarType::Float ||
+      next.factor != r.factor || tokens > kMostSwigluTokens)
+    return false;
+  aqlm::DeviceInfo info;
+  check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, p.type, tokens, true, info);
+  if (config.tiles == 0 || config.share == aqlm::Share::kOwned || tokens > 4 * config.tiles)
+    return false;
+  aqlm::RotatedMatmul m = {};
+  m.w = w;
+  m.tokens = tokens;
+  aqlm::schedule_rotated(config, info, &m);
+  m.local_bits = aqlm::local_bits_of(config, m.s, r, info);
+  if (!aqlm::takes_mix_swiglu(r, m.local_bits)) return false;
+  std::optional<Tensor> workspace;
+  set_workspace(config, z, workspace, &m);
+  m.x = z.const_data_ptr();
+  m.x_stride = w.K;
+  m.x_type = p.type;
+  check_cuda(aqlm::launch_rotated(config, m, stream), "matmul");
+  Tensor columns = torch::stable::new_empty(z, {tokens, n}, ScalarType::Float);
+  p.product.r = r;
+  p.product.s = m.s;
+  p.product.partials = m.partials;
+  p.product.local_bits = m.local_bits;
+  p.product.tokens = tokens;
+  p.product.post = sv->const_data_ptr();
+  p.product.gain = 1.f / std::sqrt(static_cast<float>(r.n));
+  p.up_first = up_first;
+  p.su = su;
+  p.h = next.h;
+  p.columns = static_cast<float*>(columns.mutable_data_ptr());
+  p.y = y.mutable_data_ptr();
+  p.gain = 1.f / std::sqrt(static_cast<float>(n));
+  check_cuda(aqlm::launch_mix_swiglu(p, stream), "mix_swiglu");
   return true;
 }
 
@@ -471,6 +525,48 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
   return {sum, y};
 }
 
+// U_n^T (su * silu(gate) * up) of the halves of sv * U (z Wq^T).
+Tensor e8p_matmul_swiglu(const Tensor& z, const Tensor& packed, const std::optional<Tensor>& sv,
+                         const Tensor& h, int64_t bits, double residual, int64_t factor,
+                         bool up_first, const Tensor& su, const Tensor& next_h,
+                         int64_t next_factor) {
+  check_input(z, packed, "z");
+  CHECK(z.dim() == 2, "z must be [M, K]");
+  const int64_t M = z.size(0), n = su.numel(), N = 2 * n;
+  const int device = z.get_device_index();
+  CHECK(su.is_contiguous() && su.scalar_type() == ScalarType::Float &&
+            su.get_device_index() == device,
+        "su must be contiguous float32 on z's device");
+  DeviceGuard guard(device);
+  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
+  set_packed(w, packed);
+  const aqlm::Rotation r = rotation_of(h, N, factor, 0, false, device);
+  const aqlm::Rotation next = rotation_of(next_h, n, next_factor, 0, true, device);
+  aqlm::DType sv_type;
+  vector_of(sv, N, "sv", device, &sv_type);
+  Tensor in = torch::stable::contiguous(z), y = torch::stable::new_empty(z, {M, n});
+  if (M == 0) return y;
+  cudaStream_t stream = current_stream(device);
+  const float* signs = static_cast<const float*>(su.const_data_ptr());
+  if (matmul_swiglu(w, in, sv, r, up_first, signs, next, y, stream)) return y;
+  CHECK(M < (int64_t(1) << 31), "M=", M, " is too large");
+  Tensor both = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
+  Tensor gated = torch::stable::new_empty(z, {M, n});
+  aqlm::SwigluParams s = {};
+  const void* low = both.const_data_ptr();
+  const void* high = static_cast<const uint8_t*>(low) +
+                     n * static_cast<int64_t>(both.element_size());
+  s.gate = up_first ? high : low;
+  s.up = up_first ? low : high;
+  s.y = gated.mutable_data_ptr();
+  s.gate_stride = s.up_stride = N;
+  s.tokens = static_cast<int>(M);
+  s.n = static_cast<int>(n);
+  s.type = dtype_of(z, "z");
+  check_cuda(aqlm::launch_swiglu(s, stream), "swiglu");
+  return hadamard(gated, su, std::nullopt, next_h, next_factor, 0, true);
+}
+
 Tensor e8p_matmul_dx(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& sv,
                      const Tensor& h, int64_t bits, double residual, int64_t in_features,
                      int64_t factor, int64_t block) {
@@ -553,6 +649,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
   m.impl("e8p_matmul_norm", TORCH_BOX(&e8p_matmul_norm));
+  m.impl("e8p_matmul_swiglu", TORCH_BOX(&e8p_matmul_swiglu));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));

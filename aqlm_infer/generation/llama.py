@@ -13,7 +13,7 @@ from torch import nn
 
 from . import ops
 from .cache import StepCache
-from .siblings import Siblings
+from .siblings import Siblings, product_of
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Classes of transformers whose blocks are computed here (grouped heads, SwiGLU, pre-norm)."""
@@ -106,12 +106,13 @@ class LlamaStep:
             if siblings is None:  # after the last attention only the last tokens count
                 x, z = x[T - 1 :: T], z[T - 1 :: T]
             o = block.attention.o_proj
-            x, (gate, up) = block.gate_up.of_product(x, o, z, *_norm(block.norm), add)
-            y = operators.swiglu(gate, up)
+            x, *y = block.gate_up.norm_of_product(x, o, z, False, *_norm(block.norm), add)
+            y, turned = block.gate_up.gated(*y, block.down, operators.swiglu)
             if siblings is None:
-                _, y = add(x, block.down(y), *_norm(norm))
+                _, y = add(x, product_of(block.down, y, turned), *_norm(norm))
             else:
-                x, qkv = siblings.of_product(x, block.down, y, *_norm(norm), add)
+                x, *y = siblings.norm_of_product(x, block.down, y, turned, *_norm(norm), add)
+                qkv = siblings.of_norm(*y)
         return self.model.lm_head(y)[:, None]
 
 
