@@ -28,8 +28,8 @@ constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tile
 // below 16, so that an eighth of it is exact too.
 constexpr float kDenseGain = 0.125f;
 
-// Most tokens whose SwiGLU is joined with the rotations around it.
-constexpr int kMostSwigluTokens = 16;
+// Most tokens for which a norm or SwiGLU is joined with the rotations around it.
+constexpr int kMostJoinedTokens = 16;
 
 aqlm::Rotation rotation_of(const Tensor& h, int64_t n, int64_t factor, int64_t block,
                            bool transpose, int device) {
@@ -256,30 +256,33 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   return y;
 }
 
-// Of one token: x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
+// x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
 bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
-                 int64_t factor, aqlm::NormRotateParams n, cudaStream_t stream) {
+                 const aqlm::Rotation& r, aqlm::NormRotateParams n, cudaStream_t stream) {
   aqlm::DeviceInfo info;
   check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
-  if (n.tokens != 1 || factor != 1 || !sv || sv->scalar_type() != ScalarType::Float ||
+  if (n.tokens > kMostJoinedTokens || r.factor != 1 || !sv ||
+      sv->scalar_type() != ScalarType::Float ||
       reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
       n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
     return false;
-  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
-  if (config.share != aqlm::Share::kOwned) return false;
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, n.tokens, true, info);
+  if (config.tiles == 0 || n.tokens > 4 * config.tiles) return false;
   aqlm::RotatedMatmul p = {};
   p.w = w;
-  p.tokens = 1;
+  p.tokens = n.tokens;
   aqlm::schedule_rotated(config, info, &p);
-  Tensor partials = torch::stable::new_empty(z, {static_cast<int64_t>(n.n)}, ScalarType::Float);
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  const bool owned = config.share == aqlm::Share::kOwned;
+  p.local_bits = owned ? 5 : aqlm::local_bits_of(config, p.s, r, info);  // 5: a block's 32 rows
+  if (owned ? n.tokens != 1 : p.s.group_rows != 512 || p.local_bits != 9 || info.arch < 90)
+    return false;
+  std::optional<Tensor> workspace;
+  set_workspace(config, z, workspace, &p);
   p.x = z.const_data_ptr();
   p.x_stride = w.K;
   p.x_type = n.type;
-  p.local_bits = 5;  // of a block's 32 rows
   check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
   aqlm::MixNormParams m = {};
-  m.z = p.partials;
   m.sv = static_cast<const float*>(sv->const_data_ptr());
   m.x = n.x;
   m.weight = n.weight;
@@ -290,7 +293,16 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
   m.n = n.n;
   m.eps = n.eps;
   m.gain = n.gain;
-  check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  if (owned) {
+    m.z = p.partials;
+    check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  } else {
+    aqlm::RotateParams sums = {};
+    sums.partials = p.partials;
+    sums.s = p.s;
+    sums.tokens = p.tokens;
+    check_cuda(aqlm::launch_mix_norm(m, sums, stream), "mix_norm");
+  }
   return true;
 }
 
@@ -303,7 +315,7 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   aqlm::MixSwigluParams p = {};
   p.type = dtype_of(z, "z");
   if (p.type == aqlm::DType::kFloat32 || !sv || sv->scalar_type() != ScalarType::Float ||
-      next.factor != r.factor || tokens > kMostSwigluTokens)
+      next.factor != r.factor || tokens > kMostJoinedTokens)
     return false;
   aqlm::DeviceInfo info;
   check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
@@ -518,7 +530,7 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
   n.eps = static_cast<float>(eps);
   n.gain = 1.f / std::sqrt(static_cast<float>(N));
   cudaStream_t stream = current_stream(device);
-  if (matmul_norm(w, in, sv, factor, n, stream)) return {sum, y};
+  if (matmul_norm(w, in, sv, r, n, stream)) return {sum, y};
   Tensor delta = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
   n.delta = delta.const_data_ptr();
   check_cuda(aqlm::launch_norm_rotate(n, stream), "norm_rotate");

@@ -1,9 +1,8 @@
 """Layers of one block that read the same input, and the norm that makes it.
 
 Rotated layers of the CUDA kernels take it rotated: the norm and the rotation are one launch, and
-the layers' kernels are called with its result. An E8P layer before the norm is joined with it for
-one token, and one of gate and up with SwiGLU for some (``rotated_ops``). Other layers are called as
-the block calls them.
+the layers' kernels are called with its result. Before a norm or SwiGLU an E8P layer
+of few tokens is joined with it (``rotated_ops``). Other layers are called as the block calls them.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ _MOST_TOKENS = 64
 """``ops.rotated_norm`` reads a token's vector once for every row of its matrix of Hadamard sums:
 what makes it fast for one token makes it slow for a prompt."""
 
-_MOST_GATED = 16
-"""Most tokens whose SwiGLU is joined with the matmul of gate and up: with more, the joined operator
-runs what it joins."""
+_MOST_JOINED = 16
+"""Most tokens for which the operators of ``rotated_ops`` join anything."""
 
 _SHORTEST = 128
 """Least Sylvester part of a rotation that ``ops.rotated_norm`` takes."""
@@ -60,7 +58,7 @@ class Siblings:
         if rotation is None:
             return *add_rms_norm(x, product_of(layer, z, turned), weight, eps), False
         su, h, factor = rotation
-        operands = _operands_of(layer) if x.shape[0] == 1 else None
+        operands = _operands_of(layer) if x.shape[0] <= _MOST_JOINED else None
         if operands is None or operands[-1] != factor:
             y = product_of(layer, z, turned)
             return *ops.rotated_norm(x, y, weight, eps, su, h, factor), True
@@ -76,7 +74,7 @@ class Siblings:
         self, y: torch.Tensor, rotated: bool, down: nn.Module, swiglu: Callable
     ) -> tuple[torch.Tensor, bool]:
         """SwiGLU of gate and up of the norm, and whether it is rotated for ``down``."""
-        joins = rotated and y.shape[0] <= _MOST_GATED and _are_halves(self.layers)
+        joins = rotated and y.shape[0] <= _MOST_JOINED and _are_halves(self.layers)
         operands = _operands_of(_whole(self.layers[0])) if joins else None
         rotation = _rotation_of(down) if operands else None
         if rotation is None:

@@ -3,8 +3,8 @@
 //
 // The product of 2 n outputs has U = H_F (x) S_Q (x) S_512 and its matmul has done S_512
 // (hadamard_mix.cuh); down's input of n has U = H_F (x) S_{Q/2} (x) S_512. Number r * 512 + b of
-// the one half and of the other are in rows r and r + F Q / 2 of column b, and what both rotations do
-// above bit 8 leaves columns independent. So a block takes eight columns through all of it:
+// the one half and of the other are in rows r and r + F Q / 2 of column b, and what both rotations
+// do above bit 8 leaves columns independent. So a block takes eight columns through all of it:
 //   sum of the slots | S_Q by shuffles | H_F: a thread makes the gate and the up of one number
 //   | SwiGLU, su | S_{Q/2} by shuffles | H_F^T
 // and the second kernel does S_512 of rows. Threads are few and registers too (72 for 224 of them),
@@ -20,13 +20,6 @@ namespace {
 constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
 constexpr int kSlots = 4;  // partial sums in flight; a row group of 512 rows rarely has more
 
-// 8 bytes past L1 where `wanted`, else zeros (as load_slot).
-__device__ __forceinline__ float2 load_slot2(const float* at, bool wanted) {
-  float2 v = make_float2(0.f, 0.f);
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0;\n\t@p ld.global.cg.v2.f32 {%0,%1}, [%2];}"
-               : "+f"(v.x), "+f"(v.y) : "l"(at), "r"(uint32_t(wanted)) : "memory");
-  return v;
-}
 // A constant that is loaded where it stands, before the wait.
 __device__ __forceinline__ float load_float(const float* p) {
   return __uint_as_float(load_word(p));
