@@ -22,10 +22,10 @@ class Product:
         self.format, self.rotation = E8PFormat(bits), Hadamard.full(N)
         generator = torch.Generator().manual_seed(N + K)
         shape = (N, K * bits // 64)
-        codes = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
-        self.weight = self.format.decode(codes, torch.float64).to(device)
+        codes = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator).to(device)
+        self.weight = self.format.decode(codes, torch.float64)
         self.sv = (torch.rand(N, generator=generator) + 0.5).to(device)
-        self.packed = ops.e8p_pack(codes.to(device), bits)
+        self.packed = ops.e8p_pack(codes, bits)
         self.h, self.factor = self.rotation.matrix(device), self.rotation.factor
 
     def exact(self, z):
