@@ -67,9 +67,10 @@ const void* vector_of(const std::optional<Tensor>& t, int64_t n, const char* nam
   return t->const_data_ptr();
 }
 
-// x as [M, K] with unit stride in a row; copies only what is neither.
+// x as rows of K with unit stride, `row_stride` apart; copies only what is neither. A contiguous x
+// of any dimensions is itself: a view costs the host 3 us.
 Tensor rows_of(const Tensor& x, int64_t K) {
-  if (x.dim() == 2 && (x.stride(1) == 1 || K == 1)) return x;
+  if (x.dim() == 2 ? x.stride(1) == 1 || K == 1 : x.is_contiguous()) return x;
   return torch::stable::reshape(torch::stable::contiguous(x), {K ? x.numel() / K : 0, K});
 }
 
@@ -80,9 +81,9 @@ std::vector<int64_t> shape_with(const Tensor& x, int64_t last) {
   return shape;
 }
 
-const void* at_row(const Tensor& rows, int64_t m) {
+const void* input_row(const Tensor& rows, int64_t m, int64_t K) {
   return static_cast<const uint8_t*>(rows.const_data_ptr()) +
-         m * rows.stride(0) * static_cast<int64_t>(rows.element_size());
+         m * row_stride(rows, K) * static_cast<int64_t>(rows.element_size());
 }
 void* at_row(Tensor& rows, int64_t m, int64_t width) {
   return static_cast<uint8_t*>(rows.mutable_data_ptr()) +
@@ -153,7 +154,7 @@ int64_t slice_length(int64_t total, int64_t other, int64_t element, int64_t mult
 void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, float gain,
                   cudaStream_t stream) {
   const int64_t rows = slice_length(w.N, w.K, x.element_size(), kSliceRows);
-  Tensor dense = torch::stable::new_empty(x, {rows, static_cast<int64_t>(w.K)});
+  Tensor dense = fresh(x, {rows, static_cast<int64_t>(w.K)});
   aqlm::RotatedDequant p = {};
   p.w = w;
   p.out = dense.mutable_data_ptr();
@@ -179,7 +180,7 @@ void set_workspace(const aqlm::RotatedConfig& config, const Tensor& like,
   const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
                         padded(need.x_scales);
   if (!workspace || workspace->numel() < bytes)
-    workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    workspace = fresh(like, {bytes}, ScalarType::Byte);
   uint8_t* at = static_cast<uint8_t*>(workspace->mutable_data_ptr());
   p->partials = reinterpret_cast<float*>(at);
   p->x_cells = at += padded(need.partials);
@@ -203,7 +204,7 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   r.bias = bias ? bias->const_data_ptr() : nullptr;
   r.gain = 1.f;
   r.x_type = r.y_type = dtype_of(x, "x");
-  Tensor y = torch::stable::new_empty(x, shape_with(x, N));
+  Tensor y = fresh(x, shape_with(x, N));
   if (M == 0 || N == 0) return y;
   cudaStream_t stream = current_stream(device);
   aqlm::DeviceInfo info;
@@ -216,13 +217,14 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
         aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
                              factor != 0, info);
     if (config.tiles == 0) {
-      Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
+      Tensor flat = rows.dim() == 2 ? rows : torch::stable::reshape(rows, {M, K});
+      Tensor rest = torch::stable::narrow(flat, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)
         rest = torch::stable::clone(torch::stable::contiguous(rest));
       const bool plain = factor == 0 && !sv && !bias;
       const bool scaled = w.coding == aqlm::Coding::kE8p && !plain;
       Tensor z = plain && m == 0 ? torch::stable::reshape(y, {M, N})
-                                 : torch::stable::new_empty(x, {M - m, N});
+                                 : fresh(x, {M - m, N});
       matmul_dense(w, rest, z, scaled ? kDenseGain : 1.f, stream);
       if (plain && m == 0) return y;
       r.x = z.const_data_ptr();
@@ -239,8 +241,8 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.tokens = static_cast<int>(std::min<int64_t>(M - m, 4 * config.tiles));
     aqlm::schedule_rotated(config, info, &p);
     set_workspace(config, x, workspace, &p);
-    p.x = at_row(rows, m);
-    p.x_stride = rows.stride(0);
+    p.x = input_row(rows, m, K);
+    p.x_stride = row_stride(rows, K);
     p.x_type = r.x_type;
     p.local_bits = r.local_bits = aqlm::local_bits_of(config, p.s, r.r, info);
     r.partials = p.partials;
@@ -334,7 +336,7 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   m.x_stride = w.K;
   m.x_type = p.type;
   check_cuda(aqlm::launch_rotated(config, m, stream), "matmul");
-  Tensor columns = torch::stable::new_empty(z, {tokens, n}, ScalarType::Float);
+  Tensor columns = fresh(z, {tokens, n}, ScalarType::Float);
   p.product.r = r;
   p.product.s = m.s;
   p.product.partials = m.partials;
@@ -364,7 +366,7 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
   cudaStream_t stream = current_stream(device);
   Tensor rows = torch::stable::reshape(torch::stable::contiguous(dy), {M, N});
   if (factor != 0 || sv) {
-    Tensor back = torch::stable::new_empty(dy, {M, N});
+    Tensor back = fresh(dy, {M, N});
     r.x = rows.const_data_ptr();
     r.x_stride = N;
     r.x_type = r.y_type = dtype_of(dy, "dy");
@@ -374,9 +376,9 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
     check_cuda(aqlm::launch_rotate(r, stream), "rotate");
     rows = back;
   }
-  Tensor dx = torch::stable::new_empty(dy, {M, K});
+  Tensor dx = fresh(dy, {M, K});
   const int64_t columns = slice_length(K, N, dy.element_size(), aqlm::kCellColumns);
-  Tensor dense = torch::stable::new_empty(dy, {N * columns});
+  Tensor dense = fresh(dy, {N * columns});
   aqlm::RotatedDequant p = {};
   p.w = w;
   p.out = dense.mutable_data_ptr();
@@ -397,7 +399,7 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
 }
 
 Tensor dequantize(const aqlm::RotatedWeight& w, const Tensor& packed) {
-  Tensor out = torch::stable::new_empty(
+  Tensor out = fresh(
       packed, {static_cast<int64_t>(w.N), static_cast<int64_t>(w.K)}, ScalarType::Float);
   aqlm::RotatedDequant p = {};
   p.w = w;
@@ -415,7 +417,7 @@ Tensor dequantize(const aqlm::RotatedWeight& w, const Tensor& packed) {
 Tensor pack(aqlm::RotatedWeight w, const Tensor& codes) {
   Tensor from = torch::stable::contiguous(codes);
   Tensor packed =
-      torch::stable::new_empty(codes, {static_cast<int64_t>(w.bytes())}, ScalarType::Byte);
+      fresh(codes, {static_cast<int64_t>(w.bytes())}, ScalarType::Byte);
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   check_cuda(aqlm::launch_rotated_pack(w, from.const_data_ptr(),
                                        static_cast<uint8_t*>(packed.mutable_data_ptr()),
@@ -442,11 +444,11 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& pre,
   r.r = rotation_of(h, K, factor, block, transpose, device);
   r.pre = vector_of(pre, K, "pre", device, &r.pre_type);
   r.post = vector_of(post, K, "post", device, &r.post_type);
-  Tensor y = torch::stable::new_empty(x, shape_with(x, K));
+  Tensor y = fresh(x, shape_with(x, K));
   if (M == 0) return y;
   Tensor rows = rows_of(x, K);
   r.x = rows.const_data_ptr();
-  r.x_stride = rows.stride(0);
+  r.x_stride = row_stride(rows, K);
   r.x_type = r.y_type = dtype_of(x, "x");
   r.gain = 1.f;
   r.y = y.mutable_data_ptr();
@@ -468,7 +470,7 @@ Tensor e8p_unpack(const Tensor& packed, int64_t bits, int64_t N, int64_t K) {
   DeviceGuard guard(packed.get_device_index());
   aqlm::RotatedWeight w = e8p_weight(bits, 0, N, K);
   set_packed(w, packed);
-  Tensor codes = torch::stable::new_empty(packed, {N, K / 64 * bits}, ScalarType::Long);
+  Tensor codes = fresh(packed, {N, K / 64 * bits}, ScalarType::Long);
   check_cuda(aqlm::launch_rotated_unpack(w, codes.mutable_data_ptr(),
                                          current_stream(packed.get_device_index())),
              "e8p_unpack");
@@ -512,7 +514,7 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
     return t.const_data_ptr();
   };
   Tensor rows = torch::stable::contiguous(x), in = torch::stable::contiguous(z);
-  Tensor sum = torch::stable::new_empty(x, {M, N}), y = torch::stable::new_empty(x, {M, N});
+  Tensor sum = fresh(x, {M, N}), y = fresh(x, {M, N});
   if (M == 0) return {sum, y};
   aqlm::NormRotateParams n = {};
   n.x = rows.const_data_ptr();
@@ -556,14 +558,14 @@ Tensor e8p_matmul_swiglu(const Tensor& z, const Tensor& packed, const std::optio
   const aqlm::Rotation next = rotation_of(next_h, n, next_factor, 0, true, device);
   aqlm::DType sv_type;
   vector_of(sv, N, "sv", device, &sv_type);
-  Tensor in = torch::stable::contiguous(z), y = torch::stable::new_empty(z, {M, n});
+  Tensor in = torch::stable::contiguous(z), y = fresh(z, {M, n});
   if (M == 0) return y;
   cudaStream_t stream = current_stream(device);
   const float* signs = static_cast<const float*>(su.const_data_ptr());
   if (matmul_swiglu(w, in, sv, r, up_first, signs, next, y, stream)) return y;
   CHECK(M < (int64_t(1) << 31), "M=", M, " is too large");
   Tensor both = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
-  Tensor gated = torch::stable::new_empty(z, {M, n});
+  Tensor gated = fresh(z, {M, n});
   aqlm::SwigluParams s = {};
   const void* low = both.const_data_ptr();
   const void* high = static_cast<const uint8_t*>(low) +
@@ -610,7 +612,7 @@ Tensor scalar_unpack(const Tensor& packed, int64_t bits, int64_t N, int64_t K) {
   DeviceGuard guard(packed.get_device_index());
   aqlm::RotatedWeight w = scalar_weight(bits, N, K);
   set_packed(w, packed);
-  Tensor codes = torch::stable::new_empty(packed, {N, K * bits / 8}, ScalarType::Byte);
+  Tensor codes = fresh(packed, {N, K * bits / 8}, ScalarType::Byte);
   check_cuda(aqlm::launch_rotated_unpack(w, codes.mutable_data_ptr(),
                                          current_stream(packed.get_device_index())),
              "scalar_unpack");
