@@ -312,17 +312,17 @@ define(
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
-rms_norm = _ops.rms_norm
-add_rms_norm = _ops.add_rms_norm
-add_rms_norm_fetch = _ops.add_rms_norm_fetch
-swiglu = _ops.swiglu
-embed_norm = _ops.embed_norm
-rotated_norm = _ops.rotated_norm
-choose = _ops.choose
-decode_attention = _ops.decode_attention
-rope_attention = _ops.rope_attention
-rope_store = _ops.rope_store
-EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}") for name in _EAGER})
+rms_norm = _ops.rms_norm.default
+add_rms_norm = _ops.add_rms_norm.default
+add_rms_norm_fetch = _ops.add_rms_norm_fetch.default
+swiglu = _ops.swiglu.default
+embed_norm = _ops.embed_norm.default
+rotated_norm = _ops.rotated_norm.default
+choose = _ops.choose.default
+decode_attention = _ops.decode_attention.default
+rope_attention = _ops.rope_attention.default
+rope_store = _ops.rope_store.default
+EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}").default for name in _EAGER})
 """The operators of ``_EAGER`` under their own names, for launches that no graph holds."""
 
 

@@ -73,5 +73,5 @@ def _swiglu_fake(z, packed, sv, h, bits, residual, factor, up_first, su, next_h,
 
 define(_SCHEMAS, (_norm_fake, _swiglu_fake), (_norm, _swiglu))
 
-e8p_matmul_norm = torch.ops.aqlm_infer.e8p_matmul_norm
-e8p_matmul_swiglu = torch.ops.aqlm_infer.e8p_matmul_swiglu
+e8p_matmul_norm = torch.ops.aqlm_infer.e8p_matmul_norm.default
+e8p_matmul_swiglu = torch.ops.aqlm_infer.e8p_matmul_swiglu.default
