@@ -96,7 +96,7 @@ def step_us(replay) -> float:
     return start.elapsed_time(end) * 1e3 / 20
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     given = arguments()
     for scheme in given.scheme:
