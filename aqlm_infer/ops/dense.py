@@ -1,6 +1,7 @@
 """Dense products of one token, for the output head: ``dense_matvec(x [..., K], weight [N, K])``.
 
-Inference only: no gradient. On the CPU it is native (``csrc/cpu/dense.h``), elsewhere torch's.
+Inference only: no gradient. On the CPU it is native (``csrc/cpu/dense.h``), on CUDA a kernel of
+``_cuda`` for 16-bit weights of usual sizes (``csrc/cuda/dense_rows.cu``), else torch's.
 """
 
 from __future__ import annotations
