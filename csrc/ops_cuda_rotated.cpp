@@ -258,37 +258,9 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   return y;
 }
 
-// Keys and values [B, heads, L, D] as a norm fetches them.
-aqlm::FetchParams fetch_of(const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
-                           const std::optional<Tensor>& filled, int device) {
-  aqlm::FetchParams f = {};
-  if (!keys) return f;
-  CHECK(values && filled && filled->numel() == 1 && filled->scalar_type() == ScalarType::Long &&
-            filled->get_device_index() == device,
-        "keys come with values, and with filled, one int64 on x's device");
-  for (const Tensor* t : {&*keys, &*values})
-    CHECK(t->dim() == 4 && t->stride(3) == 1 && t->stride(2) == t->size(3) &&
-              t->size(0) == keys->size(0) && t->size(1) == keys->size(1) &&
-              t->size(3) == keys->size(3) && t->get_device_index() == device,
-          "keys and values must be [B, heads, L, D] with contiguous heads on x's device");
-  const int64_t element = static_cast<int64_t>(keys->element_size());
-  f.keys = static_cast<const char*>(keys->const_data_ptr());
-  f.values = static_cast<const char*>(values->const_data_ptr());
-  f.filled = static_cast<const int64_t*>(filled->const_data_ptr());
-  f.k_b = keys->stride(0) * element;
-  f.k_h = keys->stride(1) * element;
-  f.v_b = values->stride(0) * element;
-  f.v_h = values->stride(1) * element;
-  f.batch = static_cast<int>(keys->size(0));
-  f.heads = static_cast<int>(keys->size(1));
-  f.position = static_cast<int>(keys->size(3) * element);
-  return f;
-}
-
 // x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
 bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
-                 const aqlm::Rotation& r, aqlm::NormRotateParams n,
-                 const aqlm::FetchParams& fetch, cudaStream_t stream) {
+                 const aqlm::Rotation& r, aqlm::NormRotateParams n, cudaStream_t stream) {
   aqlm::DeviceInfo info;
   check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
   if (n.tokens > kMostJoinedTokens || r.factor != 1 || !sv ||
@@ -313,7 +285,6 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
   p.x_type = n.type;
   check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
   aqlm::MixNormParams m = {};
-  m.fetch = fetch;
   m.sv = static_cast<const float*>(sv->const_data_ptr());
   m.x = n.x;
   m.weight = n.weight;
@@ -521,9 +492,7 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
                                            const std::optional<Tensor>& sv, const Tensor& h,
                                            int64_t bits, double residual, int64_t factor,
                                            const Tensor& x, const Tensor& weight, double eps,
-                                           const Tensor& su, const std::optional<Tensor>& keys,
-                                           const std::optional<Tensor>& values,
-                                           const std::optional<Tensor>& filled) {
+                                           const Tensor& su) {
   check_input(z, packed, "z");
   CHECK(z.dim() == 2 && x.dim() == 2 && z.size(0) == x.size(0) && z.size(0) < 65536 &&
             z.scalar_type() == x.scalar_type(),
@@ -563,8 +532,7 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
   n.eps = static_cast<float>(eps);
   n.gain = 1.f / std::sqrt(static_cast<float>(N));
   cudaStream_t stream = current_stream(device);
-  if (matmul_norm(w, in, sv, r, n, fetch_of(keys, values, filled, device), stream))
-    return {sum, y};
+  if (matmul_norm(w, in, sv, r, n, stream)) return {sum, y};
   Tensor delta = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
   n.delta = delta.const_data_ptr();
   check_cuda(aqlm::launch_norm_rotate(n, stream), "norm_rotate");

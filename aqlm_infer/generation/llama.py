@@ -7,6 +7,8 @@ norms that a rotation follows in the same launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,7 +77,7 @@ class LlamaStep:
                 valid, self.counts, attention.scaling,
             ).flatten(1)  # fmt: skip
 
-        return self._logits(tokens, attend, self.operators, self._fetched)
+        return self._logits(tokens, attend, self.operators, self.fetches)
 
     def prompt(self, tokens, ids) -> torch.Tensor:
         """tokens, ids (rotary positions) [B, T] -> logits of the last, [B, 1, vocabulary].
@@ -98,12 +100,15 @@ class LlamaStep:
         self.cache.lengths.fill_(T)
         return logits
 
-    def _fetched(self, layer) -> tuple[torch.Tensor, ...]:
-        """What the norm before the layer's attention fetches: nothing of a long cache."""
-        few = self.fetches and 2 * layer.keys.nbytes <= _MOST_FETCHED
-        return (layer.keys, layer.values, self.cache.lengths[:1]) if few else ()
+    def _norm_before(self, layer) -> Callable:
+        """add_rms_norm, which also fetches the layer's keys and values."""
 
-    def _logits(self, tokens, attend, operators, fetched=lambda layer: ()) -> torch.Tensor:
+        def norm(*given):
+            return ops.add_rms_norm_fetch(*given, layer.keys, layer.values, self.cache.lengths[:1])
+
+        return norm if 2 * layer.keys.nbytes <= _MOST_FETCHED else ops.add_rms_norm
+
+    def _logits(self, tokens, attend, operators, fetches: bool = False) -> torch.Tensor:
         base, cache, add = self.model.model, self.cache, operators.add_rms_norm
         T, table = tokens.shape[1], base.embed_tokens.weight
         x, y = operators.embed_norm(tokens.reshape(-1), table, *_norm(self.norms[0]))
@@ -121,8 +126,8 @@ class LlamaStep:
             if siblings is None:
                 _, y = add(x, product_of(block.down, y, turned), *_norm(norm))
             else:
-                before = add, fetched(following)
-                x, *y = siblings.norm_of_product(x, block.down, y, turned, *_norm(norm), *before)
+                before = self._norm_before(following) if fetches else add
+                x, *y = siblings.norm_of_product(x, block.down, y, turned, *_norm(norm), before)
                 qkv = siblings.of_norm(*y)
         return self.model.lm_head(y)[:, None]
 

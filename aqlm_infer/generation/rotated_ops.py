@@ -4,8 +4,7 @@ z [M, K] is the input as the layer's matmul takes it, rotated. The product U_N (
 ``ops.e8p_matmul`` is rounded to x's dtype as that operator rounds it.
 
     e8p_matmul_norm: x + product [M, N], and the rotated norm of it (``rotated_norm``): the layers'
-    rotations are of one size, with one factor matrix. keys, values and filled are None or what
-    ``add_rms_norm_fetch`` fetches
+    rotations are of one size, with one factor matrix
     e8p_matmul_swiglu: silu(gate) * up [M, N / 2] of the halves of the product (``up_first``: up is
     the first), each rounded as ``swiglu`` does, rotated for the layer that reads it: U^T (su *
     that), with its factor matrix
@@ -19,35 +18,32 @@ import torch
 
 from ..ops.library import OperandError, define
 from ..ops.rotated import check_e8p_matmul, check_rotation, e8p_matmul, hadamard
-from .ops import check_fetch, check_rotated, rotated_norm, swiglu
+from .ops import check_rotated, rotated_norm, swiglu
 
 _SCHEMAS = (
     "e8p_matmul_norm(Tensor z, Tensor packed, Tensor? sv, Tensor h, int bits, float residual,"
-    " int factor, Tensor x, Tensor weight, float eps, Tensor su, Tensor? keys=None,"
-    " Tensor? values=None, Tensor? filled=None) -> (Tensor, Tensor)",
+    " int factor, Tensor x, Tensor weight, float eps, Tensor su) -> (Tensor, Tensor)",
     "e8p_matmul_swiglu(Tensor z, Tensor packed, Tensor? sv, Tensor h, int bits, float residual,"
     " int factor, bool up_first, Tensor su, Tensor next_h, int next_factor) -> Tensor",
 )
 
 
-def _check_norm(z, sv, h, bits, factor, x, weight, su, keys=None, values=None, filled=None) -> None:
+def _check_norm(z, sv, h, bits, factor, x, weight, su) -> None:
     check_rotated(x, x, weight, su, h, factor)
     check_e8p_matmul(z, sv, None, h, bits, x.shape[1], factor, 0)
     if z.dim() != 2 or z.shape[0] != x.shape[0] or z.dtype != x.dtype:
         raise OperandError(f"z {z.dtype} {list(z.shape)} beside x {x.dtype} {list(x.shape)}")
-    if keys is not None:
-        check_fetch(keys, values, filled)
 
 
-def _norm(z, packed, sv, h, bits, residual, factor, x, weight, eps, su, *fetch):
-    _check_norm(z, sv, h, bits, factor, x, weight, su, *fetch)
+def _norm(z, packed, sv, h, bits, residual, factor, x, weight, eps, su):
+    _check_norm(z, sv, h, bits, factor, x, weight, su)
     N = x.shape[1]
     product = e8p_matmul(z, packed, sv, None, h, bits, residual, N, factor, 0, "exact")
     return rotated_norm(x, product, weight, eps, su, h, factor)
 
 
-def _norm_fake(z, packed, sv, h, bits, residual, factor, x, weight, eps, su, *fetch):
-    _check_norm(z, sv, h, bits, factor, x, weight, su, *fetch)
+def _norm_fake(z, packed, sv, h, bits, residual, factor, x, weight, eps, su):
+    _check_norm(z, sv, h, bits, factor, x, weight, su)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -50,16 +50,13 @@ class Siblings:
             return [layer(x) for layer in self.layers]
 
     def norm_of_product(
-        self, x, layer: nn.Module, z, turned: bool, weight, eps: float, add_rms_norm: Callable,
-        fetch: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:  # fmt: skip
+        self, x, layer: nn.Module, z, turned: bool, weight, eps: float, add_rms_norm: Callable
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """x + layer(z) [M, K]; its norm, by ``add_rms_norm``; and whether that is rotated for the
-        layers. ``turned``: z is rotated for ``layer``. ``fetch``: keys, values and filled positions
-        that ``ops.add_rms_norm_fetch`` would fetch, by a norm that can."""
+        layers. ``turned``: z is rotated for ``layer``."""
         rotation = self._rotation() if x.shape[0] <= _MOST_TOKENS else None
         if rotation is None:
-            norm = ops.add_rms_norm_fetch if fetch else add_rms_norm
-            return *norm(x, product_of(layer, z, turned), weight, eps, *fetch), False
+            return *add_rms_norm(x, product_of(layer, z, turned), weight, eps), False
         su, h, factor = rotation
         operands = _operands_of(layer) if x.shape[0] <= _MOST_JOINED else None
         if operands is None or operands[-1] != factor:
@@ -67,7 +64,7 @@ class Siblings:
             return *ops.rotated_norm(x, y, weight, eps, su, h, factor), True
         if not turned:
             z = layer._rotated(z, layer._buffers_of_kernel(), layer._values())
-        return *e8p_matmul_norm(z, *operands, x, weight, eps, su, *fetch), True
+        return *e8p_matmul_norm(z, *operands, x, weight, eps, su), True
 
     def of_norm(self, y: torch.Tensor, rotated: bool) -> list[torch.Tensor]:
         """Of what ``norm_of_product`` returned."""

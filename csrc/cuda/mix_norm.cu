@@ -151,21 +151,6 @@ __device__ __forceinline__ float2 load_floats(const float* p) {
   return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
 }
 
-// Asks for this block's share of the heads. It is over when they are asked for, not when they come.
-__device__ __forceinline__ void fetch_heads(const FetchParams& f, int block, int blocks) {
-  if (f.keys == nullptr) return;
-  const long long bytes = *f.filled * f.position;
-  for (int head = block; head < f.batch * f.heads; head += blocks) {
-    const int b = head / f.heads, h = head % f.heads;
-    const char* keys = f.keys + b * f.k_b + h * f.k_h;
-    const char* values = f.values + b * f.v_b + h * f.v_h;
-    for (long long at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128) {
-      prefetch_constant(keys + at);
-      prefetch_constant(values + at);
-    }
-  }
-}
-
 constexpr int kRow = 512, kSlots = 9;  // partial sums in flight
 
 // The same after a matmul with row groups of 512 and partial sums of them, for some tokens. Adding
@@ -192,7 +177,6 @@ mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
     su[r] = make_float2(u.x * w.x * sign, u.y * w.y * sign);
   }
   const RotateSource source = rotate_locate(sums, m, own * kRow + column);
-  fetch_heads(p.fetch, m * C + own, gridDim.y * C);
   cluster_barrier();  // all blocks have begun
   grid_dependency_wait();
 

@@ -24,14 +24,6 @@ struct NormRotateParams {
 
 cudaError_t launch_norm_rotate(const NormRotateParams& p, cudaStream_t stream);
 
-// Keys and values of the attention that follows: what is filled of every head is asked into L2.
-struct FetchParams {
-  const char *keys, *values;  // [batch, heads, positions], a head contiguous; null: nothing
-  const int64_t* filled;      // positions, one number
-  long long k_b, k_h, v_b, v_h;  // bytes from one sequence and head to the next
-  int batch, heads, position;    // bytes of a position
-};
-
 // U = S_n, n = 1024, 2048 or 4096, 16-bit types. z: the product of a matmul; of one token with
 // owned rows, transformed over the low five bits, or as partial sums, over the low nine.
 // sum = x + sv * U z, y = U (su * weight * sum / rms(sum)); gain = 1 / sqrt(n) is that of U. Every
@@ -47,7 +39,6 @@ struct MixNormParams {
   DType type;               // of x, weight, sum and y
   int n;
   float eps, gain;
-  FetchParams fetch;        // by the kernel of partial sums alone
 };
 inline bool takes_mix_norm(int n) { return n == 1024 || n == 2048 || n == 4096; }
 
