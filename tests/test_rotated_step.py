@@ -36,6 +36,10 @@ class Product:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(M, size, generator=generator).to(self.device, dtype)
 
+    def plain(self, z):
+        last = self.format.bits, 1 / self.format.residual, self.N, self.factor, 0, "exact"
+        return ops.e8p_matmul(z, self.packed, self.sv, None, self.h, *last)
+
     def norm(self, z, x, weight, su):
         numbers = self.h, self.format.bits, 1 / self.format.residual, self.factor
         return e8p_matmul_norm(z, self.packed, self.sv, *numbers, x, weight, EPS, su)
@@ -110,3 +114,16 @@ def test_operands_are_checked():
         product.norm(z, x, weight, su)
     with pytest.raises(OperandError, match="su is torch.float16"):
         product.norm(z[:1], x[:1], weight, su.half())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("N", [6144, 12288, 10240, 20480, 14336, 28672])
+def test_rotation_after_a_matmul_of_few_tokens(dtype, N):
+    """Factors 12, 20 and 28: the kernel that holds their signs, and with 17 tokens another."""
+    product = Product(2, N, 1024, "cuda")
+    for M in (1, 5, 16, 17):
+        z = product.rows(M, 1024, dtype, 1)
+        y = product.plain(z)
+        close(y, product.exact(z), dtype)
+        assert torch.equal(product.plain(z), y)

@@ -21,6 +21,9 @@ namespace aqlm {
 namespace {
 
 constexpr int kMixNormThreads = 256, kMixNormWarps = kMixNormThreads / 32;
+// 64 registers, so that a block of the next matmul (96 x 512) has room beside one of these and is
+// ready when it ends. Factors of the sum wait in shared memory, where only their thread reads them.
+constexpr int kMixNormBlocks = 4;
 
 template <typename T>
 __device__ __forceinline__ uint32_t round2(float a, float b) {
@@ -33,7 +36,7 @@ __device__ __forceinline__ float4 add_signed(float4 sum, float4 v, int odd) {
 
 // Grid: n / 512 blocks; block r makes results r * 512 .. r * 512 + 511.
 template <typename T, int kRegs>
-__global__ void __launch_bounds__(kMixNormThreads, 1)
+__global__ void __launch_bounds__(kMixNormThreads, kMixNormBlocks)
 mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   __shared__ __align__(16) float4 mixed[kMixNormThreads * kRegs];
   __shared__ __align__(16) float4 turned[kMixNormThreads * kRegs];
@@ -52,13 +55,16 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   };
   const int first = (warp * kRegs * 32 + lane) * 4;  // element of register 0, the next 128 further
   grid_dependents_start();
-  float4 sv[kRegs], su[kRegs];
-  uint2 weight[kRegs];
+  float4 sv[kRegs];
 #pragma unroll
   for (int k = 0; k < kRegs; ++k) {
     sv[k] = load_quad(p.sv + first + 128 * k);
-    su[k] = load_quad(p.su + first + 128 * k);
-    weight[k] = load_cached8(static_cast<const T*>(p.weight) + first + 128 * k);
+    const float4 u = load_quad(p.su + first + 128 * k);
+    const uint2 weight = load_cached8(static_cast<const T*>(p.weight) + first + 128 * k);
+    const float2 a = unpack2(weight.x, T()), b = unpack2(weight.y, T());
+    const float sign = __popc((warp * kRegs + k) >> 2 & row) & 1 ? -1.f : 1.f;
+    turned[(warp * kRegs + k) * 32 + lane] =
+        make_float4(u.x * a.x * sign, u.y * a.y * sign, u.z * b.x * sign, u.w * b.y * sign);
   }
   grid_dependency_wait();
   float4 v[kRegs];
@@ -97,7 +103,7 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   float squares = 0.f;
 #pragma unroll
   for (int k = 0; k < kRegs; ++k) {
-    const float4 s = sv[k], u = su[k];
+    const float4 s = sv[k], u = turned[(warp * kRegs + k) * 32 + lane];
     const uint32_t low =
         add2(x[k].x, round2<T>(v[k].x * (p.gain * s.x), v[k].y * (p.gain * s.y)), T());
     const uint32_t high =
@@ -106,11 +112,8 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
     if (own_row == row)
       *reinterpret_cast<uint2*>(static_cast<T*>(p.sum) + first + 128 * k) = make_uint2(low, high);
     const float2 a = unpack2(low, T()), b = unpack2(high, T());
-    const float2 wa = unpack2(weight[k].x, T()), wb = unpack2(weight[k].y, T());
     squares += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
-    const float sign = __popc(own_row & row) & 1 ? -1.f : 1.f;
-    v[k] = make_float4(a.x * (u.x * wa.x * sign), a.y * (u.y * wa.y * sign),
-                       b.x * (u.z * wb.x * sign), b.y * (u.w * wb.y * sign));
+    v[k] = make_float4(a.x * u.x, a.y * u.y, b.x * u.z, b.y * u.w);
   }
   butterflies(v);
 #pragma unroll
@@ -158,23 +161,24 @@ constexpr int kRow = 512, kSlots = 9;  // partial sums in flight
 // cluster adds those of its own row group and gives them to the others; two columns a thread, of
 // which every block then has all rows. Grid: (C, tokens), clusters of C = n / 512.
 template <typename T, int C>
-__global__ void __launch_bounds__(kMixNormThreads, 1)
+__global__ void __launch_bounds__(kMixNormThreads, kMixNormBlocks)
 mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
                      const __grid_constant__ RotateParams sums) {
   __shared__ __align__(16) float2 z[C * kMixNormThreads];
+  __shared__ __align__(16) float2 su[C * kMixNormThreads];  // with weight and sign, each thread's
   __shared__ __align__(16) float2 turned[kMixNormThreads];
   __shared__ float warp_squares[kMixNormWarps];
   const int tid = threadIdx.x, warp = tid / 32, own = blockIdx.x, m = blockIdx.y;
   const int column = 2 * tid;
   grid_dependents_start();
-  float2 sv[C], su[C];  // su with the weight, and the sign that row r has in the own one
+  float2 sv[C];
 #pragma unroll
   for (int r = 0; r < C; ++r) {
     sv[r] = load_floats(p.sv + r * kRow + column);
     const float2 u = load_floats(p.su + r * kRow + column);
     const float2 w = unpack2(load_word(static_cast<const T*>(p.weight) + r * kRow + column), T());
     const float sign = __popc(r & own) & 1 ? -1.f : 1.f;
-    su[r] = make_float2(u.x * w.x * sign, u.y * w.y * sign);
+    su[r * kMixNormThreads + tid] = make_float2(u.x * w.x * sign, u.y * w.y * sign);
   }
   const RotateSource source = rotate_locate(sums, m, own * kRow + column);
   cluster_barrier();  // all blocks have begun
@@ -218,7 +222,8 @@ mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
     if (r == own) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.sum) + at + r * kRow) = pair;
     const float2 a = unpack2(pair, T());
     squares += a.x * a.x + a.y * a.y;
-    out = make_float2(fmaf(a.x, su[r].x, out.x), fmaf(a.y, su[r].y, out.y));
+    const float2 u = su[r * kMixNormThreads + tid];
+    out = make_float2(fmaf(a.x, u.x, out.x), fmaf(a.y, u.y, out.y));
   }
   // S_512: bit 0 in the thread, 1 .. 5 in the lanes, 6 .. 8 are the warp.
   out = make_float2(out.x + out.y, out.x - out.y);

@@ -10,43 +10,18 @@
 // and the second kernel does S_512 of rows. Threads are few and registers too (72 for 224 of them),
 // so that a block has room beside a block of the matmul, and the constants that it reads are there
 // when the matmul ends. Architectures sm_80+.
-#include "enqueue.cuh"
-#include "hadamard.cuh"
 #include "mix_swiglu.h"
+
+#include "enqueue.cuh"
+#include "mix_columns.cuh"
 
 namespace aqlm {
 namespace {
 
-constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
 constexpr int kSlots = 4;  // partial sums in flight; a row group of 512 rows rarely has more
 
-// A constant that is loaded where it stands, before the wait.
-__device__ __forceinline__ float load_float(const float* p) {
-  return __uint_as_float(load_word(p));
-}
-__device__ __forceinline__ uint32_t load_byte(const int8_t* p) {
-  uint32_t v;
-  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-// Bytes of +-1 as `signed_one` takes them.
-__device__ __forceinline__ uint32_t sign_bytes(uint32_t h) {
-  return and_or(h, 0x80808080u, 0x3F3F3F3Fu);
-}
 template <typename T>
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
-
-// v over bits kFirst .. kEnd - 1 of the thread's number.
-template <int kFirst, int kEnd, int kCount>
-__device__ __forceinline__ void butterflies(float (&v)[kCount]) {
-#pragma unroll
-  for (int b = kFirst; b < kEnd; ++b)
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float other = __shfl_xor_sync(~0u, v[i], 1 << b);
-      v[i] = threadIdx.x >> b & 1 ? other - v[i] : v[i] + other;
-    }
-}
 
 // Grid: (512 / 8, tokens); F Q / 2 * 8 threads, one for each of the block's numbers of the result.
 template <typename T, int F, int kLogQ>
