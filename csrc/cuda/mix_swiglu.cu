@@ -12,8 +12,6 @@
 // when the matmul ends. Architectures sm_80+.
 #include "mix_swiglu.h"
 
-#include <algorithm>
-
 #include "enqueue.cuh"
 #include "mix_columns.cuh"
 
@@ -21,20 +19,18 @@ namespace aqlm {
 namespace {
 
 constexpr int kSlots = 4;  // partial sums in flight; a row group of 512 rows rarely has more
-constexpr int kTokenBlocks = 8;  // 64 x 8 of them are all on an H200 at once
 
 template <typename T>
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
 
-// Grid: (512 / 8, tokens, or kTokenBlocks that share them); F Q / 2 * 8 threads, one for each of
-// the block's numbers of the result.
+// Grid: (512 / 8, tokens); F Q / 2 * 8 threads, one for each of the block's numbers of the result.
 template <typename T, int F, int kLogQ>
-__global__ void __launch_bounds__((F << kLogQ) * 4, 1024 / ((F << kLogQ) * 4))
+__global__ void __launch_bounds__((F << kLogQ) * 4, 1)
 mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p) {
   constexpr int kRows = F << kLogQ, kHalf = kRows / 2, kWords = F / 4;
   __shared__ __align__(16) float z[kRows * kColumns];
   __shared__ __align__(16) float s[kHalf * kColumns];
-  const int tid = threadIdx.x, column = tid % kColumns, row = tid / kColumns;
+  const int tid = threadIdx.x, m = blockIdx.y, column = tid % kColumns, row = tid / kColumns;
   const int first = blockIdx.x * kColumns;
   grid_dependents_start();
   // Row `row` of the first half is (a, q), the same of the second (a + F / 2, q).
@@ -58,53 +54,45 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p) {
   const float su = load_float(p.su + at);
   // Two neighbouring columns of one row of the product.
   const int source_row = tid / 4, pair = tid % 4 * 2;
-  const RotateSource source = rotate_locate(p.product, 0, source_row * kRow + first + pair);
+  const RotateSource source = rotate_locate(p.product, m, source_row * kRow + first + pair);
   prefetch_constant(source.from);
   grid_dependency_wait();
 
-  // What a token leaves in shared memory is read before the next one's first barrier after it.
-  for (int m = blockIdx.y; m < p.product.tokens; m += gridDim.y) {
-    // Not expanded to +-1.f before the loop: those registers would spill.
+  float sum[2] = {0.f, 0.f};
+  for (int k = 0; k < source.slots; k += kSlots) {
+    float2 part[kSlots];
 #pragma unroll
-    for (int k = 0; k < kWords; ++k)
-      asm volatile("" : "+r"(low_signs[k]), "+r"(high_signs[k]), "+r"(signs[k]));
-    const float* const from = source.from + size_t(m) * p.product.s.group_rows;
-    float sum[2] = {0.f, 0.f};
-    for (int k = 0; k < source.slots; k += kSlots) {
-      float2 part[kSlots];
+    for (int j = 0; j < kSlots; ++j)
+      part[j] = load_slot2(source.from + (k + j) * source.stride, k + j < source.slots);
 #pragma unroll
-      for (int j = 0; j < kSlots; ++j)
-        part[j] = load_slot2(from + (k + j) * source.stride, k + j < source.slots);
-#pragma unroll
-      for (int j = 0; j < kSlots; ++j) sum[0] += part[j].x, sum[1] += part[j].y;
-    }
-    butterflies<2, 2 + kLogQ>(sum);
-    *reinterpret_cast<float2*>(z + source_row * kColumns + pair) = make_float2(sum[0], sum[1]);
-    __syncthreads();
-
-    float low = 0.f, high = 0.f;
-#pragma unroll
-    for (int k = 0; k < F; ++k) {
-      const float v = z[((k << kLogQ) + q) * kColumns + column];
-      low = fmaf(signed_one(low_signs[k / 4], k % 4), v, low);
-      high = fmaf(signed_one(high_signs[k / 4], k % 4), v, high);
-    }
-    low = rounded<T>(low * low_scale);
-    high = rounded<T>(high * high_scale);
-    const float gate = p.up_first ? high : low, up = p.up_first ? low : high;
-    const float silu = rounded<T>(__fdividef(gate, 1.f + __expf(-gate)));
-    float y[1] = {su * rounded<T>(silu * up)};
-    butterflies<3, 2 + kLogQ>(y);
-    s[tid] = y[0];
-    __syncthreads();
-
-    float out = 0.f;
-#pragma unroll
-    for (int k = 0; k < F; ++k)
-      out = fmaf(signed_one(signs[k / 4], k % 4), s[((k << (kLogQ - 1)) + c) * kColumns + column],
-                 out);
-    p.columns[size_t(m) * n + at] = out * p.gain;
+    for (int j = 0; j < kSlots; ++j) sum[0] += part[j].x, sum[1] += part[j].y;
   }
+  butterflies<2, 2 + kLogQ>(sum);
+  *reinterpret_cast<float2*>(z + source_row * kColumns + pair) = make_float2(sum[0], sum[1]);
+  __syncthreads();
+
+  float low = 0.f, high = 0.f;
+#pragma unroll
+  for (int k = 0; k < F; ++k) {
+    const float v = z[((k << kLogQ) + q) * kColumns + column];
+    low = fmaf(signed_one(low_signs[k / 4], k % 4), v, low);
+    high = fmaf(signed_one(high_signs[k / 4], k % 4), v, high);
+  }
+  low = rounded<T>(low * low_scale);
+  high = rounded<T>(high * high_scale);
+  const float gate = p.up_first ? high : low, up = p.up_first ? low : high;
+  const float silu = rounded<T>(__fdividef(gate, 1.f + __expf(-gate)));
+  float y[1] = {su * rounded<T>(silu * up)};
+  butterflies<3, 2 + kLogQ>(y);
+  s[tid] = y[0];
+  __syncthreads();
+
+  float out = 0.f;
+#pragma unroll
+  for (int k = 0; k < F; ++k)
+    out = fmaf(signed_one(signs[k / 4], k % 4), s[((k << (kLogQ - 1)) + c) * kColumns + column],
+               out);
+  p.columns[size_t(m) * n + at] = out * p.gain;
 }
 
 // S_512 of rows. Grid: (n / 512, tokens); 128 threads, four neighbours each.
@@ -138,7 +126,7 @@ int log_q_of(const Rotation& r) {
 
 template <typename T, int F, int kLogQ>
 cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
-  const dim3 grid(kRow / kColumns, std::min(kTokenBlocks, p.product.tokens));
+  const dim3 grid(kRow / kColumns, p.product.tokens);
   const dim3 rows((F << kLogQ) / 2, p.product.tokens);
   cudaError_t e =
       enqueue(mix_swiglu_kernel<T, F, kLogQ>, grid, (F << kLogQ) * 4, 0, stream, p);
