@@ -301,7 +301,6 @@ def sizes(chunks, slots, segment):
 CASES = [
     (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
     (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
-    (decode._attend, {**A, **sizes(2, 2, 2), "TILE": 256, "NEW": True, "EARLY": True}),
     (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
     (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
@@ -334,7 +333,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 10", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 9", run.stderr[-2000:]
 
 
 def test_operands_are_checked():

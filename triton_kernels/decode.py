@@ -20,8 +20,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _TILE = 64
 _MAX_CHUNKS = 32
-_WIDE, _WIDE_WARPS, _FEW_HEADS = 256, 16, 16
-"""Chunks, and warps of one, for a step of so few key/value heads that most SMs are idle."""
 _SUMMED = 4096
 """Numbers of other programs that a program loads at once where it adds up chunks."""
 
@@ -310,12 +308,6 @@ def chunking(length: int) -> tuple[int, int]:
     return size, triton.cdiv(length, size)
 
 
-def _is_wide(heads: int, length: int, q) -> bool:
-    # A tile of keys and one of values are in registers.
-    fits = q.element_size() == 2 and q.shape[-1] <= 128
-    return fits and heads <= _FEW_HEADS and length <= _MAX_CHUNKS * _WIDE
-
-
 def attention(
     q, k, v, mask, scale: float, new=None, counts=None, chunk: int | None = None
 ) -> torch.Tensor:
@@ -328,11 +320,7 @@ def attention(
     B, H, D = q.shape
     kv_heads, L = k.shape[1], k.shape[2]
     size, chunks = chunking(L) if chunk is None else (chunk, triton.cdiv(L, chunk))
-    tile, warps = min(size, _TILE), 4
-    if new is not None and chunk is None and _is_wide(B * kv_heads, L, q):
-        size, tile, warps = _WIDE, _WIDE, _WIDE_WARPS
-        chunks = triton.cdiv(L, size)
-    group = H // kv_heads
+    group, tile = H // kv_heads, min(size, _TILE)
     padded, slots, width = map(triton.next_power_of_2, (group, chunks, D))
     segment = min(slots, max(1, _SUMMED // (padded * width)))
     floats = torch.empty(B * H * chunks * (D + 2), dtype=torch.float32, device=q.device)
@@ -348,7 +336,7 @@ def attention(
         v.stride(1), v.stride(2), mask.stride(0), GROUP=group,
         ROWS=max(16, padded), D=D, DP=width, TILE=tile, CHUNKS=chunks,
         SLOTS=slots, GP=padded, SEGMENT=segment, NEW=new is not None,
-        EARLY=size == tile and new is not None, num_warps=warps,
+        EARLY=size == tile and new is not None, num_warps=4,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_options(q.device),
     )  # fmt: skip
     return out
