@@ -11,7 +11,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/grid_rows.h"
 #include "cuda/mix_swiglu.h"
 #include "cuda/norm_rotate.h"
 #include "cuda/rotated.h"
@@ -620,26 +619,6 @@ Tensor scalar_unpack(const Tensor& packed, int64_t bits, int64_t N, int64_t K) {
   return codes;
 }
 
-// One token times an output head, or nothing: not for this matrix.
-std::optional<Tensor> head_matmul(const aqlm::RotatedWeight& w, const Tensor& x,
-                                  const std::optional<Tensor>& bias) {
-  const int device = x.get_device_index();
-  if (!x.is_contiguous() || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 8 != 0 ||
-      !aqlm::takes_grid_rows(w, dtype_of(x, "x")) ||
-      (bias && (bias->numel() != w.N || bias->scalar_type() != x.scalar_type() ||
-                !bias->is_contiguous() || bias->get_device_index() != device)))
-    return std::nullopt;
-  Tensor y = fresh(x, shape_with(x, w.N));
-  aqlm::GridRowsParams p = {};
-  p.w = w;
-  p.x = x.const_data_ptr();
-  p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.type = dtype_of(x, "x");
-  check_cuda(aqlm::launch_grid_rows(p, current_stream(device)), "grid_rows");
-  return y;
-}
-
 Tensor scalar_matmul(const Tensor& x, const Tensor& packed, const Tensor& scales,
                      const std::optional<Tensor>& zeros, const std::optional<Tensor>& sv,
                      const std::optional<Tensor>& bias, const Tensor& h, int64_t bits,
@@ -650,8 +629,6 @@ Tensor scalar_matmul(const Tensor& x, const Tensor& packed, const Tensor& scales
   aqlm::RotatedWeight w = scalar_weight(bits, N, x.size(x.dim() - 1));
   set_packed(w, packed);
   set_scales(w, scales, zeros, group_size, x.get_device_index());
-  if (factor == 0 && !sv && x.numel() == w.K && precision == "exact")
-    if (const std::optional<Tensor> y = head_matmul(w, x, bias)) return *y;
   return matmul(w, x, sv, bias, h, factor, block, precision);
 }
 

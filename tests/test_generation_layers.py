@@ -11,14 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from aqlm_infer import prepare_for_generation, undo_prepare_for_generation
 from aqlm_infer.bench.generate import quantized_copy
-from aqlm_infer.bench.layers import random_tensors
 from aqlm_infer.bench.shapes import random_model
 from aqlm_infer.checkpoint import CheckpointError, save_quantized
-from aqlm_infer.formats import parse_scheme
 from aqlm_infer.generation import GenerationSetupError, prepare
 from aqlm_infer.generation.stack import StackedPart, stack_siblings, stacks, unstack
 from aqlm_infer.layers import QuantLinear
-from aqlm_infer.ops import dense_matvec, scalar_dequantize
+from aqlm_infer.ops import dense_matvec
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -197,24 +195,3 @@ def test_a_dense_head_on_a_gpu_multiplies_one_token(dtype, N, K):
         assert y.shape == (1, 1, N) and y.dtype == dtype
         assert (y.double() - exact).norm() / exact.norm() <= RELATIVE["exact", dtype]
         assert torch.equal(dense_matvec(x, weight, bias), y)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", ["rtn-int4-g128", "rtn-int8-g128"])
-@pytest.mark.parametrize(("N", "K"), [(32768, 2048), (128256, 4096), (40000, 8192)])
-def test_a_quantized_head_on_a_gpu_multiplies_one_token(scheme, dtype, N, K):
-    """Several tokens, and an x that is not aligned, take the bodies of other layers."""
-    format = parse_scheme(scheme)
-    layer = QuantLinear.from_tensors(format, random_tensors(format, N, K, dtype, 0, "cuda"), K)
-    own = layer._buffers
-    weight = scalar_dequantize(
-        own["packed_qweight"], layer.scales, own["packed_zeros"], format.bits, 128, K
-    )
-    wide = torch.randn(3, K + 1).to("cuda", dtype)
-    wide[0, :128] *= 100  # a group of other magnitude
-    with torch.no_grad():
-        for x in (wide[None, :1, :K], wide[:1, 1:], wide[:, :K].contiguous()):
-            y, exact = layer(x), x.double() @ weight.double().T
-            assert (y.double() - exact).norm() / exact.norm() <= RELATIVE["exact", dtype]
-            assert torch.equal(layer(x), y)
