@@ -3,7 +3,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "cuda/dense_rows.h"
 #include "cuda/norm_rotate.h"
 #include "cuda/step_rows.h"
 #include "ops_cuda_common.h"
@@ -196,50 +195,10 @@ Tensor rope_store(const Tensor& q, const Tensor& key, const Tensor& value, const
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// One row x [.., K] times weight [N, K]; what the kernel does not take goes to torch.
-Tensor dense_matvec(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  CHECK(x.dim() >= 1 && weight.dim() == 2, "x must be [.., K], weight [N, K]");
-  const int64_t N = weight.size(0), K = weight.size(1);
-  CHECK(x.size(x.dim() - 1) == K && x.numel() == K, "x must be one row of ", K, " values");
-  auto fits = [&](const Tensor& t) {
-    return t.scalar_type() == x.scalar_type() && t.get_device_index() == x.get_device_index() &&
-           t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  };
-  const bool half = x.scalar_type() == ScalarType::Half;
-  if ((!half && x.scalar_type() != ScalarType::BFloat16) || !aqlm::takes_dense_rows(N, K) ||
-      !fits(x) || !fits(weight) || (bias && !fits(*bias)))
-    return linear(x, weight, bias);
-  CHECK(!bias || bias->numel() == N, "bias must be ", N, " values");
-  DeviceGuard guard(x.get_device_index());
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
-  shape.push_back(N);
-  Tensor y = fresh(x, shape);
-  aqlm::DenseRowsParams p = {};
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.n = static_cast<int>(N);
-  p.k = static_cast<int>(K);
-  p.type = dtype_of(x, "x");
-  check_cuda(aqlm::launch_dense_rows(p, current_stream(x.get_device_index())), "dense_matvec");
-  return y;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("rotated_norm", TORCH_BOX(&rotated_norm));
-  m.impl("dense_matvec", TORCH_BOX(&dense_matvec));
   m.impl("eager_add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("eager_embed_norm", TORCH_BOX(&embed_norm));
   m.impl("eager_swiglu", TORCH_BOX(&swiglu));

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model, wide_config
-from tolerances import RELATIVE
 from transformers import AutoModelForCausalLM
 
 from aqlm_infer import prepare_for_generation, undo_prepare_for_generation
@@ -16,7 +15,6 @@ from aqlm_infer.checkpoint import CheckpointError, save_quantized
 from aqlm_infer.generation import GenerationSetupError, prepare
 from aqlm_infer.generation.stack import StackedPart, stack_siblings, stacks, unstack
 from aqlm_infer.layers import QuantLinear
-from aqlm_infer.ops import dense_matvec
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -179,19 +177,3 @@ def test_saving_a_prepared_model_saves_the_model(tmp_path):
         save_quantized(loaded, tmp_path / "c")
     undo_prepare_for_generation(loaded)
     save_quantized(loaded, tmp_path / "c")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    ("N", "K"), [(1000, 256), (32000, 2048), (128256, 4096), (514, 12288), (37, 512), (64, 100)]
-)
-def test_a_dense_head_on_a_gpu_multiplies_one_token(dtype, N, K):
-    """An odd N and other K go to torch."""
-    x, weight = torch.randn(1, 1, K).to("cuda", dtype), torch.randn(N, K).to("cuda", dtype)
-    for bias in (None, torch.randn(N).to("cuda", dtype)):
-        y = dense_matvec(x, weight, bias)
-        exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        assert y.shape == (1, 1, N) and y.dtype == dtype
-        assert (y.double() - exact).norm() / exact.norm() <= RELATIVE["exact", dtype]
-        assert torch.equal(dense_matvec(x, weight, bias), y)

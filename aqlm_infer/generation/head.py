@@ -59,26 +59,25 @@ def quantize_head(model: nn.Module, scheme: str | Format) -> nn.Linear:
 
 
 class RowsLinear(nn.Linear):
-    """A dense head while its model is prepared: the same tensors, read once a token.
+    """A dense head on the CPU while its model is prepared: the same tensors, read once a token.
 
-    One token takes ``ops.dense_matvec``. On the CPU several are given to F.linear as plain rows:
-    the last token of a prompt comes as a slice [B, 1, K] with the strides of the whole prompt, for
-    which F.linear takes a batched product that copies the weight, transposed: 3.3 s to the first
-    token of Llama-3.2-1B in bfloat16 on two cores, 0.3 s without (torch 2.13).
+    One token takes ``ops.dense_matvec``. Several are given to F.linear as plain rows: the last
+    token of a prompt comes as a slice [B, 1, K] with the strides of the whole prompt, for which
+    F.linear takes a batched product that copies the weight, transposed: 3.3 s to the first token
+    of Llama-3.2-1B in bfloat16 on two cores, 0.3 s without (torch 2.13).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         one = x.numel() == self.in_features and x.dtype == self.weight.dtype
         if one and not torch.is_grad_enabled():
             return ops.dense_matvec(x, self.weight, self.bias)
-        if x.device.type == "cpu":
-            x = x.clone(memory_format=torch.contiguous_format)
-        return F.linear(x, self.weight, self.bias)
+        rows = x.clone(memory_format=torch.contiguous_format)
+        return F.linear(rows, self.weight, self.bias)
 
 
 def give_rows(head: nn.Module | None) -> bool:
-    """Make a dense head a ``RowsLinear``, in place; whether it is one now."""
-    if type(head) is not nn.Linear or head.weight.device.type not in ("cpu", "cuda"):
+    """Make a dense head on the CPU a ``RowsLinear``, in place; whether it is one now."""
+    if type(head) is not nn.Linear or head.weight.device.type != "cpu":
         return False
     head.__class__ = RowsLinear
     return True

@@ -1,7 +1,6 @@
 """Dense products of one token, for the output head: ``dense_matvec(x [..., K], weight [N, K])``.
 
-Inference only: no gradient. On the CPU it is native (``csrc/cpu/dense.h``), on CUDA a kernel of
-``_cuda`` for 16-bit weights of usual sizes (``csrc/cuda/dense_rows.cu``), else torch's.
+Inference only: no gradient. On the CPU it is native (``csrc/cpu/dense.h``), elsewhere torch's.
 """
 
 from __future__ import annotations
