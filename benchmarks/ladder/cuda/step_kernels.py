@@ -1,18 +1,16 @@
-"""One call of every kernel between the matmuls of a decode step, for compute-sanitizer.
+"""One call of every kernel of E8P between the matmuls of a decode step, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck python3 benchmarks/ladder/cuda/step_kernels.py
 
-Of the installed package: E8P's joined norms and SwiGLU, second kernels of few tokens, heads.
+Of the installed package: joined norms and SwiGLU, second kernels of few tokens.
 """
 
 import torch
 
 from aqlm_infer import ops
-from aqlm_infer.bench.layers import random_tensors
-from aqlm_infer.formats import E8PFormat, parse_scheme
+from aqlm_infer.formats import E8PFormat
 from aqlm_infer.formats.rotation import Hadamard
 from aqlm_infer.generation.rotated_ops import e8p_matmul_norm, e8p_matmul_swiglu
-from aqlm_infer.layers import QuantLinear
 
 NORMS = ((1024, 128, 1), (4096, 320, 1), (1024, 8192, 1), (2048, 192, 3), (4096, 8192, 16))
 GATED = ((14336, 192, 1), (14336, 128, 5), (28672, 64, 1))
@@ -47,11 +45,6 @@ def main() -> None:
         packed, sv, h, bits, residual, factor = weight(N, K)
         y = ops.e8p_matmul(rows(M, K), packed, sv, None, h, bits, residual, N, factor, 0, "exact")
         assert torch.isfinite(y).all(), f"rotation {N}x{K} M={M}"
-    assert torch.isfinite(ops.dense_matvec(rows(1, 512), rows(1000, 512), None)).all()
-    for scheme in ("rtn-int4-g128", "rtn-int8-g128"):
-        tensors = random_tensors(parse_scheme(scheme), 32768, 2048, torch.float16, 0, "cuda")
-        head = QuantLinear.from_tensors(scheme, tensors, 2048)
-        assert torch.isfinite(head(rows(1, 2048))).all(), scheme
     torch.cuda.synchronize()
     print("step kernels OK", flush=True)
 
