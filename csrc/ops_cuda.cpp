@@ -86,10 +86,12 @@ aqlm::Additive describe(const Tensor& packed, const Tensor& codebooks, const Ten
   return a;
 }
 
-// x as rows of K elements, 16-byte aligned rows.
+// x as rows of K elements, 16-byte aligned rows, `row_stride` apart. A contiguous x of any
+// dimensions is itself: a view costs the host 3 us.
 Tensor as_rows(const Tensor& x, int64_t K) {
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) % 8 == 0 && aligned) return x;
+  if (x.dim() != 2 && aligned && K % 8 == 0 && x.is_contiguous()) return x;
   Tensor rows = torch::stable::reshape(torch::stable::contiguous(x), {x.numel() / K, K});
   const bool ok = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 && K % 8 == 0;
   return ok || K % 8 != 0 ? rows : torch::stable::clone(rows);
@@ -158,7 +160,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(N);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = fresh(x, shape);
   if (M == 0 || N == 0) return y;
   Tensor rows = as_rows(x, K);
 
@@ -172,7 +174,8 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
     if (config.token_tile == 0) {
       Tensor y2 = torch::stable::reshape(y, {M, N});
       Tensor out = torch::stable::narrow(y2, 0, m, M - m);
-      matmul_dense(a, torch::stable::narrow(rows, 0, m, M - m), packed, codebooks, scales, out,
+      Tensor flat = rows.dim() == 2 ? rows : torch::stable::reshape(rows, {M, K});
+      matmul_dense(a, torch::stable::narrow(flat, 0, m, M - m), packed, codebooks, scales, out,
                    stream);
       if (bias)
         check_cuda(aqlm::launch_add_bias(dtype, out.mutable_data_ptr(), bias->const_data_ptr(),
@@ -187,7 +190,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
     const int64_t bytes =
         padded(w.partials) + padded(w.x_fragments) + padded(w.x_scales);
     if (bytes > 0 && (!reserved || workspace.numel() < bytes)) {
-      workspace = torch::stable::new_empty(packed, {bytes});
+      workspace = fresh(packed, {bytes});
       reserved = true;
     }
     if (bytes > 0) {
@@ -211,7 +214,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
     p.aux = static_cast<const uint8_t*>(aux.const_data_ptr());
     p.scales = scales.const_data_ptr();
     p.bias = bias ? bias->const_data_ptr() : nullptr;
-    p.x_stride = rows.stride(0);
+    p.x_stride = row_stride(rows, K);
     p.x = static_cast<const uint8_t*>(rows.const_data_ptr()) +
           m * p.x_stride * static_cast<int64_t>(x.element_size());
     p.y = static_cast<uint8_t*>(y.mutable_data_ptr()) +

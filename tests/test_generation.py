@@ -170,9 +170,12 @@ def test_steps_without_a_graph(monkeypatch):
     assert model.aqlm_generation.runner is None
 
 
-@pytest.mark.parametrize("scheme", ["quip-e8p-2bit", "quip-int4"])
-def test_a_step_rotates_where_it_norms(scheme, monkeypatch):
-    """Fused parts (E8P) and layers that share a rotation take it with the norm, as on a GPU."""
+@pytest.mark.parametrize(
+    ("scheme", "joined"), [("quip-e8p-2bit", False), ("quip-e8p-2bit", True), ("quip-int4", False)]
+)
+def test_a_step_rotates_where_it_norms(scheme, joined, monkeypatch):
+    """Fused parts (E8P) and layers that share a rotation take it with the norm, as on a GPU, and
+    where matmuls are joined with what follows they are not called."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = random_model(wide_config(**sizes), scheme, torch.float32)
@@ -186,13 +189,15 @@ def test_a_step_rotates_where_it_norms(scheme, monkeypatch):
     share_rotations(model)
     kernels = {layer.kernel_id for _, layer in quantized_layers(model)}
     monkeypatch.setattr("aqlm_infer.generation.siblings._KERNELS", tuple(kernels))
+    if joined:
+        monkeypatch.setattr("aqlm_infer.generation.siblings._JOINED", tuple(kernels))
     calls = Counter()
 
     def counted(name):
         run = getattr(ops, name)
         return lambda *given: calls.update([name]) or run(*given)
 
-    for name in ("rotated_norm", "add_rms_norm"):
+    for name in ("rotated_norm", "add_rms_norm", "swiglu"):
         monkeypatch.setattr(ops, name, counted(name))
     ids = prompts()["input_ids"]
     with torch.no_grad():
@@ -201,7 +206,8 @@ def test_a_step_rotates_where_it_norms(scheme, monkeypatch):
         step = LlamaStep(model, cache, 2)
         logits = step(ids[:, 7:], torch.full((2, 1), 7), torch.ones(2, 20, dtype=torch.bool))
     torch.testing.assert_close(logits[:, 0], expected, rtol=1e-3, atol=1e-3)
-    assert calls == {"rotated_norm": 3, "add_rms_norm": 1}
+    apart = {} if joined else {"rotated_norm": 3, "swiglu": 2}
+    assert calls == {"add_rms_norm": 1, **apart}
 
 
 def test_models_without_a_step_of_fused_operators():

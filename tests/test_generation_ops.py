@@ -56,6 +56,21 @@ def test_norms(kernel, dtype, M, N):
     close(y, exact(total), dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("filled", [0, 1, 300])
+def test_a_norm_that_fetches_is_the_norm(device, filled):
+    x, weight = (rand(*s, device=device, dtype=torch.float16) for s in ((3, 384), (384,)))
+    delta = x.flip(0)
+    keys = rand(3, 2, 300, 80, device=device, dtype=torch.float16)
+    at = torch.tensor([filled], device=device)
+    y = ops.add_rms_norm_fetch(x, delta, weight, 1e-5, keys, keys + 1, at)
+    assert all(map(torch.equal, y, ops.add_rms_norm(x, delta, weight, 1e-5)))
+    with pytest.raises(OperandError, match=r"expected \[B, Hkv, L, D\] with contiguous heads"):
+        ops.add_rms_norm_fetch(x, delta, weight, 1e-5, keys[..., :64], keys[..., :64], at)
+    with pytest.raises(OperandError, match=r"filled torch.int32 \[1\] is not one int64"):
+        ops.add_rms_norm_fetch(x, delta, weight, 1e-5, keys, keys, at.int())
+
+
 @pytest.mark.parametrize("name", native.cpu.supported_isas())
 def test_native_operators(isa, threads, name):
     """Every instruction set: sizes that are no multiple of its vectors, any number of threads."""
@@ -290,6 +305,7 @@ CASES = [
     (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
+    (decode._add_rms_norm_fetch, {"BLOCK": 4096, "LINE": 64, "STEP": 512}),
     (decode._swiglu, {"BLOCK": 512}),
     (decode._choose, {"BLOCK": 1024, "PARTS": 128, "LAYER_BLOCK": 32}),
 ]
@@ -317,7 +333,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 8", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 9", run.stderr[-2000:]
 
 
 def test_operands_are_checked():

@@ -205,6 +205,36 @@ def _add_rms_norm(x_ptr, delta_ptr, token_ptr, weight_ptr, sum_ptr, y_ptr, eps, 
 
 
 @triton.jit
+def _fetch(base_ptr, count, LINE: tl.constexpr, STEP: tl.constexpr):
+    """Ask for ``count`` numbers from ``base_ptr`` on, LINE of them in 128 bytes, to be in L2."""
+    for first in range(0, count, LINE * STEP):
+        at = first + tl.arange(0, STEP) * LINE
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+            "=r,l,r", [base_ptr + at, (at < count).to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_rms_norm_fetch(x_ptr, delta_ptr, weight_ptr, sum_ptr, y_ptr, keys_ptr, values_ptr, at_ptr,
+                        eps, N, M, x_m, delta_m, k_b, k_h, v_b, v_h, HEADS, D, LINE: tl.constexpr,
+                        BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The norm of M programs; the others fetch what is filled of one head's keys and values."""
+    program = tl.program_id(0)
+    if program < M:
+        _add_rms_norm(x_ptr, delta_ptr, x_ptr, weight_ptr, sum_ptr, y_ptr, eps, N, x_m, delta_m,
+                      BLOCK, True, False, PDL)  # fmt: skip
+    else:
+        if PDL:
+            gdc_launch_dependents()
+        b, h = ((program - M) // HEADS).to(tl.int64), (program - M) % HEADS
+        count = tl.load(at_ptr).to(tl.int32) * D
+        _fetch(keys_ptr + b * k_b + h * k_h, count, LINE, STEP)
+        _fetch(values_ptr + b * v_b + h * v_h, count, LINE, STEP)
+
+
+@triton.jit
 def _swiglu(gate_ptr, up_ptr, y_ptr, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y = silu(gate) * up, each rounded to the dtype: BLOCK columns of one row."""
     columns = tl.cdiv(N, BLOCK)
@@ -343,6 +373,22 @@ def add_rms_norm(x, delta, weight, eps: float, tokens=None) -> tuple[torch.Tenso
         x, other, x if tokens is None else tokens, weight, total, y, eps, N, x.stride(0),
         other.stride(0), BLOCK=block, ADD=delta is not None, EMBED=tokens is not None,
         num_warps=max(1, min(16, block // 256)), **launch_options(x.device),
+    )  # fmt: skip
+    return total, y
+
+
+def add_rms_norm_fetch(x, delta, weight, eps: float, keys, values, filled):
+    """``add_rms_norm``; keys, values [B, Hkv, L, D] up to position filled [1] are on their way to
+    L2 after it."""
+    (M, N), (B, heads, _, D) = x.shape, keys.shape
+    y, total = (torch.empty((M, N), dtype=x.dtype, device=x.device) for _ in range(2))
+    block = triton.next_power_of_2(N)
+    warps = max(1, min(16, block // 256))
+    _add_rms_norm_fetch[(M + B * heads,)](
+        x, delta, weight, total, y, keys, values, filled, eps, N, M, x.stride(0), delta.stride(0),
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, D,
+        LINE=128 // keys.element_size(), BLOCK=block, STEP=32 * warps, num_warps=warps,
+        **launch_options(x.device),
     )  # fmt: skip
     return total, y
 

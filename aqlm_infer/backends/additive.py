@@ -42,7 +42,7 @@ def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, preci
         values["scales"],
         bias,
         buffers["aux"],
-        list(partitions),
+        partitions,
         precision,
     )
 

@@ -2,6 +2,8 @@
 one new token each, and of a prompt.
 
     rms_norm(x [M, N], weight [N]) -> y          add_rms_norm(x, delta) -> (x + delta, its norm)
+    add_rms_norm_fetch: add_rms_norm, in whose time keys and values [B, Hkv, L, D] below position
+    filled [1] begin to move to the cache of a GPU that has one
     swiglu(gate [M, N], up [M, N]) -> silu(gate) * up
     embed_norm(tokens [M], table [V, N], weight [N]) -> (the tokens' rows, their norm)
     rotated_norm: add_rms_norm, and the rotation of a rotated layer's input after it, not rounded
@@ -33,6 +35,8 @@ from ..ops.rotated import check_rotation
 _SCHEMAS = (
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "add_rms_norm_fetch(Tensor x, Tensor delta, Tensor weight, float eps, Tensor keys,"
+    " Tensor values, Tensor filled) -> (Tensor, Tensor)",
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     "embed_norm(Tensor tokens, Tensor table, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rotated_norm(Tensor x, Tensor delta, Tensor weight, float eps, Tensor su, Tensor h,"
@@ -126,6 +130,21 @@ def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
             raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
 
 
+def check_fetch(keys, values, filled) -> None:
+    """Raise OperandError unless every head's keys and values lie one after the other."""
+    for name, tensor in {"keys": keys, "values": values}.items():
+        if tensor.dim() != 4 or tensor.stride(3) != 1 or tensor.stride(2) != tensor.shape[3]:
+            raise OperandError(
+                f"{name} is {list(tensor.shape)}, strides {tensor.stride()}: expected"
+                " [B, Hkv, L, D] with contiguous heads"
+            )
+    if values.shape != keys.shape or filled.dtype != torch.long or filled.numel() != 1:
+        raise OperandError(
+            f"values {list(values.shape)} beside keys {list(keys.shape)}, or filled"
+            f" {filled.dtype} {list(filled.shape)} is not one int64"
+        )
+
+
 def check_prompt(q, key, value, cos, sin, ids, keys, values) -> None:
     """Raise OperandError unless a prompt's q, key and value [B, T, heads, D] fit the cache."""
     B, heads, L, D = keys.shape
@@ -160,6 +179,11 @@ def _add_rms_norm(x, delta, weight, eps):
     check_rows(x, delta, weight)
     total = x + delta
     return total, _norm(total, weight, eps)
+
+
+def _add_rms_norm_fetch(x, delta, weight, eps, keys, values, filled):
+    check_fetch(keys, values, filled)
+    return add_rms_norm(x, delta, weight, eps)
 
 
 def _swiglu(gate, up):
@@ -237,6 +261,11 @@ def _add_rms_norm_fake(x, delta, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+def _add_rms_norm_fetch_fake(x, delta, weight, eps, keys, values, filled):
+    check_fetch(keys, values, filled)
+    return _add_rms_norm_fake(x, delta, weight, eps)
+
+
 def _swiglu_fake(gate, up):
     check_rows(gate, up)
     return gate.new_empty(gate.shape)
@@ -274,25 +303,26 @@ def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
 
 define(
     _SCHEMAS,
-    (_rms_norm_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rotated_norm_fake,
-     _choose_fake, _decode_attention_fake, _rope_attention_fake, _rope_store_fake,
-     _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
-    (_rms_norm, _add_rms_norm, _swiglu, _embed_norm, _rotated_norm, _choose,
+    (_rms_norm_fake, _add_rms_norm_fake, _add_rms_norm_fetch_fake, _swiglu_fake, _embed_norm_fake,
+     _rotated_norm_fake, _choose_fake, _decode_attention_fake, _rope_attention_fake,
+     _rope_store_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
+    (_rms_norm, _add_rms_norm, _add_rms_norm_fetch, _swiglu, _embed_norm, _rotated_norm, _choose,
      _decode_attention, _rope_attention, _rope_store,
      _add_rms_norm, _swiglu, _embed_norm, _rope_store),
 )  # fmt: skip
 
 _ops = torch.ops.aqlm_infer
-rms_norm = _ops.rms_norm
-add_rms_norm = _ops.add_rms_norm
-swiglu = _ops.swiglu
-embed_norm = _ops.embed_norm
-rotated_norm = _ops.rotated_norm
-choose = _ops.choose
-decode_attention = _ops.decode_attention
-rope_attention = _ops.rope_attention
-rope_store = _ops.rope_store
-EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}") for name in _EAGER})
+rms_norm = _ops.rms_norm.default
+add_rms_norm = _ops.add_rms_norm.default
+add_rms_norm_fetch = _ops.add_rms_norm_fetch.default
+swiglu = _ops.swiglu.default
+embed_norm = _ops.embed_norm.default
+rotated_norm = _ops.rotated_norm.default
+choose = _ops.choose.default
+decode_attention = _ops.decode_attention.default
+rope_attention = _ops.rope_attention.default
+rope_store = _ops.rope_store.default
+EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}").default for name in _EAGER})
 """The operators of ``_EAGER`` under their own names, for launches that no graph holds."""
 
 
@@ -310,6 +340,12 @@ def _cuda_rms_norm(x, weight, eps):
 def _cuda_add_rms_norm(x, delta, weight, eps):
     check_rows(x, delta, weight)
     return _kernels().add_rms_norm(x, delta, weight, eps)
+
+
+def _cuda_add_rms_norm_fetch(x, delta, weight, eps, keys, values, filled):
+    check_rows(x, delta, weight)
+    check_fetch(keys, values, filled)
+    return _kernels().add_rms_norm_fetch(x, delta, weight, eps, keys, values, filled)
 
 
 def _cuda_swiglu(gate, up):
@@ -352,6 +388,7 @@ def _in_module(name: str) -> bool:
 for _name, _function in {
     "rms_norm": _cuda_rms_norm,
     "add_rms_norm": _cuda_add_rms_norm,
+    "add_rms_norm_fetch": _cuda_add_rms_norm_fetch,
     "swiglu": _cuda_swiglu,
     "embed_norm": _cuda_embed_norm,
     "rope_store": _cuda_rope_store,

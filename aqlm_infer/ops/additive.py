@@ -98,12 +98,12 @@ def _dequantize(packed, codebooks, scales, in_features, partitions):
 define(_SCHEMAS, (_pack, _unpack, _prepare, _matmul, _matmul_dx, _dequantize))
 
 _ops = torch.ops.aqlm_infer
-additive_pack = _ops.additive_pack
-additive_unpack = _ops.additive_unpack
-additive_prepare = _ops.additive_prepare
-additive_matmul = _ops.additive_matmul
-additive_matmul_dx = _ops.additive_matmul_dx
-additive_dequantize = _ops.additive_dequantize
+additive_pack = _ops.additive_pack.default
+additive_unpack = _ops.additive_unpack.default
+additive_prepare = _ops.additive_prepare.default
+additive_matmul = _ops.additive_matmul.default
+additive_matmul_dx = _ops.additive_matmul_dx.default
+additive_dequantize = _ops.additive_dequantize.default
 
 
 def additive_gradient(matmul_dx: Callable) -> Gradient:

@@ -37,4 +37,4 @@ def _matvec_fake(x, weight, bias):
 
 
 define(_SCHEMAS, (_matvec_fake,), (_matvec,))
-dense_matvec = torch.ops.aqlm_infer.dense_matvec
+dense_matvec = torch.ops.aqlm_infer.dense_matvec.default

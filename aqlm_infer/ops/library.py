@@ -1,4 +1,8 @@
-"""The operator library of this package, and the error that operators raise."""
+"""The operator library of this package, and the error that operators raise.
+
+The functions that modules export are overloads (``.default``), not packets, which look the overload
+up in every call: 2.4 against 4.0 us with the eight arguments of ``additive_matmul`` (Zen 5).
+"""
 
 from __future__ import annotations
 

@@ -124,12 +124,12 @@ def _dequantize(packed, bits, residual, N, K):
 define(_SCHEMAS, (_hadamard, _pack, _unpack, _matmul, _matmul_dx, _dequantize))
 
 _ops = torch.ops.aqlm_infer
-hadamard = _ops.hadamard
-e8p_pack = _ops.e8p_pack
-e8p_unpack = _ops.e8p_unpack
-e8p_matmul = _ops.e8p_matmul
-e8p_matmul_dx = _ops.e8p_matmul_dx
-e8p_dequantize = _ops.e8p_dequantize
+hadamard = _ops.hadamard.default
+e8p_pack = _ops.e8p_pack.default
+e8p_unpack = _ops.e8p_unpack.default
+e8p_matmul = _ops.e8p_matmul.default
+e8p_matmul_dx = _ops.e8p_matmul_dx.default
+e8p_dequantize = _ops.e8p_dequantize.default
 
 
 def hadamard_gradient(transform: Callable) -> Gradient:

@@ -103,11 +103,11 @@ def _dequantize(packed, scales, zeros, bits, group_size, K):
 define(_SCHEMAS, (_pack, _unpack, _matmul, _matmul_dx, _dequantize))
 
 _ops = torch.ops.aqlm_infer
-scalar_pack = _ops.scalar_pack
-scalar_unpack = _ops.scalar_unpack
-scalar_matmul = _ops.scalar_matmul
-scalar_matmul_dx = _ops.scalar_matmul_dx
-scalar_dequantize = _ops.scalar_dequantize
+scalar_pack = _ops.scalar_pack.default
+scalar_unpack = _ops.scalar_unpack.default
+scalar_matmul = _ops.scalar_matmul.default
+scalar_matmul_dx = _ops.scalar_matmul_dx.default
+scalar_dequantize = _ops.scalar_dequantize.default
 
 
 def scalar_gradient(matmul_dx: Callable) -> Gradient:

@@ -8,9 +8,9 @@
 //   of warp k % 8 and register k / 8, at first: loads, bits 5, 6 (lanes) and 10 .. (registers)
 //   of warp k / kRegs and register k % kRegs, from the first exchange on: it adds bits 7 .. 9;
 //     then everything else of the vector, and the way back up to bit 8 as far as registers hold it
-//   warp k % 4 of row k / 4, after the second: rows are added, bits 7, 8 completed, then bits 0 .. 6
-// (Lanes that hold bits 5 .. 9 need no first exchange, but load a sector each: 5.8 us after the matmul
-// of 4096 x 4096 instead of 1.8.)
+//   warp k % 4 of row k / 4, after the second: rows are added, bits 7, 8 completed, then 0 .. 6
+// (Lanes that hold bits 5 .. 9 need no first exchange, but load a sector each: 5.8 us after the
+// matmul of 4096 x 4096 instead of 1.8.)
 // The product is rounded as the matmul alone rounds it, the sum as a sum of x's type; the norm is
 // not rounded before its rotation, as in norm_rotate.cu.
 #include "enqueue.cuh"
@@ -21,6 +21,9 @@ namespace aqlm {
 namespace {
 
 constexpr int kMixNormThreads = 256, kMixNormWarps = kMixNormThreads / 32;
+// One token: 64 registers, so that a block of the next matmul (96 x 512) has room beside one of
+// these and is ready when it ends. Factors of the sum wait in shared memory, each for its thread.
+constexpr int kMixNormBlocks = 4;
 
 template <typename T>
 __device__ __forceinline__ uint32_t round2(float a, float b) {
@@ -33,7 +36,7 @@ __device__ __forceinline__ float4 add_signed(float4 sum, float4 v, int odd) {
 
 // Grid: n / 512 blocks; block r makes results r * 512 .. r * 512 + 511.
 template <typename T, int kRegs>
-__global__ void __launch_bounds__(kMixNormThreads, 1)
+__global__ void __launch_bounds__(kMixNormThreads, kMixNormBlocks)
 mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   __shared__ __align__(16) float4 mixed[kMixNormThreads * kRegs];
   __shared__ __align__(16) float4 turned[kMixNormThreads * kRegs];
@@ -52,13 +55,16 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   };
   const int first = (warp * kRegs * 32 + lane) * 4;  // element of register 0, the next 128 further
   grid_dependents_start();
-  float4 sv[kRegs], su[kRegs];
-  uint2 weight[kRegs];
+  float4 sv[kRegs];
 #pragma unroll
   for (int k = 0; k < kRegs; ++k) {
     sv[k] = load_quad(p.sv + first + 128 * k);
-    su[k] = load_quad(p.su + first + 128 * k);
-    weight[k] = load_cached8(static_cast<const T*>(p.weight) + first + 128 * k);
+    const float4 u = load_quad(p.su + first + 128 * k);
+    const uint2 weight = load_cached8(static_cast<const T*>(p.weight) + first + 128 * k);
+    const float2 a = unpack2(weight.x, T()), b = unpack2(weight.y, T());
+    const float sign = __popc((warp * kRegs + k) >> 2 & row) & 1 ? -1.f : 1.f;
+    turned[(warp * kRegs + k) * 32 + lane] =
+        make_float4(u.x * a.x * sign, u.y * a.y * sign, u.z * b.x * sign, u.w * b.y * sign);
   }
   grid_dependency_wait();
   float4 v[kRegs];
@@ -97,7 +103,7 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
   float squares = 0.f;
 #pragma unroll
   for (int k = 0; k < kRegs; ++k) {
-    const float4 s = sv[k], u = su[k];
+    const float4 s = sv[k], u = turned[(warp * kRegs + k) * 32 + lane];
     const uint32_t low =
         add2(x[k].x, round2<T>(v[k].x * (p.gain * s.x), v[k].y * (p.gain * s.y)), T());
     const uint32_t high =
@@ -106,11 +112,8 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
     if (own_row == row)
       *reinterpret_cast<uint2*>(static_cast<T*>(p.sum) + first + 128 * k) = make_uint2(low, high);
     const float2 a = unpack2(low, T()), b = unpack2(high, T());
-    const float2 wa = unpack2(weight[k].x, T()), wb = unpack2(weight[k].y, T());
     squares += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
-    const float sign = __popc(own_row & row) & 1 ? -1.f : 1.f;
-    v[k] = make_float4(a.x * (u.x * wa.x * sign), a.y * (u.y * wa.y * sign),
-                       b.x * (u.z * wb.x * sign), b.y * (u.w * wb.y * sign));
+    v[k] = make_float4(a.x * u.x, a.y * u.y, b.x * u.z, b.y * u.w);
   }
   butterflies(v);
 #pragma unroll
@@ -137,6 +140,143 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
       make_uint2(round2<T>(sum.x * scale, sum.y * scale), round2<T>(sum.z * scale, sum.w * scale));
 }
 
+// Stores to block `rank`'s shared memory at the address that `p` has in this block.
+__device__ __forceinline__ void store_cluster(const float2* p, int rank, float2 v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(smem_address(p)), "r"(rank));
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" :: "r"(at), "f"(v.x), "f"(v.y)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ float2 load_floats(const float* p) {
+  const uint2 w = load_cached8(p);
+  return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
+}
+
+constexpr int kRow = 512, kSlots = 9;  // partial sums in flight
+
+// The same after a matmul with row groups of 512 and partial sums of them, for some tokens. Adding
+// all sums in every block would read them n / 512 times, 2.3 MB of 4096 x 14336. So a block of a
+// cluster adds those of its own row group and gives them to the others; two columns a thread, of
+// which every block then has all rows. (With 64 registers: 16 tokens 5.4 and 6.4 us after down and
+// o, 3.8 and 3.8 without the limit.) Grid: (C, tokens), clusters of C = n / 512.
+template <typename T, int C>
+__global__ void __launch_bounds__(kMixNormThreads, 1)
+mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
+                     const __grid_constant__ RotateParams sums) {
+  __shared__ __align__(16) float2 z[C * kMixNormThreads];
+  __shared__ __align__(16) float2 turned[kMixNormThreads];
+  __shared__ float warp_squares[kMixNormWarps];
+  const int tid = threadIdx.x, warp = tid / 32, own = blockIdx.x, m = blockIdx.y;
+  const int column = 2 * tid;
+  grid_dependents_start();
+  float2 sv[C], su[C];  // su with the weight, and the sign that row r has in the own one
+#pragma unroll
+  for (int r = 0; r < C; ++r) {
+    sv[r] = load_floats(p.sv + r * kRow + column);
+    const float2 u = load_floats(p.su + r * kRow + column);
+    const float2 w = unpack2(load_word(static_cast<const T*>(p.weight) + r * kRow + column), T());
+    const float sign = __popc(r & own) & 1 ? -1.f : 1.f;
+    su[r] = make_float2(u.x * w.x * sign, u.y * w.y * sign);
+  }
+  const RotateSource source = rotate_locate(sums, m, own * kRow + column);
+  cluster_barrier();  // all blocks have begun
+  grid_dependency_wait();
+
+  float2 sum = make_float2(0.f, 0.f);
+  for (int k = 0; k < source.slots; k += kSlots) {
+    float2 part[kSlots];
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j)
+      part[j] = load_slot2(source.from + (k + j) * source.stride, k + j < source.slots);
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) sum = make_float2(sum.x + part[j].x, sum.y + part[j].y);
+  }
+#pragma unroll
+  for (int r = 0; r < C; ++r) store_cluster(z + own * kMixNormThreads + tid, r, sum);
+  const size_t at = size_t(m) * p.n + column;
+  uint32_t x[C];
+#pragma unroll
+  for (int r = 0; r < C; ++r) x[r] = load_word(static_cast<const T*>(p.x) + at + r * kRow);
+  cluster_barrier();
+
+  float2 v[C];
+#pragma unroll
+  for (int r = 0; r < C; ++r) v[r] = z[r * kMixNormThreads + tid];
+#pragma unroll
+  for (int b = 1; b < C; b *= 2)
+#pragma unroll
+    for (int r = 0; r < C; ++r)
+      if ((r & b) == 0) {
+        const float2 s = v[r], d = v[r + b];
+        v[r] = make_float2(s.x + d.x, s.y + d.y);
+        v[r + b] = make_float2(s.x - d.x, s.y - d.y);
+      }
+  float squares = 0.f;
+  float2 out = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int r = 0; r < C; ++r) {
+    const uint32_t pair =
+        add2(x[r], round2<T>(v[r].x * (p.gain * sv[r].x), v[r].y * (p.gain * sv[r].y)), T());
+    if (r == own) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.sum) + at + r * kRow) = pair;
+    const float2 a = unpack2(pair, T());
+    squares += a.x * a.x + a.y * a.y;
+    out = make_float2(fmaf(a.x, su[r].x, out.x), fmaf(a.y, su[r].y, out.y));
+  }
+  // S_512: bit 0 in the thread, 1 .. 5 in the lanes, 6 .. 8 are the warp.
+  out = make_float2(out.x + out.y, out.x - out.y);
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const float sign = tid & d ? -1.f : 1.f;
+    out = make_float2(fmaf(sign, out.x, __shfl_xor_sync(~0u, out.x, d)),
+                      fmaf(sign, out.y, __shfl_xor_sync(~0u, out.y, d)));
+    squares += __shfl_xor_sync(~0u, squares, d);
+  }
+  turned[tid] = out;
+  if (tid % 32 == 0) warp_squares[warp] = squares;
+  __syncthreads();
+  float total = 0.f;
+  out = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int w = 0; w < kMixNormWarps; ++w) {
+    const float2 o = turned[w * 32 + tid % 32];
+    const float sign = __popc(w & warp) & 1 ? -1.f : 1.f;
+    out = make_float2(fmaf(sign, o.x, out.x), fmaf(sign, o.y, out.y));
+    total += warp_squares[w];
+  }
+  const float scale = p.gain * rsqrtf(total / p.n + p.eps);
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + at + own * kRow) =
+      round2<T>(out.x * scale, out.y * scale);
+}
+
+template <typename T, int C>
+cudaError_t mix_norm_sums(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = C;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(C, sums.tokens);
+  config.blockDim = dim3(kMixNormThreads);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = dependent_launch ? 2 : 1;
+  return cudaLaunchKernelEx(&config, mix_norm_sums_kernel<T, C>, p, sums);
+}
+
+template <typename T>
+cudaError_t mix_norm(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream) {
+  switch (p.n) {
+    case 1024: return mix_norm_sums<T, 2>(p, sums, stream);
+    case 2048: return mix_norm_sums<T, 4>(p, sums, stream);
+    case 4096: return mix_norm_sums<T, 8>(p, sums, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <typename T>
 cudaError_t mix_norm(const MixNormParams& p, cudaStream_t stream) {
   const dim3 grid(p.n / 512);
@@ -154,6 +294,12 @@ cudaError_t launch_mix_norm(const MixNormParams& p, cudaStream_t stream) {
   cudaGetLastError();
   return p.type == DType::kFloat16 ? mix_norm<__half>(p, stream)
                                    : mix_norm<__nv_bfloat16>(p, stream);
+}
+
+cudaError_t launch_mix_norm(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream) {
+  cudaGetLastError();
+  return p.type == DType::kFloat16 ? mix_norm<__half>(p, sums, stream)
+                                   : mix_norm<__nv_bfloat16>(p, sums, stream);
 }
 
 }  // namespace aqlm

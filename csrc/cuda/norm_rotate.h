@@ -1,7 +1,7 @@
 // What the root files see of the norm with a rotation after it.
 #pragma once
 
-#include "launch.h"
+#include "rotated.h"
 
 namespace aqlm {
 
@@ -24,17 +24,18 @@ struct NormRotateParams {
 
 cudaError_t launch_norm_rotate(const NormRotateParams& p, cudaStream_t stream);
 
-// One token, U = S_n, n = 1024, 2048 or 4096, 16-bit types. z: the product of a matmul with owned
-// rows, transformed over the low five bits. sum = x + sv * U z, y = U (su * weight * sum /
-// rms(sum)); gain = 1 / sqrt(n) is that of U. Every pointer is 16-byte aligned.
+// U = S_n, n = 1024, 2048 or 4096, 16-bit types. z: the product of a matmul; of one token with
+// owned rows, transformed over the low five bits, or as partial sums, over the low nine.
+// sum = x + sv * U z, y = U (su * weight * sum / rms(sum)); gain = 1 / sqrt(n) is that of U. Every
+// pointer is 16-byte aligned.
 struct MixNormParams {
-  const float* z;           // [n]
+  const float* z;           // [n]; null: partial sums
   const float* sv;          // [n]
-  const void* x;            // [n]
+  const void* x;            // [tokens, n] contiguous, as sum and y
   const void* weight;       // [n] of the same type
   const float* su;          // [n]
-  void* sum;                // [n]
-  void* y;                  // [n]
+  void* sum;
+  void* y;
   DType type;               // of x, weight, sum and y
   int n;
   float eps, gain;
@@ -42,5 +43,8 @@ struct MixNormParams {
 inline bool takes_mix_norm(int n) { return n == 1024 || n == 2048 || n == 4096; }
 
 cudaError_t launch_mix_norm(const MixNormParams& p, cudaStream_t stream);
+
+// Of partial sums (partials, s, tokens), row groups being 512 rows; on devices with clusters.
+cudaError_t launch_mix_norm(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream);
 
 }  // namespace aqlm

@@ -6,6 +6,7 @@
 #include "hadamard_many.h"
 #include "hadamard_mix.cuh"
 #include "hadamard_spread.cuh"
+#include "mix_rows.h"
 #include "rotated_bodies.h"
 #include "rotated_prepare.cuh"
 #include "rotated_tune.h"
@@ -318,8 +319,9 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
     } else {
       p.gain = params.gain / std::sqrt(static_cast<float>(p.r.n));
       if (p.partials != nullptr && p.local_bits > 0) {
-        e = p.tokens <= kFewTokens ? rotate_mix<kFewSlots>(p, info.max_smem, stream)
-                                   : rotate_mix<kManySlots>(p, info.max_smem, stream);
+        e = takes_mix_rows(p)        ? launch_mix_rows(p, stream)
+            : p.tokens <= kFewTokens ? rotate_mix<kFewSlots>(p, info.max_smem, stream)
+                                     : rotate_mix<kManySlots>(p, info.max_smem, stream);
       } else if (many_tokens(p, info)) {
         e = launch_rotate_many(p, info, stream);
       } else if (const int bits = p.partials == nullptr ? spread_bits_of(p.r, p.tokens, info) : 0) {

@@ -1,0 +1,53 @@
+"""One call of every kernel of E8P between the matmuls of a decode step, for compute-sanitizer.
+
+    compute-sanitizer --tool racecheck python3 benchmarks/ladder/cuda/step_kernels.py
+
+Of the installed package: joined norms and SwiGLU, second kernels of few tokens.
+"""
+
+import torch
+
+from aqlm_infer import ops
+from aqlm_infer.formats import E8PFormat
+from aqlm_infer.formats.rotation import Hadamard
+from aqlm_infer.generation.rotated_ops import e8p_matmul_norm, e8p_matmul_swiglu
+
+NORMS = ((1024, 128, 1), (4096, 320, 1), (1024, 8192, 1), (2048, 192, 3), (4096, 8192, 16))
+GATED = ((14336, 192, 1), (14336, 128, 5), (28672, 64, 1))
+ROTATED = ((6144, 192, 1), (12288, 64, 3), (10240, 64, 1), (28672, 64, 1))
+
+
+def weight(N: int, K: int) -> tuple:
+    """(packed, sv, h, bits, residual, factor) of random codes."""
+    codes = torch.randint(-(2**63), 2**63 - 1, (N, K // 32), device="cuda")
+    rotation = Hadamard.full(N)
+    sv = torch.rand(N, device="cuda") + 0.5
+    numbers = 2, 1 / E8PFormat(2).residual, rotation.factor
+    return ops.e8p_pack(codes, 2), sv, rotation.matrix("cuda"), *numbers
+
+
+def rows(M: int, N: int) -> torch.Tensor:
+    return torch.randn(M, N, device="cuda").half()
+
+
+@torch.no_grad()
+def main() -> None:
+    for N, K, M in NORMS:
+        su = torch.rand(N, device="cuda")
+        _, y = e8p_matmul_norm(rows(M, K), *weight(N, K), rows(M, N), rows(1, N)[0], 1e-5, su)
+        assert torch.isfinite(y).all(), f"norm {N}x{K} M={M}"
+    for n, K, M in GATED:
+        next = Hadamard.full(n)
+        last = torch.rand(n, device="cuda"), next.matrix("cuda"), next.factor
+        y = e8p_matmul_swiglu(rows(M, K) / 8, *weight(2 * n, K), True, *last)
+        assert torch.isfinite(y).all(), f"swiglu {n}x{K} M={M}"
+    for N, K, M in ROTATED:
+        packed, sv, h, bits, residual, factor = weight(N, K)
+        y = ops.e8p_matmul(rows(M, K), packed, sv, None, h, bits, residual, N, factor, 0, "exact")
+        assert torch.isfinite(y).all(), f"rotation {N}x{K} M={M}"
+    torch.cuda.synchronize()
+    print("step kernels OK", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+// What kernels share that finish a rotation of few tokens eight columns at a time, in rows of 512.
+#pragma once
+
+#include "hadamard.cuh"
+
+namespace aqlm {
+
+constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
+
+// 4 bytes past L1 where `wanted`, else zero (as load_slot).
+__device__ __forceinline__ float load_slot1(const float* at, bool wanted) {
+  float v = 0.f;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0;\n\t@p ld.global.cg.f32 %0, [%1];}"
+               : "+f"(v) : "l"(at), "r"(uint32_t(wanted)) : "memory");
+  return v;
+}
+// A constant that is loaded where it stands, before the wait.
+__device__ __forceinline__ float load_float(const float* p) {
+  return __uint_as_float(load_word(p));
+}
+__device__ __forceinline__ uint32_t load_byte(const int8_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+// Bytes of +-1 as `signed_one` takes them.
+__device__ __forceinline__ uint32_t sign_bytes(uint32_t h) {
+  return and_or(h, 0x80808080u, 0x3F3F3F3Fu);
+}
+
+// v over bits kFirst .. kEnd - 1 of the thread's number.
+template <int kFirst, int kEnd, int kCount>
+__device__ __forceinline__ void butterflies(float (&v)[kCount]) {
+#pragma unroll
+  for (int b = kFirst; b < kEnd; ++b)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float other = __shfl_xor_sync(~0u, v[i], 1 << b);
+      v[i] = threadIdx.x >> b & 1 ? other - v[i] : v[i] + other;
+    }
+}
+
+}  // namespace aqlm
