@@ -38,7 +38,7 @@ struct Schedule {
   int lanes;          // partial slots that one block writes per piece (warps along K)
   int max_slots;      // slots reserved per group
   int max_units;      // longest K range of one block
-  int x_steps;        // K steps of 32 columns in the x image (kWgmma)
+  int x_steps;        // K steps in the x image (kWgmma ...: of 32 columns, kSplitWgmma: units)
 };
 
 struct MatmulParams {
@@ -62,7 +62,7 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma, kSplit: warps along rows
+  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
 };

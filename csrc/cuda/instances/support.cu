@@ -202,6 +202,11 @@ cudaError_t launch_pack(const Additive& a, const void* codes, uint8_t* packed, i
     pack_kernel<<<blocks, 256, 0, stream>>>(a, static_cast<const int8_t*>(codes), packed);
   else
     pack_kernel<<<blocks, 256, 0, stream>>>(a, static_cast<const int16_t*>(codes), packed);
+  if (a.storage() == Storage::kWordTiles) {
+    const size_t warps = size_t(ceil_div(a.units(), kChoiceUnits)) * a.tile0(a.parts);
+    const int grid = static_cast<int>((warps + kChooseWarps - 1) / kChooseWarps);
+    choose_kernel<<<grid, kChooseWarps * 32, 0, stream>>>(a, packed);
+  }
   return cudaGetLastError();
 }
 
