@@ -247,6 +247,13 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
+  if (c.body == Body::kSplit) {  // no more blocks than the longest piece asks for
+    const int pair = c.variant == 2 ? 2 : 1;
+    s.ctas -= s.ctas % pair;
+    const long long longest = (cells + s.ctas - 1) / s.ctas;
+    s.ctas = static_cast<int>((cells + longest - 1) / longest);
+    s.ctas += s.ctas % pair;
+  }
   // A wave and a bit would leave most SMs waiting for the few with one CTA more.
   if (s.ctas * s.classes > device.sms && s.classes == 1 && c.body != Body::kColumns)
     s.ctas -= s.ctas % device.sms;

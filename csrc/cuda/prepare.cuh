@@ -46,12 +46,14 @@ choose_kernel(const __grid_constant__ Additive a, uint8_t* packed) {
     for (int i = 0; i < 3 * 32; ++i) {
       const int lane = i % 32, code = codes[lane * 8];
       if (code >= limit) continue;
-      const int banks[2] = {bank_of(code), bank_of(second_copy(code))};
-      const int now = second >> lane & 1;
-      --load(banks[now]);
-      const int other = load(banks[now ^ 1]) <= load(banks[now]) ? now ^ 1 : now;
-      ++load(banks[other]);
-      second = (second & ~(1u << lane)) | uint32_t(other) << lane;
+      const int bank = bank_of(code), second_bank = bank_of(second_copy(code));
+      const bool moved = second >> lane & 1;
+      uint8_t& here = load(moved ? second_bank : bank);
+      uint8_t& there = load(moved ? bank : second_bank);
+      const bool move = there < here;  // else it would have as many there
+      here -= move;
+      there += move;
+      second ^= uint32_t(move) << lane;
     }
     for (int lane = 0; lane < 32; ++lane)
       if (second >> lane & 1) codes[lane * 8] = second_copy(codes[lane * 8]);

@@ -22,6 +22,7 @@
 
 #include "decode/additive.cuh"
 #include "fragments.cuh"
+#include "mbarrier.cuh"
 #include "streamk.cuh"
 #include "tune.h"
 
@@ -29,21 +30,58 @@ namespace aqlm {
 
 constexpr int kSplitWarps = tune::kSplitRows / kTileRows;
 
-// Table of a class: 16 bytes are eight entries, of which the second copy lies within the same 64
+// The second copy of 16 bytes, eight entries from `e` on, lies within the same 64 entries
 // (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes).
+__device__ __forceinline__ void put_second(unsigned char* smem, int e, uint4 v) {
+  const int moved = second_copy(e);
+  const bool swap1 = moved & 2, swap2 = moved & 4;
+  uint4 w = swap1 ? make_uint4(v.y, v.x, v.w, v.z) : v;
+  w = swap2 ? make_uint4(w.z, w.w, w.x, w.y) : w;
+  *reinterpret_cast<uint4*>(smem + kSecondAt + (moved & ~7) * 2) = w;
+}
+
+// Table of a class where there are no bulk copies (one copy).
 template <int kThreads>
-__device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries,
-                                           bool two) {
+__device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries) {
 #pragma unroll 8
-  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8) {
-    const uint4 v = *reinterpret_cast<const uint4*>(from + e * 2);
-    *reinterpret_cast<uint4*>(smem + e * 2) = v;
-    if (!two || e >= kSecondEntries) continue;
-    const int moved = second_copy(e);
-    const bool swap1 = moved & 2, swap2 = moved & 4;
-    uint4 w = swap1 ? make_uint4(v.y, v.x, v.w, v.z) : v;
-    w = swap2 ? make_uint4(w.z, w.w, w.x, w.y) : w;
-    *reinterpret_cast<uint4*>(smem + kSecondAt + (moved & ~7) * 2) = w;
+  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8)
+    *reinterpret_cast<uint4*>(smem + e * 2) = *reinterpret_cast<const uint4*>(from + e * 2);
+}
+
+// Hopper: bulk copies of so many pieces, each with its barrier, that run while x is awaited and
+// rounded; then the second copy from the first, piece by piece.
+constexpr int kFillPieces = 8;
+
+// By one thread. `shared`: the other block of the cluster wants the same table, and each block
+// copies one half of every piece to both.
+template <bool kPair>
+__device__ __forceinline__ void split_fill_start(unsigned char* smem, const uint8_t* from,
+                                                 int entries, uint64_t* filled, bool shared) {
+  const int bytes = entries * 2 / kFillPieces;
+#pragma unroll
+  for (int i = 0; i < kFillPieces; ++i) {
+    mbar::expect(filled + i, bytes);
+    const int at = i * bytes;
+    if (kPair && shared) {
+      const int half = at + blockIdx.y * (bytes / 2);
+      mbar::bulk_copy_to(3, smem + half, from + half, bytes / 2, filled + i);
+    } else {
+      mbar::bulk_copy(smem + at, from + at, bytes, filled + i);
+    }
+  }
+}
+
+// By all kThreads; a barrier of theirs must follow.
+template <int kThreads>
+__device__ __forceinline__ void split_fill_second(unsigned char* smem, int entries,
+                                                  uint64_t* filled, int phase) {
+  const int each = entries / kFillPieces;
+#pragma unroll 1
+  for (int i = 0; i < kFillPieces; ++i) {
+    mbar::wait(filled + i, phase);
+    if (i * each >= kSecondEntries) continue;
+    for (int e = i * each + threadIdx.x * 8; e < (i + 1) * each; e += kThreads * 8)
+      put_second(smem, e, *reinterpret_cast<const uint4*>(smem + e * 2));
   }
 }
 
@@ -81,7 +119,7 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
     inverse = peak > 0.f ? kActivationMax / peak : 0.f;
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.x_scales[0] = peak / kActivationMax;
+    if (blockIdx.x + blockIdx.y + threadIdx.x == 0) p.x_scales[0] = peak / kActivationMax;
   }
   const int first = dims * kDims;  // dimension of the vector
   for (int i = threadIdx.x; i < chunks; i += kSplitWarps * 32) {
@@ -103,8 +141,9 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
   }
 }
 
-// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above.
-template <typename T, int kTiles, bool kInt8, bool kOwn>
+// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above. kPair: in
+// clusters of two blocks of a class along y, which fill their tables together.
+template <typename T, int kTiles, bool kInt8, bool kOwn, bool kPair>
 __global__ void __launch_bounds__(kSplitWarps * 32, 1)
 split_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__
@@ -125,10 +164,30 @@ split_kernel(const __grid_constant__ MatmulParams p) {
   uint32_t table = smem_address(smem), own_x = table + table_bytes + (kInt8 ? lane % 8 : t) * 8;
   keep(table);
   keep(own_x);
-  int loaded_part = -1;
+  int loaded_part = -1, phase = 0;
+  __shared__ uint64_t filled[kFillPieces];
+  const int cta = blockIdx.x / p.s.classes + (kPair ? blockIdx.y * (p.s.ctas / 2) : 0);
+  if constexpr (kTwo) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
+      mbar::init_fence();
+    }
+    if constexpr (kPair) mbar::cluster_sync();
+  }
   grid_dependents_start();
 
-  for_each_piece(p.a, p.s, [&](const Piece& piece) {
+  for_each_piece(p.a, p.s, cta, [&](const Piece& piece) {
+    const uint8_t* const entries =
+        p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * p.a.entries() * 2;
+    const bool fill = piece.part != loaded_part;
+    if (kTwo && fill && threadIdx.x == 0) {
+      bool shared = false;
+      if constexpr (kPair) {
+        const int other = blockIdx.x / p.s.classes + (blockIdx.y ^ 1) * (p.s.ctas / 2);
+        shared = loaded_part < 0 && first_part(p.a, p.s, other) == piece.part;
+      }
+      split_fill_start<kPair>(smem, entries, p.a.entries(), filled, shared);
+    }
     // Warps past the part's last row tile repeat it; they write nothing.
     const int tile = piece.tile + min(warp, piece.tiles - 1), u0 = piece.u0, u1 = piece.u1;
     const uint8_t* codes = p.packed + size_t(tile) * kUnitBytes + lane * 16;
@@ -184,7 +243,7 @@ split_kernel(const __grid_constant__ MatmulParams p) {
       }
     };
     auto write = [&] {
-      float* out = slot_of(p, piece, 0) + warp * kTileRows + g;
+      float* out = slot_of(p, piece, 0, cta) + warp * kTileRows + g;
       auto put = [&](int token, int row, float v) {
         if (token < p.tokens) out[token * p.s.group_rows + row] = v;
       };
@@ -205,15 +264,15 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     for (int j = 0; j < kChoiceUnits; ++j)  // units before the piece are skipped
       fetch(j, first + j < u0 ? first + j + kChoiceUnits : first + j);
     chosen = fetch_choices(first);
-    if (piece.part != loaded_part) {
-      const int bytes = p.a.entries() * 2;
-      split_fill<kSplitWarps * 32>(
-          smem, p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * bytes,
-          p.a.entries(), kTwo);
+    if (fill) {
+      if constexpr (!kTwo) split_fill<kSplitWarps * 32>(smem, entries, p.a.entries());
       if (loaded_part < 0) {
         grid_dependency_wait();
         if constexpr (kOwn) split_own_x<T, kInt8>(p, smem + table_bytes, dims);
       }
+      if constexpr (kTwo)
+        split_fill_second<kSplitWarps * 32>(smem, p.a.entries(), filled, phase);
+      phase ^= 1;
       loaded_part = piece.part;
       __syncthreads();
     }

@@ -31,7 +31,8 @@ AQLM_HD constexpr int split_wg_stages(int columns) {
   return columns > 64 ? 4 : columns > 32 ? 8 : 12;
 }
 AQLM_HD constexpr int split_wg_smem(int nbits, int columns) {
-  return tune::split_table_bytes(90, 1 << nbits) + split_wg_stages(columns) * (columns * 32 + 16);
+  return tune::split_table_bytes(90, 1 << nbits) + split_wg_stages(columns) * (columns * 32 + 16) +
+         kFillPieces * 8;
 }
 
 template <typename T, int kTokens, bool kInt8>
@@ -49,9 +50,13 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
   unsigned char* const stages = smem + tune::split_table_bytes(90, p.a.entries());
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kX);
   uint64_t* const empty = full + kStages;
+  uint64_t* const filled = empty + kStages;
   const int lane = threadIdx.x % 32, dims = blockIdx.x % p.s.classes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kSplitWgWarps);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
+    mbar::init_ring<kStages>(full, empty, kSplitWgWarps);
+  }
   grid_dependents_start();
   __syncthreads();
 
@@ -76,7 +81,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
     const uint32_t unit_stride = p.s.tiles * kUnitBytes;
     uint32_t table = smem_address(smem);
     keep(table);
-    int loaded_part = -1;
+    int loaded_part = -1, fill_phase = 0;
     Ring<kStages> ring;
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
       // Warps past the part's last row tile repeat it; they write nothing.
@@ -99,10 +104,13 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       uint32_t chosen = fetch_choices(piece.u0), chosen_next = fetch_choices(piece.u0 + 1);
       if (piece.part != loaded_part) {
         if (loaded_part >= 0) consumers_sync<kSplitWgWarps * 32>();
-        const int bytes = p.a.entries() * 2;
-        split_fill<kSplitWgWarps * 32>(
-            smem, p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * bytes,
-            p.a.entries(), true);
+        if (threadIdx.x == 0) {
+          const int table = piece.part * p.s.classes + dims;
+          split_fill_start<false>(smem, p.aux + kAuxHeader + size_t(table) * p.a.entries() * 2,
+                                  p.a.entries(), filled, false);
+        }
+        split_fill_second<kSplitWgWarps * 32>(smem, p.a.entries(), filled, fill_phase);
+        fill_phase ^= 1;
         loaded_part = piece.part;
         consumers_sync<kSplitWgWarps * 32>();
       }

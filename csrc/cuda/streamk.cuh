@@ -60,12 +60,22 @@ __device__ __forceinline__ void locate(const Additive& a, const Schedule& s, int
   p->first_cta = cta_of(s, item * s.units);
 }
 
-// Calls body(piece) for each piece of this block; all threads take part. The piece lives in
+// Part of the first piece of CTA `cta`.
+__device__ __forceinline__ int first_part(const Additive& a, const Schedule& s, int cta) {
+  int group = (s.whole + cta * s.cells / s.ctas / s.units) % s.groups, part = 0;
+  for (;; ++part) {
+    const int groups = ceil_div(a.rows_of(part), s.group_rows);
+    if (group < groups) return part;
+    group -= groups;
+  }
+}
+
+// Calls body(piece) for each piece of CTA `cta`; all threads take part. The piece lives in
 // shared memory: it is read outside the inner loops, whose registers are scarce.
 template <typename Fn>
-__device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, Fn&& body) {
+__device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, int cta,
+                                               Fn&& body) {
   __shared__ Piece piece;
-  const int cta = blockIdx.x / s.classes;
   const int end = (cta + 1) * s.cells / s.ctas;
   int cell = cta * s.cells / s.ctas;
   while (cell < end) {
@@ -75,6 +85,10 @@ __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule
     cell += piece.u1 - piece.u0;
     body(const_cast<const Piece&>(piece));
   }
+}
+template <typename Fn>
+__device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, Fn&& body) {
+  for_each_piece(a, s, blockIdx.x / s.classes, body);
 }
 
 // The same with a piece of each thread's own and no barriers, for warps with different roles; items
@@ -101,13 +115,16 @@ __device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule
   }
 }
 
-// Partials of warp `lane` (0 .. lanes - 1) of this CTA: [slot_tokens][group_rows] floats.
-__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
+// Partials of warp `lane` (0 .. lanes - 1) of CTA `cta`: [slot_tokens][group_rows] floats.
+__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane,
+                                          int cta) {
   const Schedule& s = p.s;
-  const int arrival =
-      (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
+  const int arrival = (cta - piece.first_cta) * s.classes + blockIdx.x % s.classes;
   const size_t slot = size_t(piece.item) * s.max_slots + arrival * s.lanes + lane;
   return p.partials + slot * s.slot_tokens * s.group_rows;
+}
+__device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
+  return slot_of(p, piece, lane, blockIdx.x / p.s.classes);
 }
 
 }  // namespace aqlm
