@@ -51,9 +51,10 @@ __device__ __forceinline__ float column_entry(uint32_t at) {
 }
 
 // kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM. kWarps: 8 with a row
-// block each, or 16 with half of one each.
+// block each, or 16 with half of one each. 512 threads with 120
+// registers leave room for a block of reduce.cuh.
 template <typename T, int kBooks, int kCtas, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, kCtas)
+__global__ void __maxnreg__(kWarps == 16 ? 120 : kCtas == 2 ? 128 : 168)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kGroupRows = tune::kColumnRows, kStages = kColumnStages;
@@ -100,7 +101,8 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     const int stage = n % kStages, units = min(kColumnStepUnits, a.units() - u);
     const int blocks = (rows - group * kGroupRows + kBlockRows - 1) / kBlockRows;
     const uint32_t bytes = min(blocks, kColumnBlocks) * kUnitBytes;
-    const uint8_t* from = p.packed + (size_t(u) * s.tiles + tile + group * kColumnBlocks) * kUnitBytes;
+    const uint8_t* from =
+        p.packed + (size_t(u) * s.tiles + tile + group * kColumnBlocks) * kUnitBytes;
     mbar::expect(full + stage, units * bytes);
 #pragma unroll
     for (int i = 0; i < kColumnStepUnits; ++i, from += size_t(s.tiles) * kUnitBytes)

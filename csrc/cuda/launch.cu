@@ -221,6 +221,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   if (split)
     s.classes = c.precision == Precision::kInt8 ? a.in_group / 2 : a.in_group;
   while ((1 << s.group_shift) < s.group_rows) ++s.group_shift;
+  while ((1 << s.tile_shift) < a.tile_rows()) ++s.tile_shift;
   for (int i = 0; i < a.parts; ++i) s.groups += ceil_div(a.rows_of(i), s.group_rows);
   s.passes = c.passes;
   s.slot_tokens = s.passes > 1 ? c.token_tile : p->tokens;
@@ -248,11 +249,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
   if (c.body == Body::kSplit) {  // no more blocks than the longest piece asks for
-    const int pair = c.variant == 2 ? 2 : 1;
-    s.ctas -= s.ctas % pair;
     const long long longest = (cells + s.ctas - 1) / s.ctas;
     s.ctas = static_cast<int>((cells + longest - 1) / longest);
-    s.ctas += s.ctas % pair;
   }
   // A wave and a bit would leave most SMs waiting for the few with one CTA more.
   if (s.ctas * s.classes > device.sms && s.classes == 1 && c.body != Body::kColumns)

@@ -37,21 +37,6 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)) : "memory");
 }
-// The same to this place in every block of the cluster whose bit is set, with each one's barrier.
-__device__ __forceinline__ void bulk_copy_to(uint16_t blocks, void* to, const void* from, int bytes,
-                                             uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;"
-      :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)), "h"(blocks)
-      : "memory");
-}
-// Waits until all threads of the cluster are here: barriers initialised before (and fenced) are
-// visible to its blocks.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
 // Of a ring, by one thread: `full` is announced by the producer, `empty` by each of the readers.
 template <int kStages>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int readers) {

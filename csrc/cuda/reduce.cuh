@@ -3,8 +3,10 @@
 // Grid: (element chunks, items that were cut). A block covers a chunk of the item's
 // [slot_tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all
 // loads of a thread are in flight together. Launched as a dependent of the matmul: its blocks are
-// already resident when the last partial is written. (The alternative, one CTA per row group that
-// arrives last and reduces alone, cost 8 to 40 us: one SM's worth of loads. H200, 2026-11-22.)
+// already resident when the last partial is written, and the next matmul starts where one ends,
+// if the matmul leaves registers for a block (4 K or 8 K of an SM's 64 K). (The alternative, one
+// CTA per row group that arrives last and reduces alone, cost 8 to 40 us: one SM's worth of loads.
+// H200, 2026-11-22.)
 #pragma once
 
 #include <type_traits>
@@ -13,23 +15,28 @@
 
 namespace aqlm {
 
-constexpr int kReduceThreads = 256;
 constexpr int kReduceInFlight = 8;
 
-// kWays > 1: many slots, one element a thread; kWays = 1: few slots, four neighbouring rows.
-template <typename T, int kWays>
-__global__ void __launch_bounds__(kReduceThreads)
+// Neighbouring rows that a thread sums: more where slots are few.
+AQLM_HD constexpr int reduce_each(int ways) { return ways == 1 ? 4 : ways == 4 ? 2 : 1; }
+
+// kWays = 1: at most kReduceInFlight slots. kAll: threads of a block; 64 with 56 registers or 256
+// with 32 find room beside a matmul.
+template <typename T, int kWays, int kAll>
+__global__ void __launch_bounds__(kAll, (kWays > 1 ? 2048 : 1152) / kAll)
 reduce_kernel(const __grid_constant__ MatmulParams p) {
-  constexpr int kThreads = kReduceThreads / kWays, kEach = kWays == 1 ? 4 : 1;
-  using Sum = std::conditional_t<kWays == 1, float4, float>;
-  __shared__ float sums[kWays][kThreads];
+  constexpr int kThreads = kAll / kWays, kEach = reduce_each(kWays);
+  using Sum = std::conditional_t<kEach == 4, float4, std::conditional_t<kEach == 2, float2, float>>;
+  __shared__ Sum sums[kWays][kThreads];
+  grid_dependents_start();
   const Schedule& s = p.s;
-  const int element = threadIdx.x % kThreads, way = threadIdx.x / kThreads;
+  const int element = threadIdx.x % kThreads, way = kWays == 1 ? 0 : threadIdx.x / kThreads;
   const int i = (blockIdx.x * kThreads + element) * kEach;
   const int r = i & (s.group_rows - 1), m = i >> s.group_shift;
   Piece g;
-  const int item = blockIdx.y, all = s.whole + item, token = all / s.groups * s.slot_tokens + m;
-  locate_group(p.a, s, all % s.groups, &g);
+  const int item = blockIdx.y;
+  locate_group(p.a, s, group_of(s, s.whole + item, &g.pass), &g);
+  const int token = g.pass * s.slot_tokens + m;
   const bool valid = r < g.rows && m < s.slot_tokens && token < p.tokens;
   const int n = g.row + r;
   const int cell = item * s.units;
@@ -41,12 +48,11 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
   for (int e = 0; e < kEach; ++e)
     if (valid && r + e < g.rows) scale[e] = to_float(static_cast<const T*>(p.scales)[n + e]);
-  grid_dependents_start();
   grid_dependency_wait();
 
   float sum[kEach] = {};
   if (valid)
-    for (int k = way; k < slots; k += kWays * kReduceInFlight) {
+    for (int k = way; k < (kWays == 1 ? 1 : slots); k += kWays * kReduceInFlight) {
       Sum v[kReduceInFlight];
 #pragma unroll
       for (int j = 0; j < kReduceInFlight; ++j)
@@ -59,11 +65,15 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
         for (int e = 0; e < kEach; ++e) sum[e] += reinterpret_cast<const float*>(&v[j])[e];
     }
   if constexpr (kWays > 1) {
-    sums[way][element] = sum[0];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) reinterpret_cast<float*>(&sums[way][element])[e] = sum[e];
     __syncthreads();
     if (way > 0) return;
 #pragma unroll
-    for (int k = 1; k < kWays; ++k) sum[0] += sums[k][element];
+    for (int k = 1; k < kWays; ++k)
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        sum[e] += reinterpret_cast<const float*>(&sums[k][element])[e];
   }
   if (!valid) return;
 #pragma unroll

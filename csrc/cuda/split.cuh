@@ -52,22 +52,14 @@ __device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* f
 // rounded; then the second copy from the first, piece by piece.
 constexpr int kFillPieces = 8;
 
-// By one thread. `shared`: the other block of the cluster wants the same table, and each block
-// copies one half of every piece to both.
-template <bool kPair>
+// By one thread.
 __device__ __forceinline__ void split_fill_start(unsigned char* smem, const uint8_t* from,
-                                                 int entries, uint64_t* filled, bool shared) {
+                                                 int entries, uint64_t* filled) {
   const int bytes = entries * 2 / kFillPieces;
 #pragma unroll
   for (int i = 0; i < kFillPieces; ++i) {
     mbar::expect(filled + i, bytes);
-    const int at = i * bytes;
-    if (kPair && shared) {
-      const int half = at + blockIdx.y * (bytes / 2);
-      mbar::bulk_copy_to(3, smem + half, from + half, bytes / 2, filled + i);
-    } else {
-      mbar::bulk_copy(smem + at, from + at, bytes, filled + i);
-    }
+    mbar::bulk_copy(smem + i * bytes, from + i * bytes, bytes, filled + i);
   }
 }
 
@@ -98,16 +90,18 @@ template <typename T, bool kInt8>
 __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char* to, int dims) {
   constexpr int kUnit = tune::split_x_unit(kInt8), kDims = kInt8 ? 2 : 1;
   __shared__ float warp_max[kSplitWarps];
-  const int per_vector = p.a.in_group / 8, chunks = p.s.units * kTileVectors * per_vector;
+  const int shift = p.a.in_group / 16, chunks = p.s.units * kTileVectors << shift;
   const int K = p.a.in_features(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* x = static_cast<const T*>(p.x);
   auto eight = [&](int i) { return i * 8 < K ? load_cached(x + i * 8) : make_uint4(0, 0, 0, 0); };
+  const int self = threadIdx.x;
+  const uint4 own = eight(self);
   float inverse = 0.f;
   if constexpr (kInt8) {
     float peak = 0.f;
-    for (int i = threadIdx.x; i < chunks; i += kSplitWarps * 32) {
+    for (int i = self; i < chunks; i += kSplitWarps * 32) {
       float w[8];
-      unpack8<T>(eight(i), w);
+      unpack8<T>(i == self ? own : eight(i), w);
 #pragma unroll
       for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fabsf(w[j]));
     }
@@ -119,13 +113,13 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
     inverse = peak > 0.f ? kActivationMax / peak : 0.f;
-    if (blockIdx.x + blockIdx.y + threadIdx.x == 0) p.x_scales[0] = peak / kActivationMax;
+    if (blockIdx.x + threadIdx.x == 0) p.x_scales[0] = peak / kActivationMax;
   }
   const int first = dims * kDims;  // dimension of the vector
-  for (int i = threadIdx.x; i < chunks; i += kSplitWarps * 32) {
-    const int vector = i / per_vector;
-    if (i % per_vector != first / 8) continue;
-    const uint4 v = eight(i);
+  for (int i = self; i < chunks; i += kSplitWarps * 32) {
+    const int vector = i >> shift;
+    if ((i & shift) != first / 8) continue;
+    const uint4 v = i == self ? own : eight(i);
     const int w = first % 8 / 2;
     const uint32_t word = w < 2 ? (w == 0 ? v.x : v.y) : (w == 2 ? v.z : v.w);
     unsigned char* const at = to + vector / kTileVectors * kUnit + vector % kTileVectors * 2;
@@ -141,10 +135,10 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
   }
 }
 
-// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above. kPair: in
-// clusters of two blocks of a class along y, which fill their tables together.
-template <typename T, int kTiles, bool kInt8, bool kOwn, bool kPair>
-__global__ void __launch_bounds__(kSplitWarps * 32, 1)
+// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above; its bounds
+// say 128 threads more than there are, so that registers are left for a block of reduce.cuh.
+template <typename T, int kTiles, bool kInt8, bool kOwn>
+__global__ void __launch_bounds__(kSplitWarps * 32 + (kOwn ? 128 : 0), 1)
 split_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__
   constexpr int kArch = __CUDA_ARCH__ / 10;
@@ -154,7 +148,7 @@ split_kernel(const __grid_constant__ MatmulParams p) {
   constexpr bool kTwo = tune::split_two_copies(kArch);
   extern __shared__ __align__(1024) unsigned char smem[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int units = p.s.units, dims = blockIdx.x % p.s.classes;
+  const int units = p.s.units, dims = own_class(p.s);
   const uint8_t* fragments =
       p.x_fragments + (size_t(dims) * units * kTiles * 32 + lane) * 8;
   const int table_bytes = tune::split_table_bytes(kArch, p.a.entries());
@@ -166,32 +160,22 @@ split_kernel(const __grid_constant__ MatmulParams p) {
   keep(own_x);
   int loaded_part = -1, phase = 0;
   __shared__ uint64_t filled[kFillPieces];
-  const int cta = blockIdx.x / p.s.classes + (kPair ? blockIdx.y * (p.s.ctas / 2) : 0);
-  if constexpr (kTwo) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
-      mbar::init_fence();
-    }
-    if constexpr (kPair) mbar::cluster_sync();
+  if (kTwo && threadIdx.x == 0) {
+    for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
+    mbar::init_fence();
   }
   grid_dependents_start();
 
-  for_each_piece(p.a, p.s, cta, [&](const Piece& piece) {
+  for_each_piece(p.a, p.s, [&](const Piece& piece) {
     const uint8_t* const entries =
         p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * p.a.entries() * 2;
     const bool fill = piece.part != loaded_part;
-    if (kTwo && fill && threadIdx.x == 0) {
-      bool shared = false;
-      if constexpr (kPair) {
-        const int other = blockIdx.x / p.s.classes + (blockIdx.y ^ 1) * (p.s.ctas / 2);
-        shared = loaded_part < 0 && first_part(p.a, p.s, other) == piece.part;
-      }
-      split_fill_start<kPair>(smem, entries, p.a.entries(), filled, shared);
-    }
+    if (kTwo && fill && threadIdx.x == 0) split_fill_start(smem, entries, p.a.entries(), filled);
     // Warps past the part's last row tile repeat it; they write nothing.
     const int tile = piece.tile + min(warp, piece.tiles - 1), u0 = piece.u0, u1 = piece.u1;
     const uint8_t* codes = p.packed + size_t(tile) * kUnitBytes + lane * 16;
-    const uint8_t* choices = p.packed + p.a.choice_offset(tile, 0) + lane * 4;
+    const uint8_t* choices =
+        p.packed + (size_t(units) * p.s.tiles * 4 + tile) * (kUnitBytes / 4) + lane * 4;
     keep(codes);
     keep(choices);
     float accf[kInt8 ? 1 : kTiles][4] = {};
@@ -243,7 +227,7 @@ split_kernel(const __grid_constant__ MatmulParams p) {
       }
     };
     auto write = [&] {
-      float* out = slot_of(p, piece, 0, cta) + warp * kTileRows + g;
+      float* out = slot_of(p, piece, 0) + warp * kTileRows + g;
       auto put = [&](int token, int row, float v) {
         if (token < p.tokens) out[token * p.s.group_rows + row] = v;
       };

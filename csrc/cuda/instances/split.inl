@@ -7,7 +7,7 @@ namespace aqlm {
 
 namespace {  // the two dtypes must not share these names
 
-template <int kTiles, bool kInt8, bool kOwn = false, bool kPair = false>
+template <int kTiles, bool kInt8, bool kOwn = false>
 cudaError_t split(const MatmulParams& p, cudaStream_t stream) {
   DeviceInfo info;
   int device = 0;
@@ -16,13 +16,9 @@ cudaError_t split(const MatmulParams& p, cudaStream_t stream) {
   if (e != cudaSuccess) return e;
   const int smem = tune::split_table_bytes(info.arch, p.a.entries()) +
                    (kOwn ? p.s.units * tune::split_x_unit(kInt8) : 0);
-  auto kernel = split_kernel<AQLM_T, kTiles, kInt8, kOwn, kPair>;
-  static std::atomic<unsigned long long> done{0};
-  e = allow_smem(kernel, &done, device, info.max_smem - tune::kSplitStatic);
-  if (e != cudaSuccess) return e;
-  constexpr int kCluster = kPair ? 2 : 1;
-  const dim3 grid(p.s.ctas / kCluster * p.s.classes, kCluster);
-  return enqueue_clusters(kCluster, kernel, grid, kSplitWarps * 32, smem, stream, p);
+  auto kernel = split_kernel<AQLM_T, kTiles, kInt8, kOwn>;
+  return AQLM_ENQUEUE_SMEM(kernel, info.max_smem - tune::kSplitStatic, p.s.ctas * p.s.classes,
+                           kSplitWarps * 32, smem, stream, p);
 }
 
 }  // namespace
@@ -31,8 +27,6 @@ template <>
 cudaError_t launch_split<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                  cudaStream_t stream) {
   const bool int8 = c.precision == Precision::kInt8;
-  if (c.token_tile == 1 && c.variant == 2)
-    return int8 ? split<1, true, true, true>(p, stream) : split<1, false, true, true>(p, stream);
   if (c.token_tile == 1)
     return int8 ? split<1, true, true>(p, stream) : split<1, false, true>(p, stream);
   switch (c.token_tile / (int8 ? 4 : 8)) {
