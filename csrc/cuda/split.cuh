@@ -22,7 +22,6 @@
 
 #include "decode/additive.cuh"
 #include "fragments.cuh"
-#include "mbarrier.cuh"
 #include "streamk.cuh"
 #include "tune.h"
 
@@ -30,50 +29,22 @@ namespace aqlm {
 
 constexpr int kSplitWarps = tune::kSplitRows / kTileRows;
 
-// The second copy of 16 bytes, eight entries from `e` on, lies within the same 64 entries
-// (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes).
-__device__ __forceinline__ void put_second(unsigned char* smem, int e, uint4 v) {
-  const int moved = second_copy(e);
-  const bool swap1 = moved & 2, swap2 = moved & 4;
-  uint4 w = swap1 ? make_uint4(v.y, v.x, v.w, v.z) : v;
-  w = swap2 ? make_uint4(w.z, w.w, w.x, w.y) : w;
-  *reinterpret_cast<uint4*>(smem + kSecondAt + (moved & ~7) * 2) = w;
-}
-
-// Table of a class where there are no bulk copies (one copy).
+// Table of a class: 16 bytes are eight entries, of which the second copy lies within the same 64
+// (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes). Bulk
+// copies that ran while x is awaited, and a second copy from the first, took 2 us longer.
 template <int kThreads>
-__device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries) {
+__device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries,
+                                           bool two) {
 #pragma unroll 8
-  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8)
-    *reinterpret_cast<uint4*>(smem + e * 2) = *reinterpret_cast<const uint4*>(from + e * 2);
-}
-
-// Hopper: bulk copies of so many pieces, each with its barrier, that run while x is awaited and
-// rounded; then the second copy from the first, piece by piece.
-constexpr int kFillPieces = 8;
-
-// By one thread.
-__device__ __forceinline__ void split_fill_start(unsigned char* smem, const uint8_t* from,
-                                                 int entries, uint64_t* filled) {
-  const int bytes = entries * 2 / kFillPieces;
-#pragma unroll
-  for (int i = 0; i < kFillPieces; ++i) {
-    mbar::expect(filled + i, bytes);
-    mbar::bulk_copy(smem + i * bytes, from + i * bytes, bytes, filled + i);
-  }
-}
-
-// By all kThreads; a barrier of theirs must follow.
-template <int kThreads>
-__device__ __forceinline__ void split_fill_second(unsigned char* smem, int entries,
-                                                  uint64_t* filled, int phase) {
-  const int each = entries / kFillPieces;
-#pragma unroll 1
-  for (int i = 0; i < kFillPieces; ++i) {
-    mbar::wait(filled + i, phase);
-    if (i * each >= kSecondEntries) continue;
-    for (int e = i * each + threadIdx.x * 8; e < (i + 1) * each; e += kThreads * 8)
-      put_second(smem, e, *reinterpret_cast<const uint4*>(smem + e * 2));
+  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from + e * 2);
+    *reinterpret_cast<uint4*>(smem + e * 2) = v;
+    if (!two || e >= kSecondEntries) continue;
+    const int moved = second_copy(e);
+    const bool swap1 = moved & 2, swap2 = moved & 4;
+    uint4 w = swap1 ? make_uint4(v.y, v.x, v.w, v.z) : v;
+    w = swap2 ? make_uint4(w.z, w.w, w.x, w.y) : w;
+    *reinterpret_cast<uint4*>(smem + kSecondAt + (moved & ~7) * 2) = w;
   }
 }
 
@@ -158,19 +129,10 @@ split_kernel(const __grid_constant__ MatmulParams p) {
   uint32_t table = smem_address(smem), own_x = table + table_bytes + (kInt8 ? lane % 8 : t) * 8;
   keep(table);
   keep(own_x);
-  int loaded_part = -1, phase = 0;
-  __shared__ uint64_t filled[kFillPieces];
-  if (kTwo && threadIdx.x == 0) {
-    for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
-    mbar::init_fence();
-  }
+  int loaded_part = -1;
   grid_dependents_start();
 
   for_each_piece(p.a, p.s, [&](const Piece& piece) {
-    const uint8_t* const entries =
-        p.aux + kAuxHeader + size_t(piece.part * p.s.classes + dims) * p.a.entries() * 2;
-    const bool fill = piece.part != loaded_part;
-    if (kTwo && fill && threadIdx.x == 0) split_fill_start(smem, entries, p.a.entries(), filled);
     // Warps past the part's last row tile repeat it; they write nothing.
     const int tile = piece.tile + min(warp, piece.tiles - 1), u0 = piece.u0, u1 = piece.u1;
     const uint8_t* codes = p.packed + size_t(tile) * kUnitBytes + lane * 16;
@@ -248,15 +210,13 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     for (int j = 0; j < kChoiceUnits; ++j)  // units before the piece are skipped
       fetch(j, first + j < u0 ? first + j + kChoiceUnits : first + j);
     chosen = fetch_choices(first);
-    if (fill) {
-      if constexpr (!kTwo) split_fill<kSplitWarps * 32>(smem, entries, p.a.entries());
+    if (piece.part != loaded_part) {
+      const size_t entry = size_t(piece.part * p.s.classes + dims) * p.a.entries();
+      split_fill<kSplitWarps * 32>(smem, p.aux + kAuxHeader + entry * 2, p.a.entries(), kTwo);
       if (loaded_part < 0) {
         grid_dependency_wait();
         if constexpr (kOwn) split_own_x<T, kInt8>(p, smem + table_bytes, dims);
       }
-      if constexpr (kTwo)
-        split_fill_second<kSplitWarps * 32>(smem, p.a.entries(), filled, phase);
-      phase ^= 1;
       loaded_part = piece.part;
       __syncthreads();
     }

@@ -36,7 +36,7 @@ AQLM_HD constexpr int split_wg_stages(int columns) {
 }
 AQLM_HD constexpr int split_wg_smem(int nbits, int columns) {
   return tune::split_table_bytes(90, 1 << nbits) +
-         split_wg_stages(columns) * (split_wg_batch(columns) * columns * 32 + 16) + kFillPieces * 8;
+         split_wg_stages(columns) * (split_wg_batch(columns) * columns * 32 + 16);
 }
 
 template <typename T, int kTokens, bool kInt8>
@@ -53,13 +53,9 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
   unsigned char* const stages = smem + tune::split_table_bytes(90, p.a.entries());
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStage);
   uint64_t* const empty = full + kStages;
-  uint64_t* const filled = empty + kStages;
   const int lane = threadIdx.x % 32, dims = own_class(p.s);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kFillPieces; ++i) mbar::init(filled + i, 1);
-    mbar::init_ring<kStages>(full, empty, kSplitWgWarps);
-  }
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kSplitWgWarps);
   grid_dependents_start();
   __syncthreads();
 
@@ -85,7 +81,7 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
     const uint32_t unit_stride = p.s.tiles * kUnitBytes;
     uint32_t table = smem_address(smem);
     keep(table);
-    int loaded_part = -1, fill_phase = 0;
+    int loaded_part = -1;
     Ring<kStages> ring;
     for_own_pieces(p.a, p.s, [&](const Piece& piece) {
       // Warps past the part's last row tile repeat it; they write nothing.
@@ -101,22 +97,18 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       auto fetch = [&](int r, int u) {  // past the end any codes
         c[r % kRing] = load_stream(codes + size_t(uint32_t(min(u, last))) * unit_stride);
       };
+      // Past K none: codes of another unit with choices of this would lie outside of the table.
       auto fetch_choices = [&](int cell) {
-        return load_stream_word(choices +
-                                size_t(uint32_t(min(cell, piece.u1 - 1))) * (unit_stride / 4));
+        if (cell * kChoiceUnits > last) return 0u;
+        return load_stream_word(choices + size_t(uint32_t(cell)) * (unit_stride / 4));
       };
 #pragma unroll
       for (int r = 0; r < kRing; ++r) fetch(r, begin + r);
       uint32_t chosen = fetch_choices(piece.u0), chosen_next = fetch_choices(piece.u0 + 1);
       if (piece.part != loaded_part) {
         if (loaded_part >= 0) consumers_sync<kSplitWgWarps * 32>();
-        if (threadIdx.x == 0) {
-          const int table = piece.part * p.s.classes + dims;
-          split_fill_start(smem, p.aux + kAuxHeader + size_t(table) * p.a.entries() * 2,
-                           p.a.entries(), filled);
-        }
-        split_fill_second<kSplitWgWarps * 32>(smem, p.a.entries(), filled, fill_phase);
-        fill_phase ^= 1;
+        const size_t entry = size_t(piece.part * p.s.classes + dims) * p.a.entries();
+        split_fill<kSplitWgWarps * 32>(smem, p.aux + kAuxHeader + entry * 2, p.a.entries(), true);
         loaded_part = piece.part;
         consumers_sync<kSplitWgWarps * 32>();
       }
