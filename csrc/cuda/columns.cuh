@@ -30,9 +30,10 @@ namespace aqlm {
 
 constexpr int kColumnPitch = 2 * 32 * 4;  // bytes of an entry
 constexpr int kColumnTableBytes = 256 * kColumnPitch;
-constexpr int kColumnBlocks = tune::kColumnRows / kBlockRows;  // row blocks of a CTA
+constexpr int kColumnWarps = 8;
+static_assert(tune::kColumnRows == kColumnWarps * kBlockRows);
 constexpr int kColumnStepUnits = 4;  // packed units of one step
-constexpr int kColumnUnitBytes = kColumnBlocks * kUnitBytes;
+constexpr int kColumnUnitBytes = kColumnWarps * kUnitBytes;
 constexpr int kColumnStages = 3;  // steps of codes in flight: two CTAs share an SM
 // Two of the four units of a step lie 64 bytes further, in other banks.
 constexpr int kColumnStageBytes = kColumnStepUnits * kColumnUnitBytes + 64;
@@ -50,16 +51,12 @@ __device__ __forceinline__ float column_entry(uint32_t at) {
   return v;
 }
 
-// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM. kWarps: 8 with a row
-// block each, or 16 with half of one each. 512 threads with 120
-// registers leave room for a block of reduce.cuh.
-template <typename T, int kBooks, int kCtas, int kWarps>
-__global__ void __maxnreg__(kWarps == 16 ? 120 : kCtas == 2 ? 128 : 168)
+// kBooks: B; a warp's codebook entries stay in registers. kCtas: of an SM.
+template <typename T, int kBooks, int kCtas>
+__global__ void __launch_bounds__(kColumnWarps * 32, kCtas)
 columns_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kGroupRows = tune::kColumnRows, kStages = kColumnStages;
-  constexpr int kHalves = kWarps / kColumnBlocks, kLoads = 8 / kHalves;  // of 8 rows each
-  constexpr int kRows = kBlockRows / kHalves;                            // of a warp
+  constexpr int kWarps = kColumnWarps, kGroupRows = tune::kColumnRows, kStages = kColumnStages;
   constexpr int kTiles = 16 / kWarps;  // of 16 entries that a warp computes
   constexpr int kStage = kColumnStageBytes, kUnitStride = kColumnUnitBytes;
   constexpr int kX = 4 / kBooks;  // distinct x fragments of a step
@@ -100,9 +97,8 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     if (lane != 0) return;
     const int stage = n % kStages, units = min(kColumnStepUnits, a.units() - u);
     const int blocks = (rows - group * kGroupRows + kBlockRows - 1) / kBlockRows;
-    const uint32_t bytes = min(blocks, kColumnBlocks) * kUnitBytes;
-    const uint8_t* from =
-        p.packed + (size_t(u) * s.tiles + tile + group * kColumnBlocks) * kUnitBytes;
+    const uint32_t bytes = min(blocks, kWarps) * kUnitBytes;
+    const uint8_t* from = p.packed + (size_t(u) * s.tiles + tile + group * kWarps) * kUnitBytes;
     mbar::expect(full + stage, units * bytes);
 #pragma unroll
     for (int i = 0; i < kColumnStepUnits; ++i, from += size_t(s.tiles) * kUnitBytes)
@@ -121,7 +117,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     const int count = piece.u1 - piece.u0;
     begin += count;
     const T* books = static_cast<const T*>(p.codebooks) + size_t(piece.part) * kBooks * entries * 8;
-    float acc[kRows] = {};  // [row / 8][row % 8], of half a block row % 4
+    float acc[kBlockRows] = {};  // [row / 8][row % 8]
     uint32_t x[2][kX];  // of steps i and i + 1: copying one to the other would wait for its load
 
     // x of a step as B fragments: MMA n has columns c = 0..7 = half step n + 4 (c / 4), vector
@@ -179,8 +175,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
     build(k & 1, x[0]);
     // Warps past the part's last row block repeat it; nobody reads their sums.
     const unsigned char* const my_codes =
-        ring + code_offset + min(warp / kHalves, piece.tiles - 1) * kUnitBytes +
-        warp % kHalves * kLoads * 64;
+        ring + code_offset + min(warp, piece.tiles - 1) * kUnitBytes;
     auto step = [&](bool more, uint32_t (&next_x)[kX]) {
       const int table = k & 1;
       mbar::wait(ready + table, k >> 1 & 1);
@@ -190,16 +185,16 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
         const uint2 c = *reinterpret_cast<const uint2*>(codes + r * 64);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-          acc[j * kLoads + r] +=
+          acc[j * 8 + r] +=
               column_entry(__byte_perm(j < 4 ? c.x : c.y, column, 0x7604 | j % 4 << 4));
       };
 #pragma unroll
-      for (int r = 0; r < kLoads / 2; ++r) lookup(r);
+      for (int r = 0; r < 4; ++r) lookup(r);
       if (k > 0) mbar::wait(read + (table ^ 1), (k - 1) >> 1 & 1);
       if (more) build(table ^ 1, next_x);
       if (k > 0 && k % kWarps == warp) fetch(k - 1 + kStages);  // into the last step's stage
 #pragma unroll
-      for (int r = kLoads / 2; r < kLoads; ++r) lookup(r);
+      for (int r = 4; r < 8; ++r) lookup(r);
       __syncwarp();
       if (lane == 0) mbar::arrive(read + table);
       column ^= 128;
@@ -214,24 +209,20 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
       step(i + 1 < count, x[1]);
       if (i + 1 < count) step(i + 2 < count, x[0]);
     }
-    // Each exchange halves the rows that a lane holds; lane l ends with sums l or 2l and 2l + 1.
+    // Each exchange halves the rows that a lane holds; lane l ends with rows 2l and 2l + 1.
 #pragma unroll
-    for (int d = 16, n = kRows / 2; d > 0; d /= 2, n /= 2) {
+    for (int d = 16, n = 32; d > 0; d /= 2, n /= 2) {
       const bool upper = lane & d;
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
+      for (int i = 0; i < 32; ++i) {
         if (i >= n) break;
         const float send = upper ? acc[i] : acc[i + n];
         acc[i] = (upper ? acc[i + n] : acc[i]) + __shfl_xor_sync(~0u, send, d);
       }
     }
-    float* out = slot_of(p, piece, 0) + warp / kHalves * kBlockRows;
-    if constexpr (kHalves == 1) {
-      out[2 * lane] = acc[0];
-      out[2 * lane + 1] = acc[1];
-    } else {
-      out[lane / 4 * 8 + warp % 2 * 4 + lane % 4] = acc[0];
-    }
+    float* out = slot_of(p, piece, 0) + warp * kBlockRows + 2 * lane;
+    out[0] = acc[0];
+    out[1] = acc[1];
   }
 #endif
 }

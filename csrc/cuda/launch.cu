@@ -47,7 +47,7 @@ int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
       if (r.variant == c.variant) return r.ctas_per_sm;
     return c.variant >= 8 ? 1 : 2;
   }
-  if (c.body == Body::kColumns) return c.variant % 2 ? 1 : 2;
+  if (c.body == Body::kColumns) return c.variant;
   if (c.body != Body::kMma) return 1;
   const int tiles = c.token_tile / (c.precision == Precision::kInt8 ? 4 : 8);
   return tune::mma_ctas_per_sm(a.codebooks, tiles);

@@ -3,10 +3,8 @@
 // Grid: (element chunks, items that were cut). A block covers a chunk of the item's
 // [slot_tokens][group_rows] and each of its `ways` thread rows sums every ways-th slot, so that all
 // loads of a thread are in flight together. Launched as a dependent of the matmul: its blocks are
-// already resident when the last partial is written, and the next matmul starts where one ends,
-// if the matmul leaves registers for a block (4 K or 8 K of an SM's 64 K). (The alternative, one
-// CTA per row group that arrives last and reduces alone, cost 8 to 40 us: one SM's worth of loads.
-// H200, 2026-11-22.)
+// already resident when the last partial is written. (The alternative, one CTA per row group that
+// arrives last and reduces alone, cost 8 to 40 us: one SM's worth of loads. H200, 2026-11-22.)
 #pragma once
 
 #include <type_traits>
@@ -15,22 +13,25 @@
 
 namespace aqlm {
 
+constexpr int kReduceThreads = 256;
 constexpr int kReduceInFlight = 8;
 
-// Neighbouring rows that a thread sums: more where slots are few.
-AQLM_HD constexpr int reduce_each(int ways) { return ways == 1 ? 4 : ways == 4 ? 2 : 1; }
+// Neighbouring rows that a thread sums: four where slots are few. kBeside: two, so that the blocks of
+// a matmul's reduction are no more than there are SMs.
+AQLM_HD constexpr int reduce_each(int ways, bool beside) { return ways == 1 ? 4 : beside ? 2 : 1; }
 
-// kWays = 1: at most kReduceInFlight slots. kAll: threads of a block; 64 with 56 registers or 256
-// with 32 find room beside a matmul.
-template <typename T, int kWays, int kAll>
-__global__ void __launch_bounds__(kAll, (kWays > 1 ? 2048 : 1152) / kAll)
+// kBeside: 32 registers, which a 1x16 matmul of one token leaves for one block an SM (split.cuh).
+// Its reduction is then resident when it ends, and the next matmul starts to fill its tables while
+// the sums are added: 4096 x 4096 int8 11.9 us against 14.0 (with shorter prologues: streamk.cuh).
+template <typename T, int kWays, bool kBeside>
+__global__ void __launch_bounds__(kReduceThreads, kBeside ? 8 : 6)
 reduce_kernel(const __grid_constant__ MatmulParams p) {
-  constexpr int kThreads = kAll / kWays, kEach = reduce_each(kWays);
+  constexpr int kThreads = kReduceThreads / kWays, kEach = reduce_each(kWays, kBeside);
   using Sum = std::conditional_t<kEach == 4, float4, std::conditional_t<kEach == 2, float2, float>>;
   __shared__ Sum sums[kWays][kThreads];
-  grid_dependents_start();
+  if constexpr (kBeside) grid_dependents_start();
   const Schedule& s = p.s;
-  const int element = threadIdx.x % kThreads, way = kWays == 1 ? 0 : threadIdx.x / kThreads;
+  const int element = threadIdx.x % kThreads, way = threadIdx.x / kThreads;
   const int i = (blockIdx.x * kThreads + element) * kEach;
   const int r = i & (s.group_rows - 1), m = i >> s.group_shift;
   Piece g;
@@ -44,15 +45,17 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
   const int slots = ctas * s.classes * s.lanes;
   const size_t stride = size_t(s.slot_tokens) * s.group_rows;
   const float* from = p.partials + size_t(item) * s.max_slots * stride + i;
+  if constexpr (!kBeside) asm volatile("" : "+l"(from));  // not the addresses of all slots at once
   float scale[kEach] = {};
 #pragma unroll
   for (int e = 0; e < kEach; ++e)
     if (valid && r + e < g.rows) scale[e] = to_float(static_cast<const T*>(p.scales)[n + e]);
+  if constexpr (!kBeside) grid_dependents_start();
   grid_dependency_wait();
 
   float sum[kEach] = {};
   if (valid)
-    for (int k = way; k < (kWays == 1 ? 1 : slots); k += kWays * kReduceInFlight) {
+    for (int k = way; k < slots; k += kWays * kReduceInFlight) {
       Sum v[kReduceInFlight];
 #pragma unroll
       for (int j = 0; j < kReduceInFlight; ++j)

@@ -87,9 +87,10 @@ AQLM_HD constexpr int split_table_bytes(int arch, int entries) {
 AQLM_HD constexpr int split_x_unit(bool int8) { return int8 ? 64 : 32; }
 constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of the aligned table
 
-// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (int8
-// M = 8 85 us against 88, M = 16 116 against 89; exact M = 16 175 both, M = 32 263 against 198),
-// up to those where dequantize + GEMM wins (28672 x 8192: 467 us at M = 128).
+// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (two
+// copies, 28672 x 8192, int8 M = 8 71 us against 89, M = 16 97 against 90; exact M = 16 144 against
+// 180; one copy, exact M = 32 263 against 198), up to those where dequantize + GEMM wins (467 us at
+// M = 128).
 inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums

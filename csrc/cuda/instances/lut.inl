@@ -25,16 +25,11 @@ cudaError_t lut(const MatmulParams& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, tables + xs, stream, p);
 }
 
-template <int kBooks, int kCtas, int kWarps>
+template <int kBooks, int kCtas>
 cudaError_t columns(const MatmulParams& p, cudaStream_t stream) {
-  auto kernel = columns_kernel<AQLM_T, kBooks, kCtas, kWarps>;
-  return AQLM_ENQUEUE_SMEM(kernel, kColumnSmem, p.s.ctas, kWarps * 32, kColumnSmem, stream, p);
-}
-template <int kBooks>
-cudaError_t columns(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
-  if (c.variant == 1) return columns<kBooks, 1, 8>(p, stream);
-  if (c.variant == 2) return columns<kBooks, 2, 8>(p, stream);
-  return columns<kBooks, 1, 16>(p, stream);
+  auto kernel = columns_kernel<AQLM_T, kBooks, kCtas>;
+  return AQLM_ENQUEUE_SMEM(kernel, kColumnSmem, p.s.ctas, kColumnWarps * 32, kColumnSmem, stream,
+                           p);
 }
 
 }  // namespace
@@ -42,10 +37,11 @@ cudaError_t columns(const LaunchConfig& c, const MatmulParams& p, cudaStream_t s
 template <>
 cudaError_t launch_columns<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
                                    cudaStream_t stream) {
+  const bool two = c.variant == 2;  // CTAs an SM
   switch (p.a.codebooks) {
-    case 1: return columns<1>(c, p, stream);
-    case 2: return columns<2>(c, p, stream);
-    case 4: return columns<4>(c, p, stream);
+    case 1: return two ? columns<1, 2>(p, stream) : columns<1, 1>(p, stream);
+    case 2: return two ? columns<2, 2>(p, stream) : columns<2, 1>(p, stream);
+    case 4: return two ? columns<4, 2>(p, stream) : columns<4, 1>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

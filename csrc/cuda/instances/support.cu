@@ -25,14 +25,15 @@ template <typename T>
 cudaError_t launch_reduce(const MatmulParams& p, cudaStream_t stream) {
   const int elements = p.s.slot_tokens * p.s.group_rows;
   const int slots = p.s.max_slots;
-  auto run = [&](auto kernel, int ways, int threads) {
-    const dim3 grid(ceil_div(elements, threads / ways * reduce_each(ways)), p.s.cells / p.s.units);
-    return enqueue(kernel, grid, threads, 0, stream, p);
+  const bool beside = p.tokens == 1 && p.s.classes > 1;  // 1x16, one token
+  auto run = [&](auto kernel, int ways, int each) {
+    const dim3 grid(ceil_div(elements, kReduceThreads / ways * each), p.s.cells / p.s.units);
+    return enqueue(kernel, grid, kReduceThreads, 0, stream, p);
   };
-  if (slots <= kReduceInFlight && elements <= 512) return run(reduce_kernel<T, 1, 64>, 1, 64);
-  if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1, 256>, 1, 256);
-  if (slots <= 4 * kReduceInFlight) return run(reduce_kernel<T, 4, 256>, 4, 256);
-  return run(reduce_kernel<T, 8, 256>, 8, 256);
+  if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1, false>, 1, reduce_each(1, false));
+  if (slots > 4 * kReduceInFlight) return run(reduce_kernel<T, 8, false>, 8, reduce_each(8, false));
+  if (beside) return run(reduce_kernel<T, 4, true>, 4, reduce_each(4, true));
+  return run(reduce_kernel<T, 4, false>, 4, reduce_each(4, false));
 }
 template cudaError_t launch_reduce<__half>(const MatmulParams&, cudaStream_t);
 template cudaError_t launch_reduce<__nv_bfloat16>(const MatmulParams&, cudaStream_t);
