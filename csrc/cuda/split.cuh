@@ -106,10 +106,17 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
   }
 }
 
-// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above; its bounds
-// say 128 threads more than there are, so that registers are left for a block of reduce.cuh.
+// Threads more in the bounds of kOwn than there are, so that registers are left for a block of
+// reduce.cuh (56 instead of 64; without dependent launch there is no use for them).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSplitSpare = 0;
+#else
+constexpr int kSplitSpare = 128;
+#endif
+
+// kTiles: MMA column tiles (8 tokens exact, 4 tokens int8). kOwn: one token, see above.
 template <typename T, int kTiles, bool kInt8, bool kOwn>
-__global__ void __launch_bounds__(kSplitWarps * 32 + (kOwn ? 128 : 0), 1)
+__global__ void __launch_bounds__(kSplitWarps * 32 + (kOwn ? kSplitSpare : 0), 1)
 split_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__
   constexpr int kArch = __CUDA_ARCH__ / 10;
