@@ -16,8 +16,8 @@ namespace aqlm {
 constexpr int kReduceThreads = 256;
 constexpr int kReduceInFlight = 8;
 
-// Neighbouring rows that a thread sums: four where slots are few. kBeside: two, so that the blocks of
-// a matmul's reduction are no more than there are SMs.
+// Neighbouring rows that a thread sums: four where slots are few. kBeside: two, so that the blocks
+// of a matmul's reduction are no more than there are SMs.
 AQLM_HD constexpr int reduce_each(int ways, bool beside) { return ways == 1 ? 4 : beside ? 2 : 1; }
 
 // kBeside: 32 registers, which a 1x16 matmul of one token leaves for one block an SM (split.cuh).
