@@ -12,6 +12,14 @@
 //   unit | row tile of 16 (all parts) | lane = (row % 8) * 4 + vector / 4 % 4 | row / 8 % 2 |
 //   vector % 4
 //
+//   behind all units a bit for each code, a word for each lane and 4 units:
+//   unit / 4 | row tile | lane | vector % 4 | unit % 4 | row / 8 % 2
+//
+// cuda.additive.split looks entries up in shared memory, of which entries below kSecondEntries have
+// a second copy there, at second_copy(code), in another bank. Which copy a code reads is chosen when
+// it is packed, so that the 32 lookups of an instruction meet fewest bank conflicts (2.3 wavefronts
+// for random codes instead of 3.5): the bit is set and second_copy(code) stored for the second.
+//
 // Units of K come first because a CTA reads one unit of many neighbouring row tiles at a time:
 // whole kilobytes of DRAM pages instead of 512 bytes of each (measured: docs/notes/cuda.md).
 //
@@ -39,10 +47,17 @@ constexpr int kBlockRows = 64;    // rows of a kByteTiles unit
 constexpr int kTileRows = 16;     // rows of a kWordTiles unit
 constexpr int kStepVectors = 4;   // vectors of a kByteTiles step
 constexpr int kTileVectors = 16;  // vectors of a kWordTiles unit
+constexpr int kChoiceUnits = 4;   // kWordTiles units that share a word of choices
+constexpr int kSecondAt = 2 << 16;  // bytes from the first copy of a table to the second
+constexpr int kSecondEntries = 40960;  // 80 KB: 128 KB, these and activations fill shared memory
 
 enum class Storage : int { kByteTiles = 0, kWordTiles = 1, kRows = 2 };
 
 AQLM_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Where the second copy of an entry lies, counted in entries: another order of each 64, so another
+// bank (two entries of 2 bytes share one). Its own inverse.
+AQLM_HD int second_copy(int code) { return code ^ (code >> 5 & 0x3e); }
 
 // The shape of one packed tensor: P fused parts of `rows[p]` out groups each.
 struct Additive {
@@ -94,7 +109,17 @@ struct Additive {
   AQLM_HD size_t packed_bytes() const {
     if (storage() == Storage::kRows)
       return size_t(out_groups()) * in_groups * codebooks * code_bytes();
-    return size_t(tile0(parts)) * units() * kUnitBytes;
+    if (storage() == Storage::kWordTiles) return choice_offset(0, units() + kChoiceUnits - 1);
+    return unit_offset(0, units());
+  }
+  // Byte offset of the choices of a kWordTiles unit: 32 words, one for each lane.
+  AQLM_HD size_t choice_offset(int tile, int unit) const {
+    return unit_offset(0, units()) +
+           (size_t(unit / kChoiceUnits) * tile0(parts) + tile) * 32 * sizeof(uint32_t);
+  }
+  // Bit of one code in its lane's word.
+  AQLM_HD static int choice_bit(int row, int vector) {
+    return vector % 4 * 8 + vector / kTileVectors % kChoiceUnits * 2 + row / 8 % 2;
   }
   // Byte offset of one code in the packed tensor; `row` counts from the start of the tensor.
   AQLM_HD size_t offset(int row, int vector, int codebook) const {

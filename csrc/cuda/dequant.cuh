@@ -255,7 +255,12 @@ dequant_words_kernel(const __grid_constant__ DequantParams p, int tile0) {
   const int rows_end = a.row0[part + 1];
   const T* books = static_cast<const T*>(p.codebooks) + size_t(part) * a.entries() * a.in_group;
   const uint4 c = load_stream(p.packed + a.unit_offset(tile, unit) + lane * 16);
-  uint32_t words[4] = {c.x, c.y, c.z, c.w};
+  const uint32_t choices = __ldg(reinterpret_cast<const uint32_t*>(
+                               p.packed + a.choice_offset(tile, unit)) + lane) >>
+                           unit % kChoiceUnits * 2;
+  const uint32_t upper = second_copies(choices, 0), lower = second_copies(choices, 1);
+  uint32_t words[4] = {plain_codes(c.x, upper, 0), plain_codes(c.y, upper, 1),
+                       plain_codes(c.z, lower, 0), plain_codes(c.w, lower, 1)};
   transpose_codes(words[0], words[1], t);
   transpose_codes(words[2], words[3], t);
   const int G = a.in_group;

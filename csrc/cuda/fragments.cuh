@@ -75,7 +75,8 @@ fragments_kernel(const __grid_constant__ MatmulParams p, int tiles) {
     if (valid && blockIdx.y == 0 && threadIdx.x == 0) p.x_scales[m] = peak / kActivationMax;
   }
   uint2* out = reinterpret_cast<uint2*>(p.x_fragments);
-  const int classes = p.s.classes, quads = p.s.units * 4;  // quads of 4 vectors
+  const int units = kHalves ? p.s.x_steps : p.s.units;  // of words
+  const int classes = p.s.classes, quads = units * 4;  // quads of 4 vectors
   const int items = words ? quads * classes : (ceil_div(K, 32) + 1) * 4;  // and a padding step
   const int column = kInt8 ? 2 * m : m;
   const int stride = gridDim.y * kFragmentThreads;
@@ -86,7 +87,7 @@ fragments_kernel(const __grid_constant__ MatmulParams p, int tiles) {
     int t;
     if (words) {
       const int dims = i / quads, quad = i % quads;
-      tile = size_t(dims) * p.s.units + quad / 4;
+      tile = size_t(dims) * units + quad / 4;
       t = quad % 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

@@ -102,10 +102,12 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     if (g_body == 2) return c;
 #endif
     const int most = wgmma ? tune::split_wgmma_tokens(int8) : tune::kSplitTokens;
-    if (tokens > most || device.max_smem < (2 << a.nbits)) return c;
+    const int room = device.max_smem - tune::kSplitStatic -
+                     tune::split_table_bytes(device.arch, a.entries());
+    if (tokens > most || room < 0) return c;
     c.body = wgmma ? Body::kSplitWgmma : Body::kSplit;
     c.token_tile = wgmma ? round_up_tile(tokens, 16, 4) : round_up_tile(tokens, int8 ? 4 : 8, 4);
-    c.variant = pick(tune::kSplit, cells).row_warps;
+    if (tokens == 1 && !wgmma && a.units() * tune::split_x_unit(int8) <= room) c.token_tile = 1;
   } else {
     const bool mma = a.in_group == 8 && (a.codebooks <= 2 || a.codebooks == 4);
     const int smem = tune::mma_smem(a.codebooks, 1);
@@ -182,7 +184,6 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   const Additive& a = p->a;
   s = {};
   if (c.body == Body::kGather) return;
-  const int warps = c.body == Body::kSplit ? 32 : tune::mma_warps(a.codebooks);
   s.units = a.units();
   s.tiles = a.tile0(a.parts);
   s.classes = 1;
@@ -192,8 +193,12 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   } else if (c.body == Body::kColumns) {
     s.group_rows = tune::kColumnRows;
     s.units = ceil_div(s.units, 4);  // steps of columns.cuh
+  } else if (c.body == Body::kSplit) {
+    s.group_rows = tune::kSplitRows;
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
+    s.x_steps = ceil_div(s.units, kChoiceUnits) * kChoiceUnits;
+    s.units = s.x_steps / kChoiceUnits;
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each
@@ -210,12 +215,13 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     if (a.codebooks == 4) s.units /= 2;  // two at a time
   } else {
     s.group_rows = c.variant * a.tile_rows();
-    s.lanes = warps / c.variant;
+    s.lanes = tune::mma_warps(a.codebooks) / c.variant;
   }
   const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
   if (split)
     s.classes = c.precision == Precision::kInt8 ? a.in_group / 2 : a.in_group;
   while ((1 << s.group_shift) < s.group_rows) ++s.group_shift;
+  while ((1 << s.tile_shift) < a.tile_rows()) ++s.tile_shift;
   for (int i = 0; i < a.parts; ++i) s.groups += ceil_div(a.rows_of(i), s.group_rows);
   s.passes = c.passes;
   s.slot_tokens = s.passes > 1 ? c.token_tile : p->tokens;
@@ -242,6 +248,10 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
   s.ctas = static_cast<int>(std::min<long long>(most, wave));
+  if (c.body == Body::kSplit) {  // no more blocks than the longest piece asks for
+    const long long longest = (cells + s.ctas - 1) / s.ctas;
+    s.ctas = static_cast<int>((cells + longest - 1) / longest);
+  }
   // A wave and a bit would leave most SMs waiting for the few with one CTA more.
   if (s.ctas * s.classes > device.sms && s.classes == 1 && c.body != Body::kColumns)
     s.ctas -= s.ctas % device.sms;
@@ -265,8 +275,8 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   w.partials = slots * s.slot_tokens * s.group_rows * sizeof(float);
   const bool int8 = c.precision == Precision::kInt8;
   const int tiles = c.token_tile / (int8 ? 4 : 8);
-  if (c.body == Body::kSplit || c.body == Body::kSplitWgmma)
-    w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kSplit) w.x_fragments = size_t(s.classes) * s.units * tiles * 256;
+  if (c.body == Body::kSplitWgmma) w.x_fragments = size_t(s.classes) * s.x_steps * tiles * 256;
   if (int8 && (c.body == Body::kMma || c.body == Body::kWgmmaInt8))
     w.x_fragments = size_t(ceil_div(p.a.in_groups, kStepVectors) + 1) * tiles * 256;
   if (c.body == Body::kWgmma || c.body == Body::kWgmmaLong)
@@ -284,7 +294,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
   cudaError_t e = cudaSuccess;
   const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
-  if (split || int8) e = launch_fragments<T>(c, p, stream);
+  if ((split || int8) && c.token_tile > 1) e = launch_fragments<T>(c, p, stream);
   if (e != cudaSuccess) return e;
   if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
   else if (c.body == Body::kColumns) e = launch_columns<T>(c, p, stream);

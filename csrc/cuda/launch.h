@@ -26,6 +26,7 @@ struct Schedule {
   int groups;         // row groups of all parts
   int group_rows;     // rows per group, a power of two
   int group_shift;    // log2(group_rows)
+  int tile_shift;     // log2 of the rows of a row tile
   int units;          // K units per row group
   int tiles;          // row tiles of all parts: one unit of K is tiles * 512 bytes
   int passes;         // of slot_tokens tokens each; an item is a row group in one pass
@@ -34,11 +35,11 @@ struct Schedule {
   int ctas;           // blocks per class that share the cells
   int grid;           // blocks (kWgmma)
   int slot_tokens;    // tokens of a pass: a slot is [slot_tokens][group_rows]
-  int classes;        // blocks that share one cell (split codebook dimensions)
+  int classes;        // blocks that share one cell (split codebook dimensions): a power of two
   int lanes;          // partial slots that one block writes per piece (warps along K)
   int max_slots;      // slots reserved per group
   int max_units;      // longest K range of one block
-  int x_steps;        // K steps of 32 columns in the x image (kWgmma)
+  int x_steps;        // K steps in the x image (kWgmma ...: of 32 columns, kSplitWgmma: units)
 };
 
 struct MatmulParams {
@@ -62,7 +63,7 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma, kSplit: warps along rows
+  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
 };

@@ -20,6 +20,51 @@ __global__ void pack_kernel(const __grid_constant__ Additive a, const Code* code
   else *reinterpret_cast<uint16_t*>(to) = code;
 }
 
+// A warp for each (row tile, kChoiceUnits units): chooses which copy of its entry a code reads
+// (additive_layout.h). A thread has one lookup of one unit, lookups that 32 lanes do together, and
+// moves codes one by one to the copy whose bank has fewer, three times over.
+constexpr int kChooseWarps = 4;
+__global__ void __launch_bounds__(kChooseWarps * 32)
+choose_kernel(const __grid_constant__ Additive a, uint8_t* packed) {
+  __shared__ uint8_t loads[kChooseWarps][32][32];  // [warp][bank][thread]
+  const int thread = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int all_tiles = a.tile0(a.parts), groups = ceil_div(a.units(), kChoiceUnits);
+  const long long index = blockIdx.x * static_cast<long long>(kChooseWarps) + warp;
+  if (index >= static_cast<long long>(groups) * all_tiles) return;
+  const int tile = index % all_tiles, unit = index / all_tiles * kChoiceUnits + thread / 2 % 4;
+  const int position = thread % 2 * 4 + thread / 8;  // see choice_bit
+  const bool valid = unit < a.units();
+  uint16_t* const codes = reinterpret_cast<uint16_t*>(
+      packed + a.unit_offset(tile, valid ? unit : 0)) + position;
+  auto load = [&](int bank) -> uint8_t& { return loads[warp][bank][thread]; };
+  auto bank_of = [](int entry) { return entry >> 1 & 31; };
+  const int limit = a.entries() < kSecondEntries ? a.entries() : kSecondEntries;
+  uint32_t second = 0;  // a bit for each lane
+  if (valid) {
+    for (int b = 0; b < 32; ++b) load(b) = 0;
+    for (int lane = 0; lane < 32; ++lane) ++load(bank_of(codes[lane * 8]));
+    for (int i = 0; i < 3 * 32; ++i) {
+      const int lane = i % 32, code = codes[lane * 8];
+      if (code >= limit) continue;
+      const int bank = bank_of(code), second_bank = bank_of(second_copy(code));
+      const bool moved = second >> lane & 1;
+      uint8_t& here = load(moved ? second_bank : bank);
+      uint8_t& there = load(moved ? bank : second_bank);
+      const bool move = there < here;  // else it would have as many there
+      here -= move;
+      there += move;
+      second ^= uint32_t(move) << lane;
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      if (second >> lane & 1) codes[lane * 8] = second_copy(codes[lane * 8]);
+  }
+  uint32_t* const choices = reinterpret_cast<uint32_t*>(packed + a.choice_offset(tile, unit));
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t word = __ballot_sync(~0u, second >> lane & 1);
+    if (thread == lane) choices[lane] = word;
+  }
+}
+
 // The inverse; restores the sign extension of the canonical container.
 template <typename Code>
 __global__ void unpack_kernel(const __grid_constant__ Additive a, const uint8_t* packed,
@@ -29,7 +74,14 @@ __global__ void unpack_kernel(const __grid_constant__ Additive a, const uint8_t*
   const int b = i % a.codebooks, v = i / a.codebooks % a.in_groups;
   const int row = i / (size_t(a.codebooks) * a.in_groups);
   const uint8_t* from = packed + a.offset(row, v, b);
-  const int code = a.code_bytes() == 1 ? *from : *reinterpret_cast<const uint16_t*>(from);
+  int code = a.code_bytes() == 1 ? *from : *reinterpret_cast<const uint16_t*>(from);
+  if (a.storage() == Storage::kWordTiles) {
+    const int r = row - a.row0[a.part_of(row)];
+    const int tile = a.tile0(a.part_of(row)) + r / kTileRows;
+    const uint32_t* choices =
+        reinterpret_cast<const uint32_t*>(packed + a.choice_offset(tile, v / kTileVectors));
+    if (choices[r % 8 * 4 + v / 4 % 4] >> a.choice_bit(r, v) & 1) code = second_copy(code);
+  }
   codes[i] = static_cast<Code>(code >= a.entries() / 2 ? code - a.entries() : code);
 }
 

@@ -16,6 +16,13 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// 4 bytes that are read once, past L1.
+__device__ __forceinline__ uint32_t load_stream_word(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 // 4 bytes, kept in its place among other volatile accesses (the compiler sinks a constant load
 // below grid_dependency_wait).
 __device__ __forceinline__ uint32_t load_early(const void* p) {
@@ -70,6 +77,10 @@ __device__ __forceinline__ uint32_t load_word(const void* p) {
 __device__ __forceinline__ uint32_t load_pair(const void* p) {
   return __ldg(static_cast<const uint32_t*>(p));
 }
+
+// Keeps an address in its register: the compiler would compute it anew at every use.
+__device__ __forceinline__ void keep(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void keep(const uint8_t*& p) { asm volatile("" : "+l"(p)); }
 
 // (a & b) | c in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {

@@ -16,20 +16,28 @@ namespace aqlm {
 constexpr int kReduceThreads = 256;
 constexpr int kReduceInFlight = 8;
 
-// kWays > 1: many slots, one element a thread; kWays = 1: few slots, four neighbouring rows.
-template <typename T, int kWays>
-__global__ void __launch_bounds__(kReduceThreads)
+// Neighbouring rows that a thread sums: four where slots are few. kBeside: two, so that the blocks
+// of a matmul's reduction are no more than there are SMs.
+AQLM_HD constexpr int reduce_each(int ways, bool beside) { return ways == 1 ? 4 : beside ? 2 : 1; }
+
+// kBeside: 32 registers, which a 1x16 matmul of one token leaves for one block an SM (split.cuh).
+// Its reduction is then resident when it ends, and the next matmul starts to fill its tables while
+// the sums are added: 4096 x 4096 int8 11.9 us against 14.0 (with shorter prologues: streamk.cuh).
+template <typename T, int kWays, bool kBeside>
+__global__ void __launch_bounds__(kReduceThreads, kBeside ? 8 : 6)
 reduce_kernel(const __grid_constant__ MatmulParams p) {
-  constexpr int kThreads = kReduceThreads / kWays, kEach = kWays == 1 ? 4 : 1;
-  using Sum = std::conditional_t<kWays == 1, float4, float>;
-  __shared__ float sums[kWays][kThreads];
+  constexpr int kThreads = kReduceThreads / kWays, kEach = reduce_each(kWays, kBeside);
+  using Sum = std::conditional_t<kEach == 4, float4, std::conditional_t<kEach == 2, float2, float>>;
+  __shared__ Sum sums[kWays][kThreads];
+  if constexpr (kBeside) grid_dependents_start();
   const Schedule& s = p.s;
   const int element = threadIdx.x % kThreads, way = threadIdx.x / kThreads;
   const int i = (blockIdx.x * kThreads + element) * kEach;
   const int r = i & (s.group_rows - 1), m = i >> s.group_shift;
   Piece g;
-  const int item = blockIdx.y, all = s.whole + item, token = all / s.groups * s.slot_tokens + m;
-  locate_group(p.a, s, all % s.groups, &g);
+  const int item = blockIdx.y;
+  locate_group(p.a, s, group_of(s, s.whole + item, &g.pass), &g);
+  const int token = g.pass * s.slot_tokens + m;
   const bool valid = r < g.rows && m < s.slot_tokens && token < p.tokens;
   const int n = g.row + r;
   const int cell = item * s.units;
@@ -37,11 +45,12 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
   const int slots = ctas * s.classes * s.lanes;
   const size_t stride = size_t(s.slot_tokens) * s.group_rows;
   const float* from = p.partials + size_t(item) * s.max_slots * stride + i;
+  if constexpr (!kBeside) asm volatile("" : "+l"(from));  // not the addresses of all slots at once
   float scale[kEach] = {};
 #pragma unroll
   for (int e = 0; e < kEach; ++e)
     if (valid && r + e < g.rows) scale[e] = to_float(static_cast<const T*>(p.scales)[n + e]);
-  grid_dependents_start();
+  if constexpr (!kBeside) grid_dependents_start();
   grid_dependency_wait();
 
   float sum[kEach] = {};
@@ -59,11 +68,15 @@ reduce_kernel(const __grid_constant__ MatmulParams p) {
         for (int e = 0; e < kEach; ++e) sum[e] += reinterpret_cast<const float*>(&v[j])[e];
     }
   if constexpr (kWays > 1) {
-    sums[way][element] = sum[0];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) reinterpret_cast<float*>(&sums[way][element])[e] = sum[e];
     __syncthreads();
     if (way > 0) return;
 #pragma unroll
-    for (int k = 1; k < kWays; ++k) sum[0] += sums[k][element];
+    for (int k = 1; k < kWays; ++k)
+#pragma unroll
+      for (int e = 0; e < kEach; ++e)
+        sum[e] += reinterpret_cast<const float*>(&sums[k][element])[e];
   }
   if (!valid) return;
 #pragma unroll

@@ -25,22 +25,37 @@ struct Piece {
   int first_cta;  // first CTA that works on this item
 };
 
+// Which share of the cells this block has, and of which class. (A division of two variables takes
+// 150 cycles, and these functions run before anything else: they are shifts where they can be.)
+__device__ __forceinline__ int own_cta(const Schedule& s) {
+  return blockIdx.x >> (31 - __clz(s.classes));
+}
+__device__ __forceinline__ int own_class(const Schedule& s) { return blockIdx.x & (s.classes - 1); }
+
+// Row group and pass of an item that counts from the first, whole ones included.
+__device__ __forceinline__ int group_of(const Schedule& s, int item, int* pass) {
+  int group = item;
+  for (*pass = 0; group >= s.groups; ++*pass) group -= s.groups;
+  return group;
+}
+
 // Part, packed tile and rows of a row group.
 __device__ __forceinline__ void locate_group(const Additive& a, const Schedule& s, int group,
                                              Piece* p) {
+  auto tiles_of = [&](int rows) { return (rows + (1 << s.tile_shift) - 1) >> s.tile_shift; };
   int g = group, tile = 0, part = 0;
   for (;; ++part) {
-    const int groups = ceil_div(a.rows_of(part), s.group_rows);
+    const int groups = (a.rows_of(part) + s.group_rows - 1) >> s.group_shift;
     if (g < groups) break;
     g -= groups;
-    tile += ceil_div(a.rows_of(part), a.tile_rows());
+    tile += tiles_of(a.rows_of(part));
   }
-  const int row_in_part = g * s.group_rows;
+  const int row_in_part = g << s.group_shift;
   p->part = part;
   p->row = a.row0[part] + row_in_part;
   p->rows = min(s.group_rows, a.rows_of(part) - row_in_part);
-  p->tile = tile + row_in_part / a.tile_rows();
-  p->tiles = ceil_div(p->rows, a.tile_rows());
+  p->tile = tile + (row_in_part >> s.tile_shift);
+  p->tiles = tiles_of(p->rows);
 }
 
 // The CTA that owns a cell. make_schedule keeps cells * ctas below 2^31.
@@ -51,10 +66,9 @@ __device__ __forceinline__ int cta_of(const Schedule& s, int cell) {
 // The piece that starts at `cell`.
 __device__ __forceinline__ void locate(const Additive& a, const Schedule& s, int cell, int end,
                                        Piece* p) {
-  const int item = cell / s.units, all = s.whole + item;
-  locate_group(a, s, all % s.groups, p);
+  const int item = cell / s.units;
+  locate_group(a, s, group_of(s, s.whole + item, &p->pass), p);
   p->item = item;
-  p->pass = all / s.groups;
   p->u0 = cell - item * s.units;
   p->u1 = min(s.units, p->u0 + end - cell);
   p->first_cta = cta_of(s, item * s.units);
@@ -65,7 +79,7 @@ __device__ __forceinline__ void locate(const Additive& a, const Schedule& s, int
 template <typename Fn>
 __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule& s, Fn&& body) {
   __shared__ Piece piece;
-  const int cta = blockIdx.x / s.classes;
+  const int cta = own_cta(s);
   const int end = (cta + 1) * s.cells / s.ctas;
   int cell = cta * s.cells / s.ctas;
   while (cell < end) {
@@ -81,15 +95,14 @@ __device__ __forceinline__ void for_each_piece(const Additive& a, const Schedule
 // that are not cut come first.
 template <typename Fn>
 __device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule& s, Fn&& body) {
-  const int cta = blockIdx.x / s.classes;
+  const int cta = own_cta(s);
   int item = cta, cell = cta * s.cells / s.ctas;
   const int end = cta < s.ctas ? (cta + 1) * s.cells / s.ctas : cell;
   while (item < s.whole || cell < end) {
     Piece piece;
     if (item < s.whole) {
-      locate_group(a, s, item % s.groups, &piece);
+      locate_group(a, s, group_of(s, item, &piece.pass), &piece);
       piece.item = -1;
-      piece.pass = item / s.groups;
       piece.u0 = 0;
       piece.u1 = s.units;
       item += s.grid;
@@ -104,8 +117,7 @@ __device__ __forceinline__ void for_own_pieces(const Additive& a, const Schedule
 // Partials of warp `lane` (0 .. lanes - 1) of this CTA: [slot_tokens][group_rows] floats.
 __device__ __forceinline__ float* slot_of(const MatmulParams& p, const Piece& piece, int lane) {
   const Schedule& s = p.s;
-  const int arrival =
-      (blockIdx.x / s.classes - piece.first_cta) * s.classes + blockIdx.x % s.classes;
+  const int arrival = (own_cta(s) - piece.first_cta) * s.classes + own_class(s);
   const size_t slot = size_t(piece.item) * s.max_slots + arrival * s.lanes + lane;
   return p.partials + slot * s.slot_tokens * s.group_rows;
 }

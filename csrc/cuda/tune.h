@@ -75,10 +75,22 @@ AQLM_HD constexpr int wgmma_group_rows(int tokens) { return tokens > 64 ? 256 : 
 
 // The split body runs in passes of 8 .. 32 tokens up to these.
 constexpr int kSplitTokens = 64;
+constexpr int kSplitRows = 512;  // all warps on rows: fewest partial sums
 
-// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (int8
-// M = 8 85 us against 88, M = 16 116 against 89; exact M = 16 175 both, M = 32 263 against 198),
-// up to those where dequantize + GEMM wins (28672 x 8192: 467 us at M = 128).
+// Two copies of its table where shared memory has room for them.
+AQLM_HD constexpr bool split_two_copies(int arch) { return arch >= 90 && arch < 120; }
+AQLM_HD constexpr int split_table_bytes(int arch, int entries) {
+  const int second = entries < kSecondEntries ? entries : kSecondEntries;
+  return split_two_copies(arch) ? kSecondAt + 2 * second : 2 * entries;
+}
+// One token's activations are rounded in the body itself where they fit: bytes of a unit of K.
+AQLM_HD constexpr int split_x_unit(bool int8) { return int8 ? 64 : 32; }
+constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of the aligned table
+
+// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (two
+// copies, 28672 x 8192, int8 M = 8 71 us against 89, M = 16 97 against 90; exact M = 16 144 against
+// 180; one copy, exact M = 32 263 against 198), up to those where dequantize + GEMM wins (467 us at
+// M = 128).
 inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
@@ -116,9 +128,6 @@ struct MmaRow {
 };
 constexpr MmaRow kMma[] = {
     {0, 8, "all warps on rows: activations are shared through L1, fewest partial sums"},
-};
-constexpr MmaRow kSplit[] = {
-    {0, 32, "all warps on rows: fewest partial sums"},
 };
 // Units of K per CTA below which partial sums cost more than idle SMs.
 inline int mma_min_units(int tokens) { return tokens <= 4 ? 3 : tokens <= 16 ? 6 : 12; }

@@ -187,7 +187,7 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
     });
   } else {
     registers_up<kWgWarps == 8 ? 240 : 112>();  // 112: a launch of 640 threads has 96 each
-    const int g = lane / 4, t = lane % 4;
+    const int g = lane / 4;
     // Lane 0's: the compiler then knows that a warp does not diverge, and keeps addresses of stages
     // and descriptors in uniform registers (16 R2UR less a step of 32 tokens).
     const int own = __shfl_sync(~0u, warp, 0);

@@ -86,7 +86,7 @@ wgmma_wide_kernel(const __grid_constant__ MatmulParams p) {
   unsigned char* const stages = smem + kWideBooks * kMmaBookBytes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(stages + kStages * kStage);
   uint64_t* const empty = full + kStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cls = blockIdx.x % p.s.classes;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, cls = own_class(p.s);
   if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kWideWgWarps);
   grid_dependents_start();
   __syncthreads();

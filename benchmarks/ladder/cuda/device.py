@@ -1,11 +1,12 @@
 """Checks build/cuda/_cuda.so on a GPU machine and times variants that no user can choose.
 
-    PYTHONPATH=. python3 benchmarks/ladder/cuda/device.py check|tiny|tune|chain|profile|one
+    PYTHONPATH=. python3 benchmarks/ladder/cuda/device.py check|tiny|bodies|tune|chain|profile|one
 
-``check`` compares with a float64 dequantize-and-matmul; ``tune`` sweeps bodies and launch variants
-through the override of the ladder build; ``chain`` times dependent layers with and without
-dependent launch. Published rows come from ``benchmarks/bench_matmul.py --device cuda``. The package
-must be the source tree, without its own ``_cuda``.
+``check`` compares with a float64 dequantize-and-matmul; ``bodies`` calls each body once, for
+compute-sanitizer; ``tune`` sweeps bodies and launch variants through the override of the ladder
+build; ``chain`` times dependent layers with and without dependent launch. Published rows come from
+``benchmarks/bench_matmul.py --device cuda``. The package must be the source tree, without its own
+``_cuda``.
 """
 
 import argparse
@@ -226,6 +227,49 @@ def check(tiny=False):
     print("CHECK", "FAILED" if bad else "OK", bad)
 
 
+# Format, tokens, precisions, and variant, CTAs and body as in launch.cu: each kernel of one dtype.
+BOTH = ("exact", "int8")
+ONE_CALL = [
+    *(((B, 8, 8), 1, ("exact",), (v, 0, -1)) for B in (1, 2, 4) for v in (1, 2)),  # columns
+    *(((3, 8, 8), 1, ("exact",), (v, 0, 0)) for v in (1, 2, 4, 8, 16)),  # lut
+    *(((8, 8, 32), 1, ("exact",), (v, 0, 0)) for v in (1, 2, 4, 8, 16)),
+    *(((B, 8, 8), M, BOTH, (0, 0, 1)) for B in (1, 2, 4) for M in (2, 12, 30, 60)),  # mma
+    *(((B, 8, 8), M, ("exact",), (0, 0, 3)) for B in (1, 2, 4) for M in (9, 40, 100)),  # wgmma
+    *(((B, 8, 8), M, ("int8",), (0, 0, 7)) for B in (1, 2) for M in (9, 20)),  # wgmma_int8
+    *(((B, 8, 8), 200, ("exact",), (0, 0, 9)) for B in (1, 2)),  # wgmma_long
+    *(((8, 8, 32), M, ("exact",), (0, 0, 8)) for M in (9, 40, 100)),  # wgmma_wide
+    *(((1, 16, 8), M, BOTH, (0, 0, 1)) for M in (1, 4, 8, 16, 30)),  # split
+    *(((1, 16, 8), M, BOTH, (0, 0, 3)) for M in (9, 20, 60)),  # split_wgmma
+    ((1, 12, 16), 1, BOTH, (0, 0, -1)),
+    *(((2, 12, 8), M, ("exact",), (0, 0, -1)) for M in (3, 9)),  # gather, dequantize
+]
+
+
+def bodies():
+    """Each body once on a small odd shape, against float64: `compute-sanitizer ... bodies`."""
+    torch.manual_seed(3)
+    N, K, bad = 70, 256, 0
+    for fmt, M, precisions, knobs in ONE_CALL:
+        for precision in precisions:
+            override(*knobs)
+            layer = Layer(*fmt, N, K, torch.float16, precision=precision, bias=True)
+            x = torch.randn(M, K, device=DEV).half()
+            y = layer(x)
+            w = layer.weight32().double()
+            back = ops.additive_unpack(
+                layer.packed, N, K // fmt[2], *fmt[:2], 1, fmt[2], layer.parts
+            )
+            dense = ops.additive_dequantize(
+                layer.packed, layer.codebooks, layer.scales, K, layer.parts
+            )
+            e = rel(y, x.double() @ w.T + layer.bias.double())
+            fine = torch.equal(back, layer.codes) and torch.equal(dense, w.half())
+            bad += not fine or not e < (2.5e-2 if precision == "int8" else 1e-3)
+            print(fmt, precision, M, knobs, f"error {e:.1e}, codes and weights {fine}", flush=True)
+    override()
+    print("BODIES", "FAILED" if bad else "OK", bad)
+
+
 def layers_for(B, b, G, N, K, dtype, precision):
     codes = N * K // G * B * b // 8
     n = max(2, math.ceil(256e6 / codes))
@@ -372,6 +416,8 @@ if __name__ == "__main__":
             check()
         elif what == "tiny":
             check(tiny=True)
+        elif what == "bodies":
+            bodies()
         elif what == "tune":
             tune()
         elif what == "chain":

@@ -25,14 +25,15 @@ template <typename T>
 cudaError_t launch_reduce(const MatmulParams& p, cudaStream_t stream) {
   const int elements = p.s.slot_tokens * p.s.group_rows;
   const int slots = p.s.max_slots;
-  auto run = [&](auto kernel, int ways) {
-    const int chunk = ways == 1 ? 4 * kReduceThreads : kReduceThreads / ways;
-    const dim3 grid(ceil_div(elements, chunk), p.s.cells / p.s.units);
+  const bool beside = p.tokens == 1 && p.s.classes > 1;  // 1x16, one token
+  auto run = [&](auto kernel, int ways, int each) {
+    const dim3 grid(ceil_div(elements, kReduceThreads / ways * each), p.s.cells / p.s.units);
     return enqueue(kernel, grid, kReduceThreads, 0, stream, p);
   };
-  if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1>, 1);
-  if (slots <= 4 * kReduceInFlight) return run(reduce_kernel<T, 4>, 4);
-  return run(reduce_kernel<T, 8>, 8);
+  if (slots <= kReduceInFlight) return run(reduce_kernel<T, 1, false>, 1, reduce_each(1, false));
+  if (slots > 4 * kReduceInFlight) return run(reduce_kernel<T, 8, false>, 8, reduce_each(8, false));
+  if (beside) return run(reduce_kernel<T, 4, true>, 4, reduce_each(4, true));
+  return run(reduce_kernel<T, 4, false>, 4, reduce_each(4, false));
 }
 template cudaError_t launch_reduce<__half>(const MatmulParams&, cudaStream_t);
 template cudaError_t launch_reduce<__nv_bfloat16>(const MatmulParams&, cudaStream_t);
@@ -202,6 +203,11 @@ cudaError_t launch_pack(const Additive& a, const void* codes, uint8_t* packed, i
     pack_kernel<<<blocks, 256, 0, stream>>>(a, static_cast<const int8_t*>(codes), packed);
   else
     pack_kernel<<<blocks, 256, 0, stream>>>(a, static_cast<const int16_t*>(codes), packed);
+  if (a.storage() == Storage::kWordTiles) {
+    const size_t warps = size_t(ceil_div(a.units(), kChoiceUnits)) * a.tile0(a.parts);
+    const int grid = static_cast<int>((warps + kChooseWarps - 1) / kChooseWarps);
+    choose_kernel<<<grid, kChooseWarps * 32, 0, stream>>>(a, packed);
+  }
   return cudaGetLastError();
 }
 
