@@ -186,7 +186,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
-  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device))
+  if (c.tiles == 1 && !c.grouped && x_type != DType::kFloat32 &&
+      tune::rotated_owned(w, tokens, rotates, device))
     c.share = Share::kOwned;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;

@@ -27,6 +27,25 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
+// Turns of the kGroups warpgroups of a block at issuing MMAs, in the order of their numbers, over and
+// over: `wait`, issue, `pass`. Served side by side their MMAs would end together, and the tensor
+// cores would then stand idle while all of them decode.
+// One group: nothing to wait for.
+template <int kGroups>
+struct Turns {
+  int own;
+  __device__ __forceinline__ explicit Turns(int group) : own(group) {
+    if (group == kGroups - 1) pass();
+  }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kGroups > 1) asm volatile("bar.sync %0, 256;" :: "r"(1 + own) : "memory");
+  }
+  __device__ __forceinline__ void pass() const {  // not after the last group's last turn
+    if constexpr (kGroups > 1)
+      asm volatile("bar.arrive %0, 256;" :: "r"(own + 1 < kGroups ? 2 + own : 1) : "memory");
+  }
+};
+
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
