@@ -141,12 +141,15 @@ inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
+// Row groups that wait in a block for their transform.
+AQLM_HD constexpr int rotated_held(int tiles) { return tiles == 1 ? 2 : 1; }
 // Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
   if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
   const int slots = local_cells(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
-         (std::max(slots, warps) + tokens) * 4 + tokens * warps * kCellRows * 4;
+         (std::max(slots, warps) + tokens) * 4 +
+         rotated_held(tiles) * tokens * warps * kCellRows * 4;
 }
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 

@@ -324,7 +324,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
           __syncthreads();
           transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
-                                  out + n * 4 * s.group_rows, blocks - group * kWarps);
+                                  out + n * 4 * s.group_rows, blocks - group * kWarps, warp);
         } else if (m < tokens) {
 #pragma unroll
           for (int r = 0; r < 4; ++r)
