@@ -22,8 +22,7 @@ struct CodeStream {
     from = p.w.packed + (size_t(block) * units + unit) * kBytes + threadIdx.x % 32 * 16;
   }
   // Brings the next 4 KB to L2: memory would idle while the block waits for x and stages it.
-  __device__ __forceinline__ void prefetch() const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void prefetch(int lane) const {
     if (lane * 128 < min(left, wrap) * kBytes)
       asm volatile("prefetch.global.L2 [%0];" :: "l"(from + lane * (128 - 16)));
   }

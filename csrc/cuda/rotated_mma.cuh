@@ -55,7 +55,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  if constexpr (kLocal) codes.prefetch();
+  if constexpr (kLocal) codes.prefetch(lane);
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
   const int unit0 = first % units, group0 = first / units;
   const int slot0 = kLocal ? first_slot(p, group0) : 0;
@@ -188,17 +188,19 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     }
     return v;
   };
-  constexpr bool kEarly = kTiles == 1 && !kGrouped;  // sums known before the row group ends
+  constexpr bool kEarly = kTiles == 1 && !kGrouped && kPlanes == 1;  // two planes: no registers
   float2 early = make_float2(0.f, 0.f);
   // Row groups whose sums wait in `exchange` for the end of the block's range, or for its room: a
   // barrier and a transform between them, by few warps, would stop all codes.
-  constexpr int kHeld = tune::rotated_held(kTiles);
+  constexpr int kHeld = tune::rotated_held(kCoding, kBits, kTiles);
   const int exchange_floats = tokens * kWarps * kCellRows;
   int held = 0;
   auto finish_held = [&](int last) {  // last: the row group written last
     __syncthreads();
-    for (int h = 0; h < held; ++h) {
-      const int of = last - held + 1 + h;
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (h >= held) break;
+      const int of = kHeld == 1 ? last : last - held + 1 + h;
       transform_warps<kWarps>(exchange + h * exchange_floats, tokens, p.local_bits - 5,
                               partials_of(p, of, of == group0 ? slot0 : 0), blocks - of * kWarps,
                               (warp + h * (kWarps / 2)) % kWarps);
@@ -217,7 +219,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
           finish_held(group - 1);
           __syncthreads();
         }
-        out = exchange + held * exchange_floats;
+        out = kHeld == 1 ? exchange : exchange + held * exchange_floats;
         ++held;
       }
     }

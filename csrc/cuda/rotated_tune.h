@@ -22,7 +22,8 @@ AQLM_HD constexpr int rotated_bound(Coding coding, int bits, int tiles, bool gro
                                     Share share) {
   const bool enough = share == Share::kLocal ||
                       (bits != 3 && (coding == Coding::kScalar || bits == 2));
-  return tiles == 1 && !grouped && warps == 16 && enough ? 640 : warps * 32;
+  if (tiles > 1 || grouped || warps != 16 || !enough) return warps * 32;
+  return coding == Coding::kE8p && bits == 3 ? 608 : 640;  // 104 registers: 96 spill one
 }
 
 // One token of a large 2-bit matrix: 24 warps with less in flight each, 22.0 -> 20.9 us at
@@ -142,14 +143,16 @@ inline int local_cells(const RotatedSchedule& s) {
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
 // Row groups that wait in a block for their transform.
-AQLM_HD constexpr int rotated_held(int tiles) { return tiles == 1 ? 2 : 1; }
+AQLM_HD constexpr int rotated_held(Coding coding, int bits, int tiles) {
+  return tiles == 1 && rotated_planes(coding, bits) == 1 ? 2 : 1;
+}
 // Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
   if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
   const int slots = local_cells(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
          (std::max(slots, warps) + tokens) * 4 +
-         rotated_held(tiles) * tokens * warps * kCellRows * 4;
+         2 * tokens * warps * kCellRows * 4;
 }
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 

@@ -127,9 +127,10 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   Ring<kStages> ring;
   const uint32_t no_bits = static_cast<uint32_t>(s.ctas) >> 31;  // 0
   int read = 0, released = -1;  // slot of codes; stage of x whose MMAs are under way
-  // Scale groups and 8 bits: their registers are all taken (20 bytes were spilled).
-  constexpr int kGroups = kGrouped || kBits == 8 ? 1 : kWarps / 4;
-  const Turns<kGroups> turns(warp / 4);
+  // Scale groups: their registers are all taken (20 bytes were spilled).
+  constexpr int kGroups = kGrouped ? 1 : kWarps / 4;
+  using Order = Turns<kGroups>;
+  Order::begin();
 
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
@@ -200,6 +201,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         if (plane == 0) {
           release();
+          if (i > 0) fill_stage();
           __syncwarp();
           mbar::wait(full + ring.stage, ring.phase);
         } else {
@@ -223,7 +225,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           }
         }
         const bool again = i + 1 < count || plane + 1 < kPlanes;
-        turns.wait();
+        Order::wait();
         mma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kCells; ++i) {
@@ -232,10 +234,9 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
-        if (again || warp / 4 + 1 < kGroups) turns.pass();
+        if (again || warp / 4 + 1 < kGroups) Order::pass();
       }
       released = ring.stage;
-      if (i > 0) fill_stage();
       if constexpr (kGrouped) {
         const float2* const about =
             reinterpret_cast<const float2*>(cells + ring.stage * kStage + kCells * kX) + t;

@@ -32,17 +32,18 @@ __device__ __forceinline__ void consumers_sync() {
 // cores would then stand idle while all of them decode.
 // One group: nothing to wait for.
 template <int kGroups>
-struct Turns {
-  int own;
-  __device__ __forceinline__ explicit Turns(int group) : own(group) {
-    if (group == kGroups - 1) pass();
+struct Turns {  // the thread's number again and again: a register less
+  static __device__ __forceinline__ void begin() {
+    if (threadIdx.x / 128 == kGroups - 1) pass();
   }
-  __device__ __forceinline__ void wait() const {
-    if constexpr (kGroups > 1) asm volatile("bar.sync %0, 256;" :: "r"(1 + own) : "memory");
-  }
-  __device__ __forceinline__ void pass() const {  // not after the last group's last turn
+  static __device__ __forceinline__ void wait() {
     if constexpr (kGroups > 1)
-      asm volatile("bar.arrive %0, 256;" :: "r"(own + 1 < kGroups ? 2 + own : 1) : "memory");
+      asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / 128) : "memory");
+  }
+  static __device__ __forceinline__ void pass() {  // not after the last group's last turn
+    const int group = threadIdx.x / 128;
+    if constexpr (kGroups > 1)
+      asm volatile("bar.arrive %0, 256;" :: "r"(group + 1 < kGroups ? 2 + group : 1) : "memory");
   }
 };
 
