@@ -199,7 +199,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
-      if (h >= held) break;
+      if (kHeld > 1 && h >= held) break;
       const int of = kHeld == 1 ? last : last - held + 1 + h;
       transform_warps<kWarps>(exchange + h * exchange_floats, tokens, p.local_bits - 5,
                               partials_of(p, of, of == group0 ? slot0 : 0), blocks - of * kWarps,
@@ -215,12 +215,10 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     float* out = partials_of(p, group, begin > 0 ? 0 : kLocal ? slot0 : first_slot(p, group));
     if constexpr (kLocal) {
       if (exchanged) {
-        if (held == kHeld) {
-          finish_held(group - 1);
-          __syncthreads();
-        }
-        out = kHeld == 1 ? exchange : exchange + held * exchange_floats;
-        ++held;
+        if (kHeld > 1 && held == kHeld) finish_held(group - 1);
+        if (kHeld == 1 || (begin > 0 && held == 0)) __syncthreads();  // what was there has been read
+        out = exchange + held * exchange_floats;
+        if constexpr (kHeld > 1) ++held;
       }
     }
     out += warp * kCellRows + g;
@@ -259,6 +257,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       for (int r = 0; r < 4; ++r)
         if (m < tokens) out[m * kWarps * kCellRows + r * 8] = v[r];
     }
+    if constexpr (kLocal && kHeld == 1)
+      if (exchanged) finish_held(group);
   };
 
   const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
@@ -330,7 +330,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     unit = 0;
     ++group;
   }
-  if constexpr (kLocal)
+  if constexpr (kLocal && kHeld > 1)
     if (held > 0) finish_held(group);
 }
 

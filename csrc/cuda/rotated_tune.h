@@ -22,8 +22,7 @@ AQLM_HD constexpr int rotated_bound(Coding coding, int bits, int tiles, bool gro
                                     Share share) {
   const bool enough = share == Share::kLocal ||
                       (bits != 3 && (coding == Coding::kScalar || bits == 2));
-  if (tiles > 1 || grouped || warps != 16 || !enough) return warps * 32;
-  return coding == Coding::kE8p && bits == 3 ? 608 : 640;  // 104 registers: 96 spill one
+  return tiles == 1 && !grouped && warps == 16 && enough ? 640 : warps * 32;
 }
 
 // One token of a large 2-bit matrix: 24 warps with less in flight each, 22.0 -> 20.9 us at
@@ -142,7 +141,7 @@ inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
-// Row groups that wait in a block for their transform.
+// Row groups that a block holds until their transform; 1: none waits, which needs registers.
 AQLM_HD constexpr int rotated_held(Coding coding, int bits, int tiles) {
   return tiles == 1 && rotated_planes(coding, bits) == 1 ? 2 : 1;
 }
