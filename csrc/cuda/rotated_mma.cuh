@@ -55,8 +55,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  if constexpr (kLocal) codes.prefetch(lane);
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  if constexpr (kLocal) codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int unit0 = first % units, group0 = first / units;
   const int slot0 = kLocal ? first_slot(p, group0) : 0;
   const int slots = kLocal ? min(count, units) : kSlots;

@@ -84,13 +84,13 @@ rotated_owned_kernel(const __grid_constant__ RotatedMatmul p) {
   Cell ready[kAhead];
 #pragma unroll
   for (int d = 0; d < kAhead; ++d) ring[d] = fetch(d);
-  if constexpr (kLong)  // the rest to L2, 4 KB at most
-    if (lane * 128 < (count - kAhead) * kBytes)
-      prefetch_line(from + kAhead * kBytes + lane * (128 - 16));
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
   }
+  if constexpr (kLong)  // the rest to L2, 4 KB at most
+    if (lane * 128 < (count - kAhead) * kBytes)
+      prefetch_line(from + kAhead * kBytes + lane * (128 - 16));
   const int own_row = blockIdx.x * kCellRows + lane;  // the thread's of token `warp`, at the end
   RotateFinishOne finish = {};
   if (p.finish.y != nullptr && warp < tokens && own_row < p.w.N)

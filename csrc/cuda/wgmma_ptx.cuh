@@ -27,26 +27,6 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
-// Turns of the kGroups warpgroups of a block at issuing MMAs, in the order of their numbers, over and
-// over: `wait`, issue, `pass`. Served side by side their MMAs would end together, and the tensor
-// cores would then stand idle while all of them decode.
-// One group: nothing to wait for.
-template <int kGroups>
-struct Turns {  // the thread's number again and again: a register less
-  static __device__ __forceinline__ void begin() {
-    if (threadIdx.x / 128 == kGroups - 1) pass();
-  }
-  static __device__ __forceinline__ void wait() {
-    if constexpr (kGroups > 1)
-      asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / 128) : "memory");
-  }
-  static __device__ __forceinline__ void pass() {  // not after the last group's last turn
-    const int group = threadIdx.x / 128;
-    if constexpr (kGroups > 1)
-      asm volatile("bar.arrive %0, 256;" :: "r"(group + 1 < kGroups ? 2 + group : 1) : "memory");
-  }
-};
-
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
