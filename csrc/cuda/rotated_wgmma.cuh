@@ -91,6 +91,10 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
     if (released >= 0 && lane == 0) mbar::arrive(x_ring.empty + released);
     released = -1;
   };
+  // Without scale groups warpgroups take turns: one's MMAs run while the others decode.
+  constexpr bool kTurns = !kGrouped;
+  using Turn = Turns<kWarps / 4>;
+  if constexpr (kTurns) Turn::begin();
   auto combined = [&](int r, int n) {
     const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
     return 256.f * v[0] + v[1];
@@ -141,11 +145,11 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           }
         }
         if (plane == 0) {
-          release();
+          if constexpr (!kTurns) release();
           if (i > 0) x_ring.fill(p, count);
           __syncwarp();
           mbar::wait(x_ring.full + ring.stage, ring.phase);
-        } else {
+        } else if constexpr (!kTurns) {
           mma_groups_wait<0>();
         }
         // MMAs read their A registers until they are waited for, which the compiler does not know:
@@ -165,6 +169,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
           }
         }
+        if constexpr (kTurns) Turn::wait();
         mma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kCells; ++i) {
@@ -173,8 +178,17 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
+        if constexpr (kTurns) {
+          mma_groups_wait<0>();
+          finished();
+          Turn::pass();
+        }
       }
-      released = ring.stage;
+      if constexpr (kTurns) {
+        if (lane == 0) mbar::arrive(x_ring.empty + ring.stage);
+      } else {
+        released = ring.stage;
+      }
       if constexpr (kGrouped) {
         const float2* const about =
             reinterpret_cast<const float2*>(cells + ring.stage * kStage + kCells * kX) + t;
@@ -272,7 +286,10 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
       }
       if (exchanged) __syncthreads();  // the next row group begins with buffer 0
     }
-    if (end == count) break;
+    if (end == count) {
+      if constexpr (kTurns) Turn::end();
+      break;
+    }
     clear();
     if constexpr (kGrouped) {
 #pragma unroll
