@@ -102,8 +102,10 @@ cudaError_t rotate_spread(const RotateParams& p, int log_l, cudaStream_t stream)
   int splits = 1;
   while (splits * kSpreadLoads < rows && 2 * splits * lanes <= kSpreadThreads) splits *= 2;
   const int threads = splits * lanes;
-  return enqueue(rotate_spread_kernel, dim3(p.r.n / elements, p.tokens), threads, threads * 16,
-                 stream, p, log_l, log_c, splits);
+  const auto kernel = spreads_plain(p, rows, splits) ? rotate_spread_kernel<true>
+                                                     : rotate_spread_kernel<false>;
+  return enqueue(kernel, dim3(p.r.n / elements, p.tokens), threads, threads * 16, stream, p, log_l,
+                 log_c, splits);
 }
 
 // Elements and bytes of shared memory of a block of the mixing kernel.
