@@ -151,7 +151,7 @@ inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share s
   const int slots = local_cells(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
          (std::max(slots, warps) + tokens) * 4 +
-         2 * tokens * warps * kCellRows * 4;
+         (tiles == 1 ? 2 : 1) * tokens * warps * kCellRows * 4;
 }
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
@@ -186,9 +186,10 @@ inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
   if (w.units() > kOwnedMostCells * kOwnedThreads / 32) return false;
   if (tokens > 1 && (rotates || !full || is_long)) return false;
   if (is_long && (!full || !rotated_owned_takes_long(w.coding, w.bits))) return false;
-  const int most = tokens == 1 ? rotated_owned_blocks(w.coding, w.bits, is_long) * device.sms
-                               : device.sms;
-  return blocks <= most && rotated_owned_smem(w, tokens) <= device.max_smem;
+  const int smem = rotated_owned_smem(w, tokens);
+  const bool twice = tokens == 1 && rotated_owned_blocks(w.coding, w.bits, is_long) == 2 &&
+                     2 * (smem + 1024) <= device.max_smem;
+  return blocks <= (twice ? 2 : 1) * device.sms && smem <= device.max_smem;
 }
 
 // Most tiles for which a block stages x itself: more accumulators than 16 warps have registers.
