@@ -111,7 +111,7 @@ def test_e8p_bodies(bits, N, K, dtype):
 @pytest.mark.parametrize(("N", "K"), [(96, 64), (4096, 4096), (6144, 1088), (4096, 6208)])
 @pytest.mark.parametrize("coding", ["e8p", "scalar"])
 def test_one_token_of_few_rows(coding, N, K, dtype):
-    """A block of 32 rows has all of K: fewer cells than warps; all of them looked up before x comes;
+    """A block of 32 rows has all of K: fewer cells than warps; all looked up before x comes;
     more blocks than SMs; more cells than are looked up. x aligned and not, and with one large
     value, which costs only the columns of its warp their precision."""
     for bits in (2, 3, 4) if coding == "e8p" else (2, 3, 4, 8):
