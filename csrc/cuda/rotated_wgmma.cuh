@@ -144,13 +144,18 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
                              lane_offset, words[i]);
           }
         }
-        if (plane == 0) {
-          if constexpr (!kTurns) release();
+        auto wait_for_x = [&] {
           if (i > 0) x_ring.fill(p, count);
           __syncwarp();
           mbar::wait(x_ring.full + ring.stage, ring.phase);
-        } else if constexpr (!kTurns) {
-          mma_groups_wait<0>();
+        };
+        if constexpr (!kTurns) {
+          if (plane == 0) {
+            release();
+            wait_for_x();
+          } else {
+            mma_groups_wait<0>();
+          }
         }
         // MMAs read their A registers until they are waited for, which the compiler does not know:
         // what writes them must depend on something that comes after the wait.
@@ -169,7 +174,13 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
           }
         }
-        if constexpr (kTurns) Turn::wait();
+        if constexpr (kTurns) {
+#pragma unroll
+          for (int i = 0; i < 2 * kCells * 8; ++i)  // made before the turn comes
+            asm volatile("" : "+r"((&a[0][0][0])[i]));
+          if (plane == 0) wait_for_x();
+          Turn::wait();
+        }
         mma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kCells; ++i) {
