@@ -187,7 +187,7 @@ inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
   if (tokens > 1 && (rotates || !full || is_long)) return false;
   if (is_long && (!full || !rotated_owned_takes_long(w.coding, w.bits))) return false;
   const int smem = rotated_owned_smem(w, tokens);
-  const bool twice = tokens == 1 && rotated_owned_blocks(w.coding, w.bits, is_long) == 2 &&
+  const bool twice = tokens == 1 && !rotates && rotated_owned_blocks(w.coding, w.bits, is_long) == 2 &&
                      2 * (smem + 1024) <= device.max_smem;
   return blocks <= (twice ? 2 : 1) * device.sms && smem <= device.max_smem;
 }

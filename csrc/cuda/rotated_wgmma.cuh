@@ -91,10 +91,6 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
     if (released >= 0 && lane == 0) mbar::arrive(x_ring.empty + released);
     released = -1;
   };
-  // Without scale groups warpgroups take turns: one's MMAs run while the others decode.
-  constexpr bool kTurns = !kGrouped;
-  using Turn = Turns<kWarps / 4>;
-  if constexpr (kTurns) Turn::begin();
   auto combined = [&](int r, int n) {
     const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
     return 256.f * v[0] + v[1];
@@ -144,18 +140,13 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
                              lane_offset, words[i]);
           }
         }
-        auto wait_for_x = [&] {
+        if (plane == 0) {
+          release();
           if (i > 0) x_ring.fill(p, count);
           __syncwarp();
           mbar::wait(x_ring.full + ring.stage, ring.phase);
-        };
-        if constexpr (!kTurns) {
-          if (plane == 0) {
-            release();
-            wait_for_x();
-          } else {
-            mma_groups_wait<0>();
-          }
+        } else {
+          mma_groups_wait<0>();
         }
         // MMAs read their A registers until they are waited for, which the compiler does not know:
         // what writes them must depend on something that comes after the wait.
@@ -174,13 +165,6 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
             for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
           }
         }
-        if constexpr (kTurns) {
-#pragma unroll
-          for (int i = 0; i < 2 * kCells * 8; ++i)  // made before the turn comes
-            asm volatile("" : "+r"((&a[0][0][0])[i]));
-          if (plane == 0) wait_for_x();
-          Turn::wait();
-        }
         mma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kCells; ++i) {
@@ -189,17 +173,8 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
-        if constexpr (kTurns) {
-          mma_groups_wait<0>();
-          finished();
-          Turn::pass();
-        }
       }
-      if constexpr (kTurns) {
-        if (lane == 0) mbar::arrive(x_ring.empty + ring.stage);
-      } else {
-        released = ring.stage;
-      }
+      released = ring.stage;
       if constexpr (kGrouped) {
         const float2* const about =
             reinterpret_cast<const float2*>(cells + ring.stage * kStage + kCells * kX) + t;
@@ -297,10 +272,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
       }
       if (exchanged) __syncthreads();  // the next row group begins with buffer 0
     }
-    if (end == count) {
-      if constexpr (kTurns) Turn::end();
-      break;
-    }
+    if (end == count) break;
     clear();
     if constexpr (kGrouped) {
 #pragma unroll

@@ -27,26 +27,6 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
-// Turns of the kGroups warpgroups of a block, in the order of their numbers, over and over: the
-// tensor cores serve one of them while the others make their operands. (Side by side their MMAs end
-// together, and then all of them decode.)
-template <int kGroups>
-struct Turns {
-  static __device__ __forceinline__ void begin() {
-    if (threadIdx.x / 128 == kGroups - 1) pass();
-  }
-  static __device__ __forceinline__ void wait() {
-    asm volatile("bar.sync %0, 256;" :: "r"(1 + threadIdx.x / 128) : "memory");
-  }
-  static __device__ __forceinline__ void end() {  // takes the last group's last pass
-    if (threadIdx.x / 128 == 0) wait();
-  }
-  static __device__ __forceinline__ void pass() {
-    const int group = threadIdx.x / 128;
-    asm volatile("bar.arrive %0, 256;" :: "r"(group + 1 < kGroups ? 2 + group : 1) : "memory");
-  }
-};
-
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
