@@ -18,7 +18,6 @@
 #pragma once
 
 #include "e8p_decode.cuh"
-#include "hadamard.cuh"
 #include "rotated_codes.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
@@ -216,7 +215,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     if constexpr (kLocal) {
       if (exchanged) {
         if (kHeld > 1 && held == kHeld) finish_held(group - 1);
-        if (kHeld == 1 || (begin > 0 && held == 0)) __syncthreads();  // what was there has been read
+        if (kHeld == 1 || (begin > 0 && held == 0)) __syncthreads();  // the others have read it
         out = exchange + held * exchange_floats;
         if constexpr (kHeld > 1) ++held;
       }

@@ -7,8 +7,9 @@
 //                    the kernel before is x alone
 //   after it         quantizes its own columns of x (rotated_stage.cuh) with a scale of their own
 //
-// x has 16 bits. The MMAs are those of rotated_mma.cuh. Up to four cells a warp, 2-bit E8P takes 64 registers and
-// two blocks fit an SM: this kernel's prologue runs beside the one before. Architectures sm_80+.
+// x has 16 bits. The MMAs are those of rotated_mma.cuh. Up to four cells a warp, 2 bits take 64
+// registers and two blocks fit an SM: this kernel's prologue runs beside the one before.
+// Architectures sm_80+.
 #pragma once
 
 #include "e8p_decode.cuh"

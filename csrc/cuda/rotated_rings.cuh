@@ -1,5 +1,5 @@
-// How the warpgroup bodies (rotated_wgmma.cuh, rotated_half.cuh) begin: a block's share of the cells,
-// its ring of x and its warps' rings of codes. A step is kCells cells of a row block.
+// How the warpgroup bodies (rotated_wgmma.cuh, rotated_half.cuh) begin: a block's share of the
+// cells, its ring of x and its warps' rings of codes. A step is kCells cells of a row block.
 #pragma once
 
 #include "rotated_rows.cuh"
@@ -39,7 +39,7 @@ struct StageRing {
     mbar::expect(done, kX + kSums);
     mbar::bulk_copy(to, p.x_cells + size_t(unit) * kX, kX, done);
     if constexpr (kSums > 0)
-      mbar::bulk_copy(to + kX, reinterpret_cast<const unsigned char*>(p.x_sums) + size_t(unit) * kSums,
+      mbar::bulk_copy(to + kX, reinterpret_cast<const uint8_t*>(p.x_sums) + size_t(unit) * kSums,
                       kSums, done);
     if (++unit == p.s.units) unit = 0;
     ++filled;
@@ -47,8 +47,8 @@ struct StageRing {
   }
 };
 
-// A warp's codes: kDepth steps, of row block `block` and on to the warp's next. A row's last cell may
-// be missing where kCells is 2, but not if rows are kWhole steps.
+// A warp's codes: kDepth steps, of row block `block` and on to the warp's next. A row's last cell
+// may be missing where kCells is 2, but not if rows are kWhole steps.
 template <int kBits, int kWarps, int kDepth, int kCells, bool kWhole>
 struct CodeRing {
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
@@ -59,8 +59,8 @@ struct CodeRing {
 
   __device__ __forceinline__ CodeRing(const RotatedMatmul& p, const BlockShare& share,
                                       unsigned char* codes, int warp, int lane)
-      : row_cells(p.w.units()), missing(kWhole ? 0 : p.s.units * kCells - row_cells), blocks(p.w.blocks()),
-        units(p.s.units), slot(0) {
+      : row_cells(p.w.units()), missing(kWhole ? 0 : p.s.units * kCells - row_cells),
+        blocks(p.w.blocks()), units(p.s.units), slot(0) {
     block = share.first / units * kWarps + warp;
     wrap = units - share.unit0;
     left = block < blocks ? share.count : 0;

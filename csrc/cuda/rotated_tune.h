@@ -156,8 +156,8 @@ inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share s
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
 // The body whose blocks own rows (rotated_owned.cuh): threads, cells that a warp has looked up when
-// x comes, and whether K is longer than those cells of its warps. Blocks that fit an SM: two where 64
-// registers are enough.
+// x comes, and whether K is longer than those cells of its warps. Blocks that fit an SM: two where
+// 64 registers are enough.
 constexpr int kOwnedThreads = 512, kOwnedAhead = 4, kOwnedMostCells = 16;  // of a warp
 AQLM_HD constexpr bool rotated_owned_long(int units) {
   return units > kOwnedAhead * kOwnedThreads / 32;
@@ -176,9 +176,11 @@ AQLM_HD constexpr int rotated_owned_bound(Coding, int bits, bool is_long) {
 inline int rotated_owned_smem(const RotatedWeight& w, int tokens) {
   return rotated_tables(w.coding, w.bits) + tokens * (w.units() * 128 + kOwnedThreads * 4);
 }
-// Whether it is taken: no slots to add, for a matrix of few rows. Several tokens: neither for fewer
-// blocks (4 tokens, 3584 x 3584 6.6 against 5.9 us, 4096 x 4096 6.9 against 7.5) nor with a rotation,
-// which would mix more rows (4096 x 4096 12.3 against 11.3).
+// Whether it is taken: no slots to add, for a matrix of few rows. More blocks than SMs only without
+// a rotation, which would mix more rows: 6144 x 4096 alone 4.1 against 5.8 us, but the step of the
+// Llama-3-8B shape, whose second kernel of q, k and v (mix_rows.cu) wants 512 rows a block, 1857
+// against 1791. Several tokens: neither for fewer blocks (4 tokens, 3584 x 3584 6.6 against 5.9 us,
+// 4096 x 4096 6.9 against 7.5) nor with a rotation (4096 x 4096 12.3 against 11.3).
 inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
                           const DeviceInfo& device) {
   const int blocks = w.blocks();
@@ -187,8 +189,8 @@ inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
   if (tokens > 1 && (rotates || !full || is_long)) return false;
   if (is_long && (!full || !rotated_owned_takes_long(w.coding, w.bits))) return false;
   const int smem = rotated_owned_smem(w, tokens);
-  const bool twice = tokens == 1 && !rotates && rotated_owned_blocks(w.coding, w.bits, is_long) == 2 &&
-                     2 * (smem + 1024) <= device.max_smem;
+  const bool twice = tokens == 1 && !rotates && 2 * (smem + 1024) <= device.max_smem &&
+                     rotated_owned_blocks(w.coding, w.bits, is_long) == 2;
   return blocks <= (twice ? 2 : 1) * device.sms && smem <= device.max_smem;
 }
 

@@ -48,7 +48,8 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0;
   StageRing<kStages, kCells * kX, kCells * kSums> x_ring(cells, unit0);
-  float* const exchange = reinterpret_cast<float*>(x_ring.empty + kStages);  // two of [4][group_rows]
+  // Two of [4][group_rows].
+  float* const exchange = reinterpret_cast<float*>(x_ring.empty + kStages);
   if (threadIdx.x == 0) mbar::init_ring<kStages>(x_ring.full, x_ring.empty, kWarps);
   grid_dependents_start();
   __syncthreads();
