@@ -107,6 +107,24 @@ def test_e8p_bodies(bits, N, K, dtype):
     check(E8P(bits, N, K, None if N == 3072 else 0), dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(96, 64), (4096, 4096), (6144, 1088), (4096, 6208)])
+@pytest.mark.parametrize("coding", ["e8p", "scalar"])
+def test_one_token_of_few_rows(coding, N, K, dtype):
+    """A block of 32 rows has all of K: fewer cells than warps; all looked up before x comes;
+    more blocks than SMs; more cells than are looked up. x aligned and not, and with one large
+    value, which costs only the columns of its warp their precision."""
+    for bits in (2, 3, 4) if coding == "e8p" else (2, 3, 4, 8):
+        layer = E8P(bits, N, K, 0) if coding == "e8p" else Scalar(bits, N, K, K, bits > 4)
+        for M in (1, 2):
+            for x in (rows(M, K, dtype), rows(M, K, dtype, seed=1).clone()):
+                close(layer(x), layer.expected(x), dtype)
+                x[0, K // 2] = 64.0
+                y = layer(x)
+                close(y, layer.expected(x), dtype)
+                assert torch.equal(y, layer(x)), f"{bits} bits, M={M}: two runs differ"
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("N", [4096, 14336, 11008, 29568, 1280, 768, 192])
 def test_output_rotations(bits, N):
@@ -176,6 +194,18 @@ def test_hadamard_sizes(n, dtype):
             y = ops.hadamard(x, pre, post, h, r.factor, 0, transpose)
             expected = hadamard_transform(x.double() * pre, r.factor, 0, transpose) * post
             close(y, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("n", [4096, 8192, 16384])
+def test_rotation_of_a_layers_input(n, dtype):
+    """Aligned rows of few tokens and nothing after the rotation: a body of its own."""
+    pre = torch.randn(n, generator=seeded(n), device="cuda")
+    for M in (1, 3):
+        x = rows(M, n, dtype, seed=M).clone()
+        y = ops.hadamard(x, pre, None, NONE.cuda(), 1, 0, True)
+        close(y, hadamard_transform(x.double() * pre, 1, 0, True), dtype)
+        assert torch.equal(y, ops.hadamard(x, pre, None, NONE.cuda(), 1, 0, True))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -15,9 +15,24 @@ namespace aqlm {
 constexpr int kSpreadThreads = 512;
 constexpr int kSpreadLoads = 8;  // 4 columns of x and of `pre` each, in flight per thread
 
+// What kPlain takes: x of 16 bits, in eights of bytes, `pre` in float32, F = 1, kSpreadLoads rows a
+// split, and nothing after the rotation (4096 and 8192 elements of a layer's input). 64 registers
+// instead of 106, so that a block of the matmul after it (96 registers for 512 threads) fits beside
+// one of this (256 threads): it would begin only when this one ends.
+inline bool spreads_plain(const RotateParams& p, int rows, int splits) {
+  auto aligned = [](const void* at, int bytes) {
+    return reinterpret_cast<uintptr_t>(at) % bytes == 0;
+  };
+  return p.x_type != DType::kFloat32 && aligned(p.x, 8) && p.x_stride % 4 == 0 &&
+         p.pre != nullptr && p.pre_type == DType::kFloat32 && aligned(p.pre, 16) &&
+         p.r.factor == 1 && rows == splits * kSpreadLoads && p.post == nullptr &&
+         p.bias == nullptr;
+}
+
 // Grid: (F * C * L / max(L, 128), tokens); splits * max(L, 128) / 4 threads; shared memory: one
 // float4 a thread.
-__global__ void __launch_bounds__(kSpreadThreads, 1)
+template <bool kPlain>
+__global__ void __launch_bounds__(kSpreadThreads, kPlain ? 2 : 1)
 rotate_spread_kernel(const __grid_constant__ RotateParams p, int log_l, int log_c, int splits) {
   extern __shared__ __align__(16) float4 spread_sums[];
   const int tid = threadIdx.x, lanes = max(32, 1 << (log_l - 2)), at = tid % lanes * 4;
@@ -32,7 +47,30 @@ rotate_spread_kernel(const __grid_constant__ RotateParams p, int log_l, int log_
   const bool words = p.pre_type == DType::kFloat32 && reinterpret_cast<uintptr_t>(p.pre) % 16 == 0;
   grid_dependents_start();
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (int base = from; base < to; base += kSpreadLoads) {
+  if constexpr (kPlain) {
+    const int first = (from << log_l) + column;
+    const char* const w_at = static_cast<const char*>(p.pre) + 4ll * first;
+    const char* const x_at = x + 2ll * first;
+    float4 w[kSpreadLoads];
+    uint2 raw[kSpreadLoads];
+#pragma unroll
+    for (int j = 0; j < kSpreadLoads; ++j)
+      w[j] = load_quad(reinterpret_cast<const float*>(w_at + (j * 4ll << log_l)));
+    prefetch_constant(x_at);
+    grid_dependency_wait();
+#pragma unroll
+    for (int j = 0; j < kSpreadLoads; ++j) raw[j] = load_cached8(x_at + (j * 2ll << log_l));
+#pragma unroll
+    for (int j = 0; j < kSpreadLoads; ++j) {
+      const bool half = p.x_type == DType::kFloat16;
+      const float2 low = half ? unpack2(raw[j].x, __half()) : unpack2(raw[j].x, __nv_bfloat16());
+      const float2 high = half ? unpack2(raw[j].y, __half()) : unpack2(raw[j].y, __nv_bfloat16());
+      const float sign = __popc(c & (from + j)) & 1 ? -1.f : 1.f;
+      sum = make_float4(fmaf(sign * low.x, w[j].x, sum.x), fmaf(sign * low.y, w[j].y, sum.y),
+                        fmaf(sign * high.x, w[j].z, sum.z), fmaf(sign * high.y, w[j].w, sum.w));
+    }
+  }
+  for (int base = from; !kPlain && base < to; base += kSpreadLoads) {
     float4 w[kSpreadLoads];
     int8_t h[kSpreadLoads];
     auto index = [&](int j) { return min(base + j, to - 1); };
@@ -98,7 +136,11 @@ rotate_spread_kernel(const __grid_constant__ RotateParams p, int log_l, int log_
         sum = __popc(w & warp) & 1 ? sub4(sum, v) : add4(sum, v);
       }
   }
-  rotate_store(p, m, blockIdx.x * lanes * 4 + at, sum, p.gain);
+  const int i = blockIdx.x * lanes * 4 + at;
+  const RotateFinish gain = {make_float4(p.gain, p.gain, p.gain, p.gain),
+                             make_float4(0.f, 0.f, 0.f, 0.f)};
+  if constexpr (kPlain) rotate_store(p, m, i, sum, gain);
+  else rotate_store(p, m, i, sum, p.gain);
 }
 
 }  // namespace aqlm

@@ -95,11 +95,11 @@ struct RotatedMatmul {
   RotateParams finish;  // owned rows: where they end (no rotation); y null: in `partials`
 };
 
-// How the blocks of the mma.sync body get their activations and rows.
+// How the blocks of the mma.sync bodies get their activations and rows.
 enum class Share : int {
   kRing,   // x staged by a kernel, copied through a ring; 32 rows a warp, a range of K a block
   kLocal,  // the same rows and range; the block stages its range itself
-  kOwned   // 32 rows a block and all of K, which its warps share out
+  kOwned   // 32 rows a block and all of K, which its warps share out (rotated_owned.cuh)
 };
 
 struct RotatedConfig {

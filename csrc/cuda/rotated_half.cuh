@@ -15,6 +15,7 @@
 #pragma once
 
 #include "rotated_codes.cuh"
+#include "rotated_rings.cuh"
 #include "rotated_rows.cuh"
 #include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
@@ -104,72 +105,28 @@ rotated_half_kernel(const __grid_constant__ RotatedMatmul p) {
   constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;
   constexpr int kX = kCellColumns * kTokens * 2, kStage = kCells * kX;
   extern __shared__ __align__(1024) unsigned char smem[];
-  unsigned char* const codes = smem;
-  unsigned char* const cells = codes + kWarps * kDepth * kCells * kCodes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
-  uint64_t* const empty = full + kStages;
+  unsigned char* const code_space = smem;
+  unsigned char* const cells = code_space + kWarps * kDepth * kCells * kCodes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
-  const long long all_cells = static_cast<long long>(s.groups) * units;
-  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
-  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
-  const int unit0 = first % units;
-  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kWarps);
+  const BlockShare share(s);
+  const int count = share.count, unit0 = share.unit0;
+  StageRing<kStages, kStage, 0> x_ring(cells, unit0);
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(x_ring.full, x_ring.empty, kWarps);
   grid_dependents_start();
   __syncthreads();
 
-  // Thread 0: starts copying the next step's x. Its stage was that of kStages steps before.
-  Ring<kStages> fill;
-  int fill_unit = unit0, filled = 0;
-  auto fill_stage = [&] {
-    if (threadIdx.x != 0 || filled == count) return;
-    if (filled >= kStages) mbar::wait(empty + fill.stage, fill.phase ^ 1);
-    mbar::expect(full + fill.stage, kStage);
-    mbar::bulk_copy(cells + fill.stage * kStage, p.x_cells + size_t(fill_unit) * kStage, kStage,
-                    full + fill.stage);
-    if (++fill_unit == units) fill_unit = 0;
-    ++filled;
-    fill.advance();
-  };
-  int fetch_block = first / units * kWarps + warp, wrap = units - unit0;
-  int left = fetch_block < blocks ? count : 0, fetched = 0;
-  const int row_cells = p.w.units();  // units * kCells: a scale group has whole steps
-  const uint8_t* from = p.w.packed +
-                        (size_t(fetch_block) * row_cells + unit0 * kCells) * kCodes + lane * 16;
-  unsigned char* const own = codes + warp * kDepth * kCells * kCodes + lane * 16;
-  auto fetch = [&] {
-    if (left > 0) {
-#pragma unroll
-      for (int c = 0; c < kCells; ++c) {
-        unsigned char* const to = own + (fetched * kCells + c) * kCodes;
-#pragma unroll
-        for (int i = 0; i < kBits * 256 / 512; ++i)
-          copy_async(to + i * 512, from + c * kCodes + i * 512);
-        if constexpr (kBits == 3)
-          copy_async8(to + 512 - lane * 8, from + c * kCodes + 512 - lane * 8);
-      }
-    }
-    copy_commit();
-    if (++fetched == kDepth) fetched = 0;
-    --left;
-    from += kCells * kCodes;
-    if (--wrap == 0) {
-      wrap = units;
-      from += size_t(kWarps - 1) * row_cells * kCodes;
-      fetch_block += kWarps;
-      if (fetch_block >= blocks) left = 0;
-    }
-  };
+  CodeRing<kBits, kWarps, kDepth, kCells, true> codes(p, share, code_space, warp, lane);
   const int span = p.w.group / (kCells * kCellColumns);  // steps of a scale group
   const int chunk_units = span * kGroupChunk;
-  const GroupScales scales(p.w, reinterpret_cast<unsigned char*>(empty + kStages) +
+  const GroupScales scales(p.w, reinterpret_cast<unsigned char*>(x_ring.empty + kStages) +
                                     warp * kGroupBytes);
-  scales.copy(fetch_block, unit0 / chunk_units, 0);
-  for (int i = 0; i < kDepth - 1; ++i) fetch();
+  scales.copy(codes.block, unit0 / chunk_units, 0);
+  for (int i = 0; i < kDepth - 1; ++i) codes.fetch(lane);
   grid_dependency_wait();
-  for (int i = 0; i < kStages - 1; ++i) fill_stage();
+  for (int i = 0; i < kStages - 1; ++i) x_ring.fill(p, count);
 
   float acc[2][2 * kTiles] = {};
   uint32_t scale[4] = {}, minus_zero[4] = {};  // of rows g + 8 r, twice
@@ -179,7 +136,7 @@ rotated_half_kernel(const __grid_constant__ RotatedMatmul p) {
   int read = 0, released = -1;  // slot of codes; stage of x whose MMAs are under way
   auto release = [&] {
     mma_groups_wait<0>();
-    if (released >= 0 && lane == 0) mbar::arrive(empty + released);
+    if (released >= 0 && lane == 0) mbar::arrive(x_ring.empty + released);
     released = -1;
   };
   // The compiler orders uses of `acc` by its values alone, not by the wait.
@@ -188,7 +145,7 @@ rotated_half_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int q = 0; q < 4 * kTiles; ++q) asm volatile("" : "+f"((&acc[0][0])[q]) :: "memory");
   };
 
-  int begin = 0, group = first / units, unit = unit0;
+  int begin = 0, group = share.first / units, unit = unit0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
     uint32_t scale_group = unit / span;
@@ -218,24 +175,17 @@ rotated_half_kernel(const __grid_constant__ RotatedMatmul p) {
         next_group = scale_group * span;
       }
       ScalarCodes<kBits> c[kCells];
-#pragma unroll
-      for (int n = 0; n < kCells; ++n) {
-        const unsigned char* const at = own + (read * kCells + n) * kCodes;
-#pragma unroll
-        for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j)
-          c[n].a[j] = *reinterpret_cast<const uint4*>(at + j * 512);
-        if constexpr (kBits == 3) c[n].b = *reinterpret_cast<const uint2*>(at + 512 - lane * 8);
-      }
+      codes.read(read, lane, c);
       if (++read == kDepth) read = 0;
-      fetch();
+      codes.fetch(lane);
       const uint64_t x = core_matrices(cells + ring.stage * kStage, kTokens * 16, 128);
 #pragma unroll
       for (int n = 0; n < kCells; ++n) {
         if (n == 0) {
           release();
-          if (i > 0) fill_stage();
+          if (i > 0) x_ring.fill(p, count);
           __syncwarp();
-          mbar::wait(full + ring.stage, ring.phase);
+          mbar::wait(x_ring.full + ring.stage, ring.phase);
         } else {
           mma_groups_wait<0>();
         }

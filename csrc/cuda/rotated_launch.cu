@@ -103,8 +103,10 @@ cudaError_t rotate_spread(const RotateParams& p, int log_l, cudaStream_t stream)
   int splits = 1;
   while (splits * kSpreadLoads < rows && 2 * splits * lanes <= kSpreadThreads) splits *= 2;
   const int threads = splits * lanes;
-  return enqueue(rotate_spread_kernel, dim3(p.r.n / elements, p.tokens), threads, threads * 16,
-                 stream, p, log_l, log_c, splits);
+  const auto kernel = spreads_plain(p, rows, splits) ? rotate_spread_kernel<true>
+                                                     : rotate_spread_kernel<false>;
+  return enqueue(kernel, dim3(p.r.n / elements, p.tokens), threads, threads * 16, stream, p, log_l,
+                 log_c, splits);
 }
 
 // Elements and bytes of shared memory of a block of the mixing kernel.
@@ -187,7 +189,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
-  if (c.tiles == 1 && !c.grouped && tune::rotated_owned(w, tokens, rotates, device))
+  if (c.tiles == 1 && !c.grouped && x_type != DType::kFloat32 &&
+      tune::rotated_owned(w, tokens, rotates, device))
     c.share = Share::kOwned;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;

@@ -8,9 +8,7 @@
 //   Share::kLocal  the CTA quantizes its own range of x into shared memory; one kernel
 //   Share::kRing   stage_kernel has done so; chunks of cells are copied through a ring
 //
-// A block has 32 rows a warp and a range of K; or, Share::kOwned, 32 rows in all and the whole of
-// K, which its warps share out: nothing is left to add, and without a rotation there is no second
-// kernel.
+// A block has 32 rows a warp and a range of K. Matrices of few rows: rotated_owned.cuh.
 //
 // E8P with few tiles keeps high and low nibbles in accumulators of their own (no shift; 2 LOP3 for
 // 8 weights), and corrects by the sums of the activations. Scalar weights with groups along K are
@@ -20,7 +18,6 @@
 #pragma once
 
 #include "e8p_decode.cuh"
-#include "hadamard.cuh"
 #include "rotated_codes.cuh"
 #include "rotated_stage.cuh"
 #include "rotated_tune.h"
@@ -33,7 +30,7 @@ __global__ void __launch_bounds__(
     tune::rotated_bound(kCoding, kBits, kTiles, kGrouped, kWarps, kShare), 1)
 rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   using Shape = tune::RotatedShape<kCoding, kBits, kTiles>;
-  constexpr bool kE8p = kCoding == Coding::kE8p, kOwned = kShare == Share::kOwned;
+  constexpr bool kE8p = kCoding == Coding::kE8p;
   constexpr bool kLocal = kShare != Share::kRing;
   constexpr int kDepth = kWarps == tune::kWideWarps ? tune::kWideDepth : Shape::kDepth;
   constexpr int kPlanes = Shape::kPlanes, kSets = Shape::kSets;
@@ -46,31 +43,23 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   const uint32_t lane_offset = lane * 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;
-  // The cells of the block; kOwned: of the warp, from cell `share` of its row on.
-  const int share = kOwned ? warp * units / kWarps : 0;
   const long long all_cells = static_cast<long long>(s.groups) * units;
-  const int first = kOwned ? blockIdx.x * units
-                           : static_cast<int>(blockIdx.x * all_cells / s.ctas);
-  const int count = kOwned ? (warp + 1) * units / kWarps - share
-                           : static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
+  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
+  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
 
   // Codes: a register ring, filled ahead of the activations.
   using Codes = ScalarCodes<kBits>;
-  CodeStream<kBits, kOwned ? 1 : kWarps> codes(p, first + share, count, kOwned ? 0 : warp);
+  CodeStream<kBits, kWarps> codes(p, first, count, warp);
   Codes ring[kDepth] = {};
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  if constexpr (kLocal) codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int unit0 = first % units, group0 = first / units;
   const int slot0 = kLocal ? first_slot(p, group0) : 0;
-  const int slots = kOwned ? units : kLocal ? min(count, units) : kSlots;
+  const int slots = kLocal ? min(count, units) : kSlots;
   if constexpr (kLocal) prefetch_token(p, unit0, slots);
-  const int own_row = blockIdx.x * kCellRows + lane;  // kOwned: the thread's of token `warp`
-  RotateFinishOne finish = {};
-  if constexpr (kOwned)
-    if (p.finish.y != nullptr && warp < tokens && own_row < p.w.N)
-      finish = rotate_finish_one(p.finish, own_row, 1.f);
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   grid_dependency_wait();
 
@@ -80,7 +69,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   float2* const sums = reinterpret_cast<float2*>(cells + slots * cell_stride);  // kLocal
   float* const peaks = reinterpret_cast<float*>(sums + slots * tokens);
   float* const scales = peaks + max(slots, kWarps);
-  float* const exchange = scales + tokens;  // [tokens][warp][32 rows] of partial sums
+  float* const exchange = scales + tokens;  // row groups of [tokens][warp][32 rows]
   auto copy_chunk = [&](int chunk) {
     if constexpr (!kLocal) {
       const int base = chunk * kChunk, n = min(kChunk, count - base);
@@ -179,12 +168,11 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       clear();
     }
   };
-  // Sum over the cells [begin, begin + n) of the CTA's range (kOwned: the warp's) of this lane's
-  // token of tile `tile`.
+  // Sum over the cells [begin, begin + n) of the CTA's range of this lane's token of a tile.
   auto sum_cells = [&](int begin, int n, int token) {
     float2 v = make_float2(0.f, 0.f);
     // Wrapped places, without divisions: n is at most `slots` and `units`.
-    int at = kOwned ? share + g : kLocal ? begin % slots + g : (unit0 + begin) % units + g;
+    int at = kLocal ? begin % slots + g : (unit0 + begin) % units + g;
     const int wrap_at = kLocal ? slots : units;
     for (int i = g; i < n; i += 8, at += 8) {
       if (at >= wrap_at) at -= wrap_at;
@@ -199,19 +187,40 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     }
     return v;
   };
+  constexpr bool kEarly = kTiles == 1 && !kGrouped && kPlanes == 1;  // two planes: no registers
+  float2 early = make_float2(0.f, 0.f);
+  // Row groups whose sums wait in `exchange` for the end of the block's range, or for its room: a
+  // barrier and a transform between them, by few warps, would stop all codes.
+  constexpr int kHeld = tune::rotated_held(kCoding, kBits, kTiles);
+  const int exchange_floats = tokens * kWarps * kCellRows;
+  int held = 0;
+  auto finish_held = [&](int last) {  // last: the row group written last
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (kHeld > 1 && h >= held) break;
+      const int of = kHeld == 1 ? last : last - held + 1 + h;
+      transform_warps<kWarps>(exchange + h * exchange_floats, tokens, p.local_bits - 5,
+                              partials_of(p, of, of == group0 ? slot0 : 0), blocks - of * kWarps,
+                              (warp + h * (kWarps / 2)) % kWarps);
+    }
+    held = 0;
+  };
   auto write = [&](int group, int begin, int n_cells) {
-    const int block = kOwned ? group : group * kWarps + warp;
+    const int block = group * kWarps + warp;
     // Rows past the last block: computed for the sake of barriers, never stored.
-    const bool exists = block < blocks, exchanged = kOwned || (kLocal && p.local_bits > 5);
+    const bool exists = block < blocks, exchanged = kLocal && p.local_bits > 5;
     if (!exists && !exchanged) return;
-    float* const to = partials_of(p, group, begin > 0 ? 0 : kLocal ? slot0 : first_slot(p, group));
-    float* out = to + warp * kCellRows + g;
+    float* out = partials_of(p, group, begin > 0 ? 0 : kLocal ? slot0 : first_slot(p, group));
     if constexpr (kLocal) {
       if (exchanged) {
-        if constexpr (!kOwned) __syncthreads();  // the previous row group has been read
-        out = exchange + warp * kCellRows + g;
+        if (kHeld > 1 && held == kHeld) finish_held(group - 1);
+        if (kHeld == 1 || (begin > 0 && held == 0)) __syncthreads();  // the others have read it
+        out = exchange + held * exchange_floats;
+        if constexpr (kHeld > 1) ++held;
       }
     }
+    out += warp * kCellRows + g;
     if constexpr (!kE8p && !kGrouped) rows.load(p.w, block, 0, 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -221,7 +230,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       if constexpr (!kGrouped) {
         x_scale = kLocal ? scales[token] : p.x_scales[token];
         if (kSplit || (!kE8p && (p.w.zeros != nullptr || kBits == 8)))
-          sum = sum_cells(begin, n_cells, token);
+          sum = kEarly ? early : sum_cells(begin, n_cells, token);
       }
       float v[4];
 #pragma unroll
@@ -247,28 +256,19 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
       for (int r = 0; r < 4; ++r)
         if (m < tokens) out[m * kWarps * kCellRows + r * 8] = v[r];
     }
-    if constexpr (kLocal) {
-      if (!exchanged) return;
-      __syncthreads();
-      if constexpr (kOwned) {
-        if (warp >= tokens) return;
-        float sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += exchange[(warp * kWarps + w) * kCellRows + lane];
-        if (p.finish.y == nullptr) to[warp * kCellRows + lane] = sum;
-        else if (own_row < p.w.N) rotate_store_one(p.finish, warp, own_row, sum, finish);
-        return;
-      }
-      transform_warps<kWarps>(exchange, tokens, p.local_bits - 5, to, blocks - group * kWarps);
-    }
+    if constexpr (kLocal && kHeld == 1)
+      if (exchanged) finish_held(group);
   };
 
   const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
-  uint32_t x_at = x_begin + share * cell_stride;
+  uint32_t x_at = x_begin;
   int begin = 0, group = group0, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit), first_unit = unit;
     int rest = end - begin, phase = -1;
+    if constexpr (kEarly)
+      if (kSplit || (!kE8p && (p.w.zeros != nullptr || kBits == 8)))
+        early = sum_cells(begin, rest, min(t, tokens - 1));
     while (phase < 0) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
@@ -329,6 +329,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     unit = 0;
     ++group;
   }
+  if constexpr (kLocal && kHeld > 1)
+    if (held > 0) finish_held(group);
 }
 
 }  // namespace aqlm

@@ -97,13 +97,13 @@ __device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
 // The next bits of the row, those of the warp's index, by all kWarps warps of the block: `from`
 // holds 32 rows of every warp for `tokens` tokens. A warp does one half of one transform of a token,
 // eight values a lane at most, which is what registers allow beside accumulators. Blocks from
-// `blocks` on are not stored.
+// `blocks` on are not stored. first: the warp's first item.
 template <int kWarps>
 __device__ __forceinline__ void transform_warps(const float* from, int tokens, int bits, float* to,
-                                                int blocks) {
+                                                int blocks, int first) {
   const int lane = threadIdx.x % 32, size = 1 << bits, parts = kWarps >> bits;
   const int halves = bits > 3 ? 2 : 1;
-  for (int item = threadIdx.x / 32; item < tokens * parts * halves; item += kWarps) {
+  for (int item = first; item < tokens * parts * halves; item += kWarps) {
     const int half = item % halves, row = item / halves * size;  // row: of warps, over all tokens
     const float* at = from + row * kCellRows + lane;
     float v[8];

@@ -83,7 +83,7 @@ struct StageRange {
   StageLayout layout;
   float2* sums;          // of slot 0
   int sums_stride;
-  float* peaks;          // shared memory, `count` floats
+  float* peaks;          // shared memory: a float a warp; grouped: a cell
 };
 
 // What the thread's first load of `stage_token` reads.
@@ -96,28 +96,33 @@ __device__ __forceinline__ void prefetch_token(const RotatedMatmul& p, int first
     prefetch_line(static_cast<const char*>(p.x) + k * (p.x_type == DType::kFloat32 ? 4ll : 2ll));
 }
 
-// Integers of eight values, high and low bytes, to their places in a cell's column pair.
+// Integers of eight values, high and low bytes, to their places in a cell's column pair. Adding
+// 1.5 * 2^23 leaves an integer in the low bits of a float; 128 more, and bits 8 .. 15 are the high
+// byte, rounded, the low byte with its top bit flipped.
 template <bool kE8p>
 __device__ __forceinline__ void stage_eight(const float (&v)[8], float factor, uint8_t* cell,
                                             int eighth, const StageLayout& layout, int (&sum)[2]) {
-  uint32_t high[2] = {0, 0}, low[2] = {0, 0};
-  sum[0] = sum[1] = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int q = __float2int_rn(v[j] * factor);
-    const int h = (q + 128) >> 8;
-    high[j / 4] |= static_cast<uint32_t>(h & 255) << (j % 4 * 8);
-    low[j / 4] |= static_cast<uint32_t>((q - h * 256) & 255) << (j % 4 * 8);
-    sum[j / 4] += q;
-  }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
+    uint32_t q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[i] = __float_as_uint(fmaf(v[4 * j + i], factor, 12582912.f + 128.f));
+    const uint32_t a = __byte_perm(q[0], q[1], 0x5140), b = __byte_perm(q[2], q[3], 0x5140);
+    const uint32_t low = __byte_perm(a, b, 0x5410) ^ 0x80808080u, high = __byte_perm(a, b, 0x7632);
+    sum[j] = 256 * __dp4a(static_cast<int>(high), 0x01010101, 0) +
+             __dp4a(static_cast<int>(low), 0x01010101, 0);
     const int word = eighth * 2 + j;
     uint8_t* at = cell + stage_lane<kE8p>(word) * layout.lane +
                   stage_chunk<kE8p>(word) * layout.chunk;
-    *reinterpret_cast<uint32_t*>(at) = high[j];
-    *reinterpret_cast<uint32_t*>(at + layout.column) = low[j];
+    *reinterpret_cast<uint32_t*>(at) = high;
+    *reinterpret_cast<uint32_t*>(at + layout.column) = low;
   }
+}
+
+// Maximum over the warp of values that are not negative: their bits are in the same order.
+__device__ __forceinline__ float warp_peak(float v) {
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v)));
 }
 
 // All threads of the block; returns the scale (of the last cell, when grouped).
@@ -133,6 +138,7 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
     load_eight(p, row + k, p.w.K - k, v);
   };
   float kept[8];  // the thread's first item stays in registers for the second pass
+  float most = 0.f;
   for (int i = tid; i < r.count * 8; i += threads) {
     float v[8];
     load(i / 8, i % 8, v);
@@ -143,17 +149,21 @@ __device__ __forceinline__ float stage_token(const RotatedMatmul& p, int token,
 #pragma unroll
       for (int j = 0; j < 8; ++j) kept[j] = v[j];
     }
+    if constexpr (kGrouped) {
 #pragma unroll
-    for (int d = 4; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(eight, peak, d));
-    if (i % 8 == 0) r.peaks[i / 8] = peak;
+      for (int d = 4; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(eight, peak, d));
+      if (i % 8 == 0) r.peaks[i / 8] = peak;
+    }
+    most = fmaxf(most, peak);
+  }
+  if constexpr (!kGrouped) {
+    most = warp_peak(most);
+    if (tid % 32 == 0) r.peaks[tid / 32] = most;
   }
   __syncthreads();
   float peak = 0.f;
-  if constexpr (!kGrouped) {
-    for (int i = tid % 32; i < r.count; i += 32) peak = fmaxf(peak, r.peaks[i]);
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
-  }
+  if constexpr (!kGrouped)
+    peak = warp_peak(tid % 32 < threads / 32 ? r.peaks[tid % 32] : 0.f);
   for (int i = r.from * 8 + tid; i < r.to * 8; i += threads) {
     const int slot = i / 8, eighth = i % 8;
     float v[8];
@@ -259,8 +269,7 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
 #pragma unroll
       for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fabsf(v[b][j]));
   }
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+  peak = warp_peak(peak);
   if (lane == 0) peaks[warp] = peak;
   __syncthreads();
   for (int i = 0; i < parts; ++i) peak = fmaxf(peak, peaks[m * parts + i]);

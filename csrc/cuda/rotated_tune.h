@@ -141,27 +141,57 @@ inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
+// Row groups that a block holds until their transform; 1: none waits, which needs registers.
+AQLM_HD constexpr int rotated_held(Coding coding, int bits, int tiles) {
+  return tiles == 1 && rotated_planes(coding, bits) == 1 ? 2 : 1;
+}
 // Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
   if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
   const int slots = local_cells(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
-         (std::max(slots, warps) + tokens) * 4 + tokens * warps * kCellRows * 4;
+         (std::max(slots, warps) + tokens) * 4 +
+         (tiles == 1 ? 2 : 1) * tokens * warps * kCellRows * 4;
 }
 AQLM_HD constexpr int rotated_most_x(int tiles) { return tiles == 1 ? kRotatedMaxX : 1 << 20; }
 
-// Whether blocks own rows: no slots to add, for a matrix of at most one block an SM, and of few
-// columns, because every block stages them all. Several tokens: neither for fewer blocks (4 tokens,
-// 3584 x 3584 6.6 against 5.9 us, 4096 x 4096 6.9 against 7.5) nor with a rotation, which would mix
-// more rows (4096 x 4096 12.3 against 11.3).
-constexpr int kOwnedUnits = 64;
+// The body whose blocks own rows (rotated_owned.cuh): threads, cells that a warp has looked up when
+// x comes, and whether K is longer than those cells of its warps. Blocks that fit an SM: two where
+// 64 registers are enough.
+constexpr int kOwnedThreads = 512, kOwnedAhead = 4, kOwnedMostCells = 16;  // of a warp
+AQLM_HD constexpr bool rotated_owned_long(int units) {
+  return units > kOwnedAhead * kOwnedThreads / 32;
+}
+AQLM_HD constexpr int rotated_owned_blocks(Coding coding, int bits, bool is_long) {
+  return bits == 2 && !is_long ? 2 : 1;
+}
+// Two planes, or 8 bits: more registers than there are.
+AQLM_HD constexpr bool rotated_owned_takes_long(Coding coding, int bits) {
+  return bits < 8 && rotated_planes(coding, bits) == 1;
+}
+// Threads that ptxas must leave registers for, as rotated_bound.
+AQLM_HD constexpr int rotated_owned_bound(Coding, int bits, bool is_long) {
+  return bits == 2 && is_long ? 640 : kOwnedThreads;
+}
+inline int rotated_owned_smem(const RotatedWeight& w, int tokens) {
+  return rotated_tables(w.coding, w.bits) + tokens * (w.units() * 128 + kOwnedThreads * 4);
+}
+// Whether it is taken: no slots to add, for a matrix of few rows. More blocks than SMs only without
+// a rotation, which would mix more rows: 6144 x 4096 alone 4.1 against 5.8 us, but the step of the
+// Llama-3-8B shape, whose second kernel of q, k and v (mix_rows.cu) wants 512 rows a block, 1857
+// against 1791. Several tokens: neither for fewer blocks (4 tokens, 3584 x 3584 6.6 against 5.9 us,
+// 4096 x 4096 6.9 against 7.5) nor with a rotation (4096 x 4096 12.3 against 11.3).
 inline bool rotated_owned(const RotatedWeight& w, int tokens, bool rotates,
                           const DeviceInfo& device) {
-  if (w.units() > kOwnedUnits || (tokens > 1 && (rotates || 10 * w.blocks() < 9 * device.sms)))
-    return false;
-  const RotatedSchedule s = {w.blocks(), kCellRows, w.units(), w.blocks(), 1, 1};
-  const int most_x = std::min(kRotatedMaxX, device.max_smem - rotated_tables(w.coding, w.bits));
-  return w.blocks() <= device.sms && staged_bytes(s, tokens, 1, Share::kOwned, 16) <= most_x;
+  const int blocks = w.blocks();
+  const bool is_long = rotated_owned_long(w.units()), full = 10 * blocks >= 9 * device.sms;
+  if (w.units() > kOwnedMostCells * kOwnedThreads / 32) return false;
+  if (tokens > 1 && (rotates || !full || is_long)) return false;
+  if (is_long && (!full || !rotated_owned_takes_long(w.coding, w.bits))) return false;
+  const int smem = rotated_owned_smem(w, tokens);
+  const bool twice = tokens == 1 && !rotates && 2 * (smem + 1024) <= device.max_smem &&
+                     rotated_owned_blocks(w.coding, w.bits, is_long) == 2;
+  return blocks <= (twice ? 2 : 1) * device.sms && smem <= device.max_smem;
 }
 
 // Most tiles for which a block stages x itself: more accumulators than 16 warps have registers.

@@ -16,6 +16,7 @@
 
 #include "e8p_decode.cuh"
 #include "rotated_codes.cuh"
+#include "rotated_rings.cuh"
 #include "rotated_rows.cuh"
 #include "rotated_scales.cuh"
 #include "rotated_stage.cuh"
@@ -38,84 +39,36 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   constexpr int kSums = tune::rotated_wg_sums(kTiles, kGrouped), kStage = kCells * (kX + kSums);
   constexpr int kDepth = tune::rotated_wg_depth(kCoding, kBits, kWarps, kCells);  // steps
   extern __shared__ __align__(1024) unsigned char smem[];
-  unsigned char* const codes = smem + tune::rotated_tables(kCoding, kBits);
-  unsigned char* const cells = codes + kWarps * kDepth * kCells * kCodes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(cells + kStages * kStage);
-  uint64_t* const empty = full + kStages;
-  float* const exchange = reinterpret_cast<float*>(empty + kStages);  // two of [4][group_rows]
+  unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
+  unsigned char* const cells = code_space + kWarps * kDepth * kCells * kCodes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
-  const long long all_cells = static_cast<long long>(s.groups) * units;
-  const int first = static_cast<int>(blockIdx.x * all_cells / s.ctas);
-  const int count = static_cast<int>((blockIdx.x + 1) * all_cells / s.ctas) - first;
-  const int unit0 = first % units;
-  if (threadIdx.x == 0) mbar::init_ring<kStages>(full, empty, kWarps);
+  const BlockShare share(s);
+  const int count = share.count, unit0 = share.unit0;
+  StageRing<kStages, kCells * kX, kCells * kSums> x_ring(cells, unit0);
+  // Two of [4][group_rows].
+  float* const exchange = reinterpret_cast<float*>(x_ring.empty + kStages);
+  if (threadIdx.x == 0) mbar::init_ring<kStages>(x_ring.full, x_ring.empty, kWarps);
   grid_dependents_start();
   __syncthreads();
 
-  // Thread 0: starts copying the next step's x. Its stage was that of kStages steps before.
-  Ring<kStages> fill;
-  int fill_unit = unit0, filled = 0;
-  auto fill_stage = [&] {
-    if (threadIdx.x != 0 || filled == count) return;
-    if (filled >= kStages) mbar::wait(empty + fill.stage, fill.phase ^ 1);
-    unsigned char* const to = cells + fill.stage * kStage;
-    mbar::expect(full + fill.stage, kStage);
-    mbar::bulk_copy(to, p.x_cells + size_t(fill_unit) * kCells * kX, kCells * kX,
-                    full + fill.stage);
-    if constexpr (kGrouped)
-      mbar::bulk_copy(to + kCells * kX, p.x_sums + size_t(fill_unit) * kCells * 4 * kTiles,
-                      kCells * kSums, full + fill.stage);
-    if (++fill_unit == units) fill_unit = 0;
-    ++filled;
-    fill.advance();
-  };
   const uint32_t lane_offset = lane * 4;
-  int fetch_block = first / units * kWarps + warp, wrap = units - unit0;
-  int left = fetch_block < blocks ? count : 0, fetched = 0;
-  const int row_cells = p.w.units(), missing = units * kCells - row_cells;
-  const uint8_t* from = p.w.packed +
-                        (size_t(fetch_block) * row_cells + unit0 * kCells) * kCodes + lane * 16;
-  unsigned char* const own = codes + warp * kDepth * kCells * kCodes + lane * 16;
-  auto fetch = [&] {
-    if (left > 0) {
-#pragma unroll
-      for (int c = 0; c < kCells; ++c) {
-        if (c > 0 && wrap == 1 && missing > 0) break;
-        unsigned char* const to = own + (fetched * kCells + c) * kCodes;
-#pragma unroll
-        for (int i = 0; i < kBits * 256 / 512; ++i)
-          copy_async(to + i * 512, from + c * kCodes + i * 512);
-        if constexpr (kBits == 3)
-          copy_async8(to + 512 - lane * 8, from + c * kCodes + 512 - lane * 8);
-      }
-    }
-    copy_commit();
-    if (++fetched == kDepth) fetched = 0;
-    --left;
-    from += kCells * kCodes;
-    if (--wrap == 0) {
-      wrap = units;
-      from += (size_t(kWarps - 1) * row_cells - missing) * kCodes;
-      fetch_block += kWarps;
-      if (fetch_block >= blocks) left = 0;
-    }
-  };
+  CodeRing<kBits, kWarps, kDepth, kCells, false> codes(p, share, code_space, warp, lane);
   const int span = kGrouped ? p.w.group / (kCells * kCellColumns) : 1;  // steps of a scale group
   const int chunk_units = span * kGroupChunk;
   const GroupScales scales(p.w, reinterpret_cast<unsigned char*>(exchange) +
                                     tune::rotated_wg_exchange(kTiles, kWarps) +
                                     warp * kGroupBytes);
-  if constexpr (kGrouped) scales.copy(fetch_block, unit0 / chunk_units, 0);
-  for (int i = 0; i < kDepth - 1; ++i) fetch();
+  if constexpr (kGrouped) scales.copy(codes.block, unit0 / chunk_units, 0);
+  for (int i = 0; i < kDepth - 1; ++i) codes.fetch(lane);
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
   }
   grid_dependency_wait();
-  for (int i = 0; i < kStages - 1; ++i) fill_stage();
+  for (int i = 0; i < kStages - 1; ++i) x_ring.fill(p, count);
 
   int acc[2][kTiles * 4] = {};
   float total[2][kTiles][2] = {};  // grouped: [row tile][tile][row half]
@@ -136,7 +89,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
   auto release = [&] {
     mma_groups_wait<0>();
-    if (released >= 0 && lane == 0) mbar::arrive(empty + released);
+    if (released >= 0 && lane == 0) mbar::arrive(x_ring.empty + released);
     released = -1;
   };
   auto combined = [&](int r, int n) {
@@ -149,7 +102,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
     finished();
   };
 
-  int begin = 0, group = first / units, unit = unit0;
+  int begin = 0, group = share.first / units, unit = unit0;
   bool within = false;  // grouped: the accumulators hold a part of a scale group
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
@@ -173,16 +126,9 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         ++since;
       }
       ScalarCodes<kBits> c[kCells];
-#pragma unroll
-      for (int n = 0; n < kCells; ++n) {
-        const unsigned char* const at = own + (read * kCells + n) * kCodes;
-#pragma unroll
-        for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j)
-          c[n].a[j] = *reinterpret_cast<const uint4*>(at + j * 512);
-        if constexpr (kBits == 3) c[n].b = *reinterpret_cast<const uint2*>(at + 512 - lane * 8);
-      }
+      codes.read(read, lane, c);
       if (++read == kDepth) read = 0;
-      fetch();
+      codes.fetch(lane);
       const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
@@ -197,9 +143,9 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         if (plane == 0) {
           release();
-          if (i > 0) fill_stage();
+          if (i > 0) x_ring.fill(p, count);
           __syncwarp();
-          mbar::wait(full + ring.stage, ring.phase);
+          mbar::wait(x_ring.full + ring.stage, ring.phase);
         } else {
           mma_groups_wait<0>();
         }
@@ -318,7 +264,7 @@ rotated_wgmma_kernel(const __grid_constant__ RotatedMatmul p) {
           for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
           __syncthreads();
           transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
-                                  out + n * 4 * s.group_rows, blocks - group * kWarps);
+                                  out + n * 4 * s.group_rows, blocks - group * kWarps, warp);
         } else if (m < tokens) {
 #pragma unroll
           for (int r = 0; r < 4; ++r)

@@ -129,6 +129,9 @@ def sanitize():
     cases += [(partial(E8P, 2, 4096, 128, FULL, True), (1, 16)), (partial(E8P, 2, 96, 64), (1,))]
     cases.append((partial(E8P, 2, 3584, 320), (1, 3, 6, 12)))
     cases.append((partial(E8P, 2, 16384, 2560), (16,)))
+    # Owned rows: more blocks than SMs, more cells than a warp has looked up.
+    cases += [(partial(E8P, 2, 4416, 64), (1,)), (partial(E8P, 2, 4096, 4160), (1,))]
+    cases.append((partial(Scalar, 4, 4096, 4224, 4224), (1,)))
     for bits in (2, 3, 4, 8):
         cases.append((partial(Scalar, bits, 97, 256, 128), (1, 4, 9, 20)))
         cases.append((partial(Scalar, bits, 400, 640, 64), (1, 4, 9)))
@@ -139,12 +142,13 @@ def sanitize():
         for M in tokens:
             y = layer.call(torch.randn(M, layer.K, device=DEV).half())
             assert torch.isfinite(y).all(), (layer.name, M)
-    for n in (384, 768, 3072, 11008, 4096):
+    for n in (384, 768, 3072, 11008, 4096, 8192):
         r = Hadamard.full(n)
-        x = torch.randn(2, n, device=DEV).half()
+        x, vector = torch.randn(2, n, device=DEV).half(), torch.rand(n, device=DEV)
         for M in (1, 2):
-            y = ops.hadamard(x[:M], None, None, r.matrix(DEV), r.factor, 0, True)
-            assert torch.isfinite(y).all(), n
+            for pre in (None, vector):
+                y = ops.hadamard(x[:M], pre, None, r.matrix(DEV), r.factor, 0, True)
+                assert torch.isfinite(y).all(), n
     for bits in (2, 3, 4, 8):  # float16 operands: whole and half steps, one pass and two
         for N, K, G, M in ((97, 256, 128, 20), (97, 256, 128, 70), (400, 640, 64, 9)):
             layer = Scalar(bits, N, K, G)

@@ -5,6 +5,7 @@
 #include "../rotated_groups.cuh"
 #include "../rotated_half.cuh"
 #include "../rotated_mma.cuh"
+#include "../rotated_owned.cuh"
 #include "../rotated_wgmma.cuh"
 
 namespace aqlm {
@@ -24,6 +25,20 @@ cudaError_t matmul_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   if (e != cudaSuccess) return e;
   const int limit = std::min(info.max_smem, Shape::kTables + tune::rotated_most_x(kTiles));
   return AQLM_ENQUEUE_SMEM(kernel, limit, p.s.ctas, kWarps * 32, smem, stream, p);
+}
+
+template <bool kLong>
+cudaError_t matmul_owned(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_owned_kernel<AQLM_CODING, AQLM_BITS, kLong>;
+  const int smem = tune::rotated_owned_smem(p.w, p.tokens);
+  int device = 0;
+  DeviceInfo info;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = device_info(device, &info);
+  if (e != cudaSuccess) return e;
+  constexpr int kMost = tune::rotated_tables(AQLM_CODING, AQLM_BITS) + tune::kRotatedMaxX;
+  return AQLM_ENQUEUE_SMEM(kernel, std::min(info.max_smem, kMost), p.s.ctas, tune::kOwnedThreads,
+                           smem, stream, p);
 }
 
 template <int kTokens>
@@ -84,7 +99,8 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     const int ranges = (units * 8 + kStageThreads - 1) / kStageThreads;
     const int planes = c.wgmma ? tune::rotated_planes(AQLM_CODING, AQLM_BITS) : 1;
     const cudaError_t e = enqueue(stage_kernel<kE8p, kGrouped>, dim3(p.tokens, ranges),
-                                  kStageThreads, units * 4, stream, p, 8 * tiles, planes, c.wgmma);
+                                  kStageThreads, std::max(units, kStageThreads / 32) * 4, stream,
+                                  p, 8 * tiles, planes, c.wgmma);
     if (e != cudaSuccess) return e;
   }
   if (c.wgmma) {
@@ -97,7 +113,11 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);
   if constexpr (!kGrouped) {
     constexpr int kMostLocal = tune::rotated_local_tiles(AQLM_CODING, AQLM_BITS);
-    if (c.share == Share::kOwned) return matmul_tiles<1, false, Share::kOwned>(p, stream);
+    if (c.share == Share::kOwned) {
+      if constexpr (tune::rotated_owned_takes_long(AQLM_CODING, AQLM_BITS))
+        if (tune::rotated_owned_long(p.s.units)) return matmul_owned<true>(p, stream);
+      return matmul_owned<false>(p, stream);
+    }
     if (c.share == Share::kLocal && tiles == 2)
       return matmul_tiles<2, false, Share::kLocal>(p, stream);
     if constexpr (kMostLocal == 4)
