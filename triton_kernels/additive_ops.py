@@ -46,6 +46,8 @@ class _Part:
     def config(self, x: torch.Tensor) -> tuning.Config:
         M = x.shape[0]
         scheme = f"{self.B}x{self.entries.bit_length() - 1}-g{self.g}"
+        if self.og > 1:
+            scheme += f"-o{self.og}"
         body = "dot"
         if M == 1 and self.og == 1:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
@@ -75,13 +77,13 @@ class _Part:
         """Partial sums [S, 1, N] of one token."""
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         block_g = config["BLOCK_G"]
-        steps = triton.cdiv(self.in_groups, block_g)
+        steps, slices = triton.cdiv(self.in_groups, block_g), config["SLICES"]
         each, splits = split(steps, config["PROGRAMS"] // tiles)
-        partial = torch.empty((splits, 1, self.N), dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._gemv)[(tiles, splits)](
+        partial = torch.empty((slices * splits, 1, self.N), dtype=torch.float32, device=x.device)
+        wrap_triton(bodies._gemv)[(tiles, splits, slices)](
             x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
-            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, BLOCK_N=config["BLOCK_N"],
-            BLOCK_G=block_g, **tuning.launch_options(config),
+            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, SLICES=slices,
+            BLOCK_N=config["BLOCK_N"], BLOCK_G=block_g, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 
@@ -91,23 +93,27 @@ class _Part:
         rows = self.rows_of_a_word()
         width, books = config["WIDTH"] * 4 // rows, config["BOOKS"] or self.B
         books = books if self.B % books == 0 else 1
-        tiles = triton.cdiv(self.N, 8 * warps * rows * width)
+        together = rows * width  # rows of a lane
+        wide = rows > 1 and width in (2, 4) and self.N % together == 0
+        wide = wide and self.codes.storage_offset() % together == 0
+        tiles = triton.cdiv(self.N, 8 * warps * together)
         steps = triton.cdiv(self.in_groups, words.STEP.value)
         each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
         inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
         wrap_triton(words._arrange)[(steps, block_m // 16)](
             x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
         )
+        slices = config["SLICES"]
         partial = torch.empty(
-            (splits * self.B // books, M, self.N), dtype=torch.float32, device=x.device
+            (slices * splits * self.B // books, M, self.N), dtype=torch.float32, device=x.device
         )
         copies = size = 0
-        if has_dp4a(x) and config["COPIES"]:
+        if has_dp4a(x) and config["COPIES"] and slices == 1:
             copies, size = _copies(books, self.entries)
-        wrap_triton(words._words_dot)[(tiles, partial.shape[0])](
+        wrap_triton(words._words_dot)[(tiles, splits * self.B // books, slices)](
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
-            EVEN=self.in_groups % words.STEP.value == 0, ASM=has_dp4a(x), WARPS=warps,
+            WIDE=wide, Q=config["Q"], SLICES=slices, ONE=M == 1, ASM=has_dp4a(x), WARPS=warps,
             BLOCK_M=block_m, **tuning.launch_options(config),
         )  # fmt: skip
         return partial

@@ -117,10 +117,39 @@ def _load_once(at):
 
 
 @triton.jit
+def _load_once2(at):
+    """Two neighbouring words from each pointer that are read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at],
+        (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_once4(at):
+    """Four neighbouring words from each pointer that are read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _gather4(at):
     """Four neighbouring words from each pointer into a table, which stays in the L1 cache."""
     return tl.inline_asm_elementwise(
         "ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather4_where(at, a, b):
+    """``_gather4`` where a is b, and elsewhere zeros."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;"
+        " mov.b32 $3, 0; @p ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+        "=&r,=&r,=&r,=&r,l,r,r", [at, a, b],
         (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
     )  # fmt: skip
 

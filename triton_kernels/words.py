@@ -16,10 +16,13 @@ from .operands import _operand, _place
 from .shared import (
     _declare,
     _gather4,
+    _gather4_where,
     _load4,
     _load_byte,
     _load_half,
     _load_once,
+    _load_once2,
+    _load_once4,
     _ready,
     _share4,
 )
@@ -55,28 +58,32 @@ def _halves(word, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(codes_ptr, step, group, rows, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
-           ENTRIES: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+def _codes(codes_ptr, group, row, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
+           ENTRIES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
            ASM: tl.constexpr):  # fmt: skip
-    """Words of the codes of ROWS neighbouring rows [t, lane, q, 1] of each of WIDTH ``rows`` and of
+    """WIDTH words of the codes of ROWS neighbouring rows each, from ``row`` [.., lane, ..] on, of
     BOOKS codebooks. Groups past K repeat the last one, and meet inputs of 0."""
-    group = step * STEP + group
-    if not EVEN:
-        group = tl.minimum(group, IN - 1)
+    group = tl.minimum(group, IN - 1)
     words = ()
-    for i in tl.static_range(WIDTH):
-        for b in tl.static_range(BOOKS):
-            at = codes_ptr + (b * IN + group) * N + rows[i]
-            if ASM and ROWS > 1:
-                word = _load_once(at)
-            elif ASM:
-                word = _load_half(at) if ENTRIES > 256 else _load_byte(at)
-            else:
-                word = (group + rows[i]) * 0
-                for r in tl.static_range(ROWS):
-                    code = tl.load(at + r).to(tl.int32) & (255 if ROWS == 4 else 65535)
-                    word |= code << (32 // ROWS * r)
-            words += (word,)
+    for b in tl.static_range(BOOKS):
+        at = codes_ptr + (b * IN + group) * N
+        if ASM and WIDE and WIDTH == 4:
+            words += _load_once4(at + row)
+        elif ASM and WIDE and WIDTH == 2:
+            words += _load_once2(at + row)
+        else:
+            for i in tl.static_range(WIDTH):
+                here = at + tl.minimum(row + i * ROWS, N - ROWS)
+                if ASM and ROWS > 1:
+                    word = _load_once(here)
+                elif ASM:
+                    word = _load_half(here) if ENTRIES > 256 else _load_byte(here)
+                else:
+                    word = (group + row) * 0
+                    for r in tl.static_range(ROWS):
+                        code = tl.load(here + r).to(tl.int32) & (255 if ROWS == 4 else 65535)
+                        word |= code << (32 // ROWS * r)
+                words += (word,)
     return words
 
 
@@ -95,33 +102,48 @@ def _code_of(word, r, ROWS: tl.constexpr, ENTRIES: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
-def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
-          ASM: tl.constexpr):  # fmt: skip
-    """A codebook's words [.., j, low, half] of codes, from shared copies where there are."""
+def _slice(code, SIZE: tl.constexpr):
+    """Which part of SIZE words of a codebook a code is of. (Signed numbers divide by a shift and
+    corrections.)"""
+    return (code.to(tl.uint32) // SIZE).to(tl.int32)
+
+
+@triton.jit
+def _word(books_ptr, own, code, book, slice, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+          SLICES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """A codebook's words [.., j, low, half] of codes, from shared copies where there are. With
+    SLICES (a power of two) those of other slices are zeros."""
     if ASM:
-        if COPIES > 0:
+        if SLICES > 1:
+            at = books_ptr + (book * ENTRIES + code) * 8
+            w0, w1, w2, w3 = _gather4_where(at, _slice(code, ENTRIES // SLICES), slice)
+        elif COPIES > 0:
             w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
         else:
             w0, w1, w2, w3 = _gather4(books_ptr + (book * ENTRIES + code) * 8)
         return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
     else:
         at = tl.reshape((book * ENTRIES + code) * 8, (*code.shape, 1))
-        word = tl.load(books_ptr + at + tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8)))
+        at += tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8))
+        mine = tl.reshape(_slice(code, ENTRIES // SLICES), (*code.shape, 1)) == slice
+        word = tl.load(books_ptr + at, mask=mine | (SLICES == 1), other=0.0)
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
-               BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-               ASM: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+               BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+               Q: tl.constexpr, SLICES: tl.constexpr, ONE: tl.constexpr, ASM: tl.constexpr,
+               WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and a split's steps of groups;
     s counts splits, and in each of them the B / BOOKS programs of codebooks.
 
     x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
-    lane loads ROWS codes of neighbouring rows at once; the program has WIDTH such words a lane, for
-    8 WARPS ROWS WIDTH rows, which are dots of at most 16 rows a warp: of 32 Triton (3.6) moves the
-    tile through shared memory. More than 32 tokens are dots of 32. EVEN: IN is whole steps.
+    lane has WIDTH words of the codes of ROWS neighbouring rows, which lie together too (WIDE: and
+    are loaded at once), in 8 WARPS lanes of a program, and Q of a step's groups at once. Dots are of
+    at most 16 rows a warp: of 32 Triton (3.6) moves the tile through shared memory. More than 32
+    tokens are dots of 32.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
     TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
@@ -130,6 +152,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
     DOTS: tl.constexpr = ROWS // PART  # of a word
     LANES: tl.constexpr = 8 * WARPS
+    TURNS: tl.constexpr = PAIRS // Q  # of a step
     book = tl.program_id(1) % (B // BOOKS) * BOOKS
     begin = tl.program_id(1) // (B // BOOKS) * per_split
     end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
@@ -142,57 +165,66 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
         base = _ready(base)
     t = tl.arange(0, 4)[:, None, None, None]
     lane = tl.arange(0, LANES)[None, :, None, None]
-    q = tl.arange(0, 8)[None, None, :, None]
+    q = tl.arange(0, Q)[None, None, :, None]
     r = tl.arange(0, PART)[None, None, None, :]
     own = base
     if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
-    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
+    first, slice = tl.program_id(0) * (LANES * ROWS * WIDTH), tl.program_id(2)
     zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
     total = ()
     for _ in tl.static_range(WIDTH * DOTS * HALVES):
         total += (zero,)
-    rows = ()
-    for i in tl.static_range(WIDTH):
-        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
-    # Codes are loaded one step ahead.
+    row = first + lane * (ROWS * WIDTH)
+    if WIDE:
+        row = tl.minimum(row, N - ROWS * WIDTH)
+    # Codes are loaded one turn ahead.
     codes_ptr += book * IN * N
-    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
-    for step in range(begin, end):
+    last = end * TURNS - 1
+    ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS,
+                   WIDE, ASM)  # fmt: skip
+    for turn in range(begin * TURNS, end * TURNS):
         x = ()
         for h in tl.static_range(HALVES):
-            part = _operand(x_ptr, step * PAIRS, h * 2, 0, PAIRS, TOKENS // 16, TILES, 1, ASM)
-            x += (tl.reshape(_halves(part, TYPE), (TOKENS, 256)),)
+            part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM, ONE)
+            x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
         words = ahead
-        ahead = _codes(codes_ptr, tl.minimum(step + 1, end - 1), t * 8 + q, rows, N, IN, WIDTH,
-                       BOOKS, ENTRIES, ROWS, EVEN, ASM)  # fmt: skip
+        next_turn = tl.minimum(turn + 1, last)
+        group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
+        ahead = _codes(codes_ptr, group, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE, ASM)
         sums = ()
         for i in tl.static_range(WIDTH):
             for d in tl.static_range(DOTS):
                 for b in tl.static_range(BOOKS):
-                    code = _code_of(words[i * BOOKS + b], d * PART + r, ROWS, ENTRIES, ASM)
+                    code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
                     word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
-                                 ENTRIES, COPIES, ASM)  # fmt: skip
+                                 slice, ENTRIES, COPIES, SLICES, ASM)  # fmt: skip
                     if b == 0:
                         tile = word
                     else:
                         tile += word
                 # K is (q, low, t, j, half of a word), rows are (r, lane).
                 tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
-                tile = tl.reshape(tile, (256, LANES * PART))
+                tile = tl.reshape(tile, (32 * Q, LANES * PART))
                 for h in tl.static_range(HALVES):
                     old = total[(i * DOTS + d) * HALVES + h]
                     sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
         total = sums
-    c = tl.arange(0, LANES * PART)
+    place = slice * tl.num_programs(1) + tl.program_id(1)
+    c = tl.arange(0, LANES * ROWS)
     for i in tl.static_range(WIDTH):
-        for d in tl.static_range(DOTS):
-            row = first + (i * LANES + c % LANES) * ROWS + d * PART + c // LANES
-            for h in tl.static_range(HALVES):
-                tokens = h * 32 + tl.arange(0, TOKENS)
-                at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + row[None, :]
-                ok = (row < N)[None, :] & (tokens < M)[:, None]
-                tl.store(at, total[(i * DOTS + d) * HALVES + h], mask=ok)
+        n = first + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
+        for h in tl.static_range(HALVES):
+            y = tl.reshape(total[i * DOTS * HALVES + h], (TOKENS, PART, LANES))
+            if DOTS == 2:
+                y = tl.join(y, tl.reshape(total[(i * 2 + 1) * HALVES + h], (TOKENS, PART, LANES)))
+                y = tl.permute(y, (0, 2, 3, 1))
+            else:
+                y = tl.permute(y, (0, 2, 1))
+            tokens = h * 32 + tl.arange(0, TOKENS)
+            at = partial_ptr + (place * M + tokens[:, None]) * N + n[None, :]
+            ok = (n < N)[None, :] & (tokens < M)[:, None]
+            tl.store(at, tl.reshape(y, (TOKENS, LANES * ROWS)), mask=ok)
 
 
 @triton.jit
@@ -233,7 +265,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
             else:
                 code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
             mine = own + 16 * ENTRIES * COPIES * b
-            word = _word(books_ptr, mine, code, b, ENTRIES, COPIES, ASM).to(tl.float32)
+            word = _word(books_ptr, mine, code, b, 0, ENTRIES, COPIES, 1, ASM).to(tl.float32)
             if b == 0:
                 tile = word
             else:
