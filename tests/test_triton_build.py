@@ -22,12 +22,12 @@ A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
 CASES = {
     "additive": [
-        (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
+        (additive._gemv, {**A, "SLICES": 2, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
         (words._arrange, {"TILES": 1}),
         (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
-                            "ROWS": 2, "WIDTH": 2, "EVEN": False, "ASM": True, "WARPS": 4,
-                            "BLOCK_M": 16}),
+                            "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "SLICES": 4,
+                            "ONE": True, "ASM": True, "WARPS": 4, "BLOCK_M": 16}),
         (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
                              "ASM": True, "WARPS": 8}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
@@ -62,8 +62,9 @@ CASES = {
                             "CHUNK": 4096}),
         (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
-        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "ASM": True,
-                               "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
+        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,
+                               "PAIRED": True, "ASM": True, "TILES": 1, "BLOCK_N": 64,
+                               "BLOCK_M": 16}),
     ],
 }[sys.argv[1]]
 TYPES = {
@@ -101,6 +102,61 @@ def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
         env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.stdout.strip() == f"compiled {count}", run.stderr[-2000:]
+
+
+WRITTEN = """
+import torch
+import torch._higher_order_ops.triton_kernel_wrap as wrap
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from aqlm_infer.triton_kernels import e8p, scalar, words
+
+class NoGpu:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(NoGpu())
+W = {"B": 2, "ENTRIES": 256, "BYTES": 32768, "ROWS": 4, "ASM": True}
+E = {"BITS": 2, "COPIES": 16, "ASM": True, "residual": 0.0}
+CASES = [
+    (words._words_dot, {**W, "BOOKS": 1, "COPIES": 8, "WIDTH": 4, "WIDE": True, "Q": 4,
+                        "SLICES": 1, "ONE": False, "WARPS": 4, "BLOCK_M": 16}),
+    (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
+    (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
+    (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),
+    (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
+                           "ASM": True, "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
+]
+TYPES = {
+    "x_ptr": torch.int32, "tables_ptr": torch.int32, "words_ptr": torch.int32,
+    "codes_ptr": torch.int16, "rest_ptr": torch.int16, "partial_ptr": torch.float32,
+    "unit_ptr": torch.float32, "sums_ptr": torch.float32,
+}
+for body, constants in CASES:
+    values = {n: torch.zeros(64, dtype=TYPES.get(n, torch.float16)) if n.endswith("_ptr") else 64
+              for n in body.arg_names}
+    if body is words._words_dot or body is words._dequantize:
+        values["codes_ptr"] = torch.zeros(64, dtype=torch.int8)
+    values |= constants
+    if hasattr(wrap, "identify_accessed_tensors"):
+        written = wrap.identify_accessed_tensors(body, values, {}).read_writes.writes
+        print(body.__name__, *[dep.name for dep in written])
+    else:
+        print(body.__name__, *wrap.identify_mutated_tensors(body, values, {}))
+"""
+
+
+def test_torch_compile_sees_that_kernels_write_their_results_only(tmp_path):
+    """An argument that it takes for written is copied in every compiled call, weights too."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", WRITTEN], env=env, capture_output=True, text=True, timeout=300
+    )
+    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_integers partial_ptr"]
+    expected += ["_integer_dot partial_ptr"] * 2
+    assert run.stdout.splitlines() == expected, run.stderr[-2000:]
 
 
 ROWS = [

@@ -55,6 +55,8 @@ class _Part:
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
         gathers = (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         gathers = gathers and x.dtype == self.codebooks.dtype
+        if M > 1 and gathers and has_dp4a(x):
+            body = "words_dot"
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
         if config["body"] == "words_dot" and not gathers:
             return tuning.default("additive.dot")
@@ -100,7 +102,7 @@ class _Part:
         steps = triton.cdiv(self.in_groups, words.STEP.value)
         each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
         inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
-        wrap_triton(words._arrange)[(steps, block_m // 16)](
+        wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
             x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
         )
         slices = config["SLICES"]

@@ -69,9 +69,9 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 def _tables(tables_ptr, COPIES: tl.constexpr):
     """The address of the two tables of 16-bit codes in shared memory, COPIES of each."""
     base = _declare(2048 * COPIES)
-    _share(tables_ptr, base, COPIES)
-    _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
-    return _ready(base)
+    stored = _share(tables_ptr, base, COPIES)
+    stored += _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
+    return _ready(base, stored)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from ..ops.library import OperandError
 from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
 from . import tuning
-from .fields import exact_type, has_dp4a, is_traced, one_of
+from .fields import exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
@@ -120,9 +120,7 @@ class _Weight:
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
-        copies = 0
-        if has_dp4a(x) and config.get("COPIES") and self.bits != 3 and not is_traced(x):
-            copies = 16
+        copies = 16 if has_dp4a(x) and config.get("COPIES") and self.bits != 3 else 0
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](

@@ -28,7 +28,7 @@ from .fields import (
     _unplaced,
 )
 from .operands import _operand, _place
-from .shared import _load_number
+from .shared import _load, _load_number
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
@@ -294,19 +294,31 @@ def _number(at, ASM: tl.constexpr):
         return tl.load(at).to(tl.float32)
 
 
+@triton.jit
+def _pair(at, ASM: tl.constexpr):
+    """The bits of two neighbouring 16-bit numbers at each pointer, which is a multiple of 4."""
+    if ASM:
+        return _load(at, False)
+    else:
+        first = tl.load(at).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return first | (tl.load(at + 1).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
-                 ZEROS: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                 ZEROS: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr,
+                 TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits, for 2 and 4 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
-    shared memory. When GROUPED, C sets share a scale.
+    shared memory. When GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit
+    scales are one word.
     """
     SETS: tl.constexpr = 8 // BITS
     COUNT: tl.constexpr = BLOCK_M // 16
+    TYPE: tl.constexpr = scales_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -330,18 +342,31 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
         next_word = tl.load(
             at + (block + 1) * PW, mask=ahead, other=0, eviction_policy="evict_first"
         )
+        scales2 = tl.zeros((BLOCK_N,), tl.int32)
+        zeros2 = scales2
+        if PAIRED:
+            at_pair = tl.minimum(rows, N - 1) * groups + tl.minimum(2 * block, groups - 2)
+            scales2 = _pair(scales_ptr + at_pair, ASM)
+            if ZEROS:
+                zeros2 = _pair(zeros_ptr + at_pair, ASM)
         for first in tl.static_range(0, SETS, C):
             pair = block * SETS + first
             if GROUPED:
                 # By inline assembly these are loaded as the product wants them (no barriers).
-                group = tl.minimum(pair * SET // G, groups - 1)
-                at_group = tl.minimum(rows, N - 1) * groups + group
-                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
-                scale = _number(scales_ptr + at_group, ASM)
-                if ZEROS:
-                    zero = _number(zeros_ptr + at_group, ASM)
+                if PAIRED:
+                    scale = (scales2 >> (16 * (first // C))).to(tl.int16).to(TYPE, bitcast=True)
+                    zero = (zeros2 >> (16 * (first // C))).to(tl.int16).to(TYPE, bitcast=True)
+                    scale, zero = scale.to(tl.float32), zero.to(tl.float32)
                 else:
+                    group = tl.minimum(pair * SET // G, groups - 1)
+                    at_group = tl.minimum(rows, N - 1) * groups + group
+                    scale = _number(scales_ptr + at_group, ASM)
+                    zero = scale
+                    if ZEROS:
+                        zero = _number(zeros_ptr + at_group, ASM)
+                if not ZEROS:
                     zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
                 unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
             x_high = _bytes(_operand(x_ptr, pair, tile, 0, C, COUNT, TILES, 2, ASM))
             x_low = _bytes(_operand(x_ptr, pair, tile, 1, C, COUNT, TILES, 2, ASM))

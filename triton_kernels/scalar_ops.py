@@ -104,6 +104,13 @@ class _Weight:
             return 0
         return self.planes(2 * count) // 2
 
+    def paired(self, sets: int) -> bool:
+        """Whether a block is two groups with 16-bit scales in one word each."""
+        two = self.grouped and sets * SET == self.G and 2 * sets * self.bits == 8
+        words = self.K // self.G % 2 == 0 and self.scales.element_size() == 2
+        offsets = self.scales.storage_offset() | self.zeros.storage_offset()
+        return two and words and offsets % 2 == 0
+
     def partial(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens, float32, or one split in y [M, N]."""
         if self.grouped and self.G % PLANE:
@@ -177,8 +184,8 @@ class _Weight:
         inputs, sums, unit, sets = self._quantized(x, tiles)
         wrap_triton(bodies._integer_dot)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, x.shape[0], self.N,
-            self.K, self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), TILES=tiles,
-            **options,
+            self.K, self.blocks, per_split, self.G, C=sets, PAIRED=self.paired(sets),
+            ASM=has_dp4a(x), TILES=tiles, **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:

@@ -33,22 +33,21 @@ PAIRS = tl.constexpr(8)  # of tiles of 16 inputs in a step
 
 @triton.jit
 def _arrange(x_ptr, out_ptr, M, K, x_stride, TILES: tl.constexpr):
-    """Inputs of a step (256) as ``operands``' of TILES tiles of tokens; past M and K zeros.
+    """64 inputs of 16 tokens a program as ``operands``' of TILES tiles; past M and K zeros.
 
     Pair q of a step has group 8 t + q of lane t; its word i = 2 j + low is numbers 2i and 2i + 1.
     """
-    step = tl.program_id(0)
-    token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None, None]
-    w = tl.arange(0, 128)[None, :, None]
-    k = step * 256 + 2 * w + tl.arange(0, 2)[None, None, :]
-    x = tl.load(x_ptr + token * x_stride + k, mask=(token < M) & (k < K), other=0.0)
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    word = tl.sum(bits << (16 * (k % 2)), 2)
-    w = tl.arange(0, 128)[None, :]
     token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
+    w = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :]
+    half = tl.arange(0, 2)[None, None, :]
+    k = 2 * w[:, :, None] + half
+    at = x_ptr + token[:, :, None] * x_stride + k
+    x = tl.load(at, mask=(token < M)[:, :, None] & (k < K), other=0.0)
+    word = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 2)
     group, i = w // 4, w % 4
-    at = _place(step * PAIRS + group % 8, i % 2, group // 8, i // 2, token, 0, TILES, 1)
-    tl.store(out_ptr + at, word)
+    pair = group // STEP * PAIRS + group % 8
+    place = _place(pair, i % 2, group // 8 % 4, i // 2, token, 0, TILES, 1)
+    tl.store(out_ptr + place, word)
 
 
 @triton.jit
@@ -159,10 +158,11 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        for b in tl.static_range(BOOKS):
+        stored = _share4(books_ptr + book * (8 * ENTRIES), base, ENTRIES, COPIES)
+        for b in tl.static_range(1, BOOKS):
             to = base + 16 * ENTRIES * COPIES * b
-            _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
-        base = _ready(base)
+            stored += _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
+        base = _ready(base, stored)
     t = tl.arange(0, 4)[:, None, None, None]
     lane = tl.arange(0, LANES)[None, :, None, None]
     q = tl.arange(0, Q)[None, None, :, None]
@@ -241,8 +241,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        _share4(books_ptr, base, B * ENTRIES, COPIES)
-        base = _ready(base)
+        base = _ready(base, _share4(books_ptr, base, B * ENTRIES, COPIES))
     lane = tl.arange(0, LANES)[None, :, None]
     g = tl.arange(0, 8)[None, None, :]
     r = tl.arange(0, ROWS)[:, None, None]
