@@ -55,8 +55,8 @@ def test_matmul(scheme, N, K, dtype):
 @pytest.mark.parametrize(
     ("scheme", "N", "K"),
     [("aqlm-1x8-g8", 63, 200), ("aqlm-2x6-g8", 64, 104), ("aqlm-2x8-g8", 130, 520),
-     ("aqlm-2x8-g8", 132, 520), ("aqlm-2x8-g8", 528, 264), ("aqlm-4x4-g8", 129, 88), ("aqlm-1x16-g8", 66, 136),
-     ("aqlm-1x12-g8", 67, 264), ("aqlm-2x10-g8", 64, 256)],
+     ("aqlm-2x8-g8", 132, 520), ("aqlm-2x8-g8", 528, 104), ("aqlm-4x4-g8", 129, 88),
+     ("aqlm-1x16-g8", 66, 136), ("aqlm-1x12-g8", 67, 264), ("aqlm-2x10-g8", 64, 256)],
 )  # fmt: skip
 @pytest.mark.parametrize("body", ["words_dot", "unshared", "summed", "wide", "sliced", "dot"])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
@@ -66,7 +66,7 @@ def test_both_bodies_of_few_tokens(scheme, N, K, body):
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()
-        for M in (1, 2, 16, 31, 50):
+        for M in (1, 16, 50) if DEVICE == "cpu" else (1, 2, 16, 31, 50):
             x = random_input(M, K, dtype)
             with tuning.forced(config):
                 y = quant(x.to(DEVICE))

@@ -114,7 +114,10 @@ class _Weight:
         M, groups, config = x.shape[0], _groups(self.K), self.config(x)
         block_g, block_n = config.get("BLOCK_G", CHUNK), config["BLOCK_N"]
         tiles = triton.cdiv(self.N, block_n)
-        tokens = triton.cdiv(M, tuning.DOT_ROWS) if config["body"] == "integer_dot" else 1
+        tokens, block_m = 1, 0
+        if config["body"] == "integer_dot":
+            block_m = tuning.token_part(config, M)
+            tokens = triton.cdiv(M, block_m)
         each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
         partial = partial_sums(splits, x, self.N, y)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
@@ -138,7 +141,6 @@ class _Weight:
                 one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
             )  # fmt: skip
         elif config["body"] == "integer_dot":
-            block_m = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
             tiles = tokens * block_m // 16
             inputs, sums, unit = self._quantized(x, tiles)
             wrap_triton(bodies._integer_dot)[(*grid, tokens)](

@@ -313,24 +313,30 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
-    shared memory. When GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit
-    scales are one word.
+    shared memory. Codes are decoded once, also for 64 tokens, which are two dots of 32. When
+    GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit scales are one word.
     """
     SETS: tl.constexpr = 8 // BITS
-    COUNT: tl.constexpr = BLOCK_M // 16
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    HALVES: tl.constexpr = BLOCK_M // TOKENS
+    COUNT: tl.constexpr = TOKENS // 16
     TYPE: tl.constexpr = scales_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token_ok = tokens < M
-    tile = tl.program_id(2) * COUNT
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first half
+    tile = tl.program_id(2) * (HALVES * COUNT)
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)
     groups = K // G
     i = tl.arange(0, PW)
-    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    none = tl.zeros((TOKENS, BLOCK_N), tl.int32)
+    high = ()
+    low = ()
+    total = ()
+    for _ in tl.static_range(HALVES):
+        high += (none,)
+        low += (none,)
+        total += (none.to(tl.float32),)
     # Words are loaded one step ahead, and leave the L1 cache first: inputs shall stay there.
     at = words_ptr + rows[:, None] * (blocks * PW) + i[None, :]
     next_word = tl.load(
@@ -366,27 +372,44 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
                         zero = _number(zeros_ptr + at_group, ASM)
                 if not ZEROS:
                     zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
-                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
-                unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
-            x_high = _bytes(_operand(x_ptr, pair, tile, 0, C, COUNT, TILES, 2, ASM))
-            x_low = _bytes(_operand(x_ptr, pair, tile, 1, C, COUNT, TILES, 2, ASM))
             codes = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
-            high = tl.dot(tl.reshape(x_high, (BLOCK_M, C * SET)), codes, high, out_dtype=tl.int32)
-            low = tl.dot(tl.reshape(x_low, (BLOCK_M, C * SET)), codes, low, out_dtype=tl.int32)
+            highs = ()
+            lows = ()
+            totals = ()
+            for h in tl.static_range(HALVES):
+                here = tile + h * COUNT
+                x_high = _bytes(_operand(x_ptr, pair, here, 0, C, COUNT, TILES, 2, ASM))
+                x_low = _bytes(_operand(x_ptr, pair, here, 1, C, COUNT, TILES, 2, ASM))
+                x_high = tl.reshape(x_high, (TOKENS, C * SET))
+                x_low = tl.reshape(x_low, (TOKENS, C * SET))
+                if GROUPED:
+                    m = tl.minimum(tokens + h * 32, M - 1)
+                    chunk = (m * blocks + block) * (SETS // C) + first // C
+                    unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
+                    part = tl.dot(x_high, codes, none, out_dtype=tl.int32) * 256
+                    part += tl.dot(x_low, codes, none, out_dtype=tl.int32)
+                    part = part.to(tl.float32) - zero[None, :] * sums[:, None]
+                    totals += (total[h] + scale[None, :] * (unit[:, None] * part),)
+                else:
+                    highs += (tl.dot(x_high, codes, high[h], out_dtype=tl.int32),)
+                    lows += (tl.dot(x_low, codes, low[h], out_dtype=tl.int32),)
             if GROUPED:
-                part = (high * 256 + low).to(tl.float32) - zero[None, :] * sums[:, None]
-                total += scale[None, :] * (unit[:, None] * part)
-                high = tl.zeros_like(high)
-                low = tl.zeros_like(low)
-    if not GROUPED:
-        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
-        inside = tl.minimum(tokens, M - 1)
-        sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
-        unit = tl.load(unit_ptr + inside)
-        total = high.to(tl.float32) * 256 + low.to(tl.float32) - zero[None, :] * sums[:, None]
-        total *= scale[None, :] * unit[:, None]
-    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
-    tl.store(partial_ptr + at, total, mask=row_ok[None, :] & token_ok[:, None])
+                total = totals
+            else:
+                high = highs
+                low = lows
+    for h in tl.static_range(HALVES):
+        m = tokens + h * 32
+        y = total[h]
+        if not GROUPED:
+            scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+            inside = tl.minimum(m, M - 1)
+            sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
+            unit = tl.load(unit_ptr + inside)
+            y = high[h].to(tl.float32) * 256 + low[h].to(tl.float32) - zero[None, :] * sums[:, None]
+            y *= scale[None, :] * unit[:, None]
+        at = (tl.program_id(1) * M + m[:, None]) * N + rows[None, :]
+        tl.store(partial_ptr + at, y, mask=row_ok[None, :] & (m < M)[:, None])
 
 
 @triton.jit

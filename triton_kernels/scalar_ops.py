@@ -116,9 +116,10 @@ class _Weight:
         if self.grouped and self.G % PLANE:
             return self._dequantized(x, y)
         M, config = x.shape[0], self.config(x)
-        body, tokens = config["body"], 1
+        body, tokens, block_m = config["body"], 1, 0
         if body == "integer_dot":
-            tokens = triton.cdiv(M, tuning.DOT_ROWS)
+            block_m = tuning.token_part(config, M)
+            tokens = triton.cdiv(M, block_m)
         at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
@@ -129,7 +130,7 @@ class _Weight:
         }  # fmt: skip
         grid, per_split = (tiles, splits), each * at_once
         if body == "integer_dot":
-            options["BLOCK_M"] = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            options["BLOCK_M"] = block_m
             self._integer_dot(x, partial, (*grid, tokens), per_split, options)
         elif body == "integers":
             self._integers(x, partial, grid, per_split, {"NB": at_once, **options})

@@ -5,9 +5,9 @@ waits twice for all warps. PTX lets inline assembly declare some, whose addresse
 With what Triton takes itself it must stay within 48 KB: beyond, launches fail ("invalid argument"),
 because Triton asks for more only when its own share is larger.
 
-All of it counts as pure, because ``torch.compile`` takes every argument of a kernel for written that
-has assembly with side effects, and copies the weights. What orders stores before loads is data: a
-store has a result, ``_ready`` adds those of all threads to the address that loads take.
+All of it counts as pure: of a kernel that has assembly with side effects ``torch.compile`` takes
+every argument for written, and copies the weights. What orders stores before loads is data: a store
+has a result, and ``_ready`` adds those of all threads to the address that loads take.
 
 Loads by inline assembly are elementwise, so unlike those of ``tl.load`` they run in whatever layout
 the result is wanted, such as the operand of an MMA. NVIDIA alone.

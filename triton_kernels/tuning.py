@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Config] = {
         "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 64, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.dot": {
@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Config] = {
     "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 64, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "scalar.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,
@@ -63,10 +63,6 @@ DEFAULTS: dict[str, Config] = {
 
 DOT_TOKENS = 64
 """The most tokens of a decode body; more of them multiply with a decoded weight."""
-
-DOT_ROWS = 32
-"""The most tokens of a program whose MMAs take the weight from registers (64 would be Hopper's,
-which take it from shared memory)."""
 
 _forced: list[Config] = []
 
@@ -81,6 +77,11 @@ def token_block(M: int) -> int:
 def token_rows(config: Config, M: int) -> int:
     """Rows of a dot's tile of tokens: the config's (at least 16), or more for more tokens."""
     return max(config["BLOCK_M"], token_block(M))
+
+
+def token_part(config: Config, M: int) -> int:
+    """Tokens of a program whose weights go from registers into MMAs: the config's, or fewer."""
+    return min(config["BLOCK_M"], max(16, token_block(M)))
 
 
 def device_name() -> str:

@@ -140,9 +140,11 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
 
     x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
     lane has WIDTH words of the codes of ROWS neighbouring rows, which lie together too (WIDE: and
-    are loaded at once), in 8 WARPS lanes of a program, and Q of a step's groups at once. Dots are of
-    at most 16 rows a warp: of 32 Triton (3.6) moves the tile through shared memory. More than 32
-    tokens are dots of 32.
+    are loaded at once), in 8 WARPS lanes of a program, and Q of a step's groups at once. Dots are
+    of at most 16 rows a warp: of 32 Triton (3.6) moves the tile through shared memory. More than 32
+    tokens are dots of 32. A program takes the words of one of SLICES parts of the codebooks; those
+    of a part run at the same time, so that L1 caches hold more of it. ONE token: the other 15 rows
+    of the first operand are copies of it.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
     TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
