@@ -24,8 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
 TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
 VARIANTS = {
-    "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2}, "wide": {"WIDTH": 4, "Q": 4},
-    "sliced": {"SLICES": 2, "WIDTH": 2},
+    "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5},
+    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 2}, "sliced": {"SLICES": 2, "WIDTH": 2, "Q": 2},
 }  # fmt: skip
 LARGE = [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
 CASES = [c for c in LAYERS if c[1] < 100] if DEVICE == "cpu" else [*LAYERS, *LARGE]

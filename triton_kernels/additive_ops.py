@@ -15,7 +15,7 @@ from ..ops.library import OperandError
 from . import additive as bodies
 from . import tuning, words
 from .fields import has_dp4a
-from .partial import finish, split, unit_rows
+from .partial import finish, slots, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
@@ -99,21 +99,21 @@ class _Part:
         wide = rows > 1 and width in (2, 4) and self.N % together == 0
         wide = wide and self.codes.storage_offset() % together == 0
         tiles = triton.cdiv(self.N, 8 * warps * together)
-        steps = triton.cdiv(self.in_groups, words.STEP.value)
-        each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
+        steps, slices = triton.cdiv(self.in_groups, words.STEP.value), config["SLICES"]
         inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
         wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
             x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
         )
-        slices = config["SLICES"]
+        programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
+        count = slots(tiles, steps, programs)
         partial = torch.empty(
-            (slices * splits * self.B // books, M, self.N), dtype=torch.float32, device=x.device
+            (slices * count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
         )
         copies = size = 0
         if has_dp4a(x) and config["COPIES"] and slices == 1:
             copies, size = _copies(books, self.entries)
-        wrap_triton(words._words_dot)[(tiles, splits * self.B // books, slices)](
-            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
+        wrap_triton(words._words_dot)[(programs, self.B // books, slices)](
+            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, count, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], SLICES=slices, ONE=M == 1, ASM=has_dp4a(x), WARPS=warps,
             BLOCK_M=block_m, **tuning.launch_options(config),

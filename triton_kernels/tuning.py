@@ -140,4 +140,4 @@ def forced(config: Config) -> Iterator[None]:
 
 def launch_options(config: Config) -> dict[str, int]:
     """The keywords of a launch that Triton itself reads."""
-    return {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+    return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}

@@ -129,14 +129,17 @@ def _word(books_ptr, own, code, book, slice, ENTRIES: tl.constexpr, COPIES: tl.c
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
-@triton.jit(do_not_specialize=["M", "per_split"])
-def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "slots"])
+def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
                Q: tl.constexpr, SLICES: tl.constexpr, ONE: tl.constexpr, ASM: tl.constexpr,
                WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and a split's steps of groups;
-    s counts splits, and in each of them the B / BOOKS programs of codebooks.
+    """Partial sums [slices, slots, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
+
+    The steps of all tiles of rows, one tile after the other, are dealt evenly to the programs of a
+    codebook and slice, so that all end at the same time. A tile's programs, at most ``slots``,
+    write to a slot each; the last one leaves zeros in the others.
 
     x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
     lane has WIDTH words of the codes of ROWS neighbouring rows, which lie together too (WIDE: and
@@ -153,10 +156,10 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
     DOTS: tl.constexpr = ROWS // PART  # of a word
     LANES: tl.constexpr = 8 * WARPS
+    TILE: tl.constexpr = LANES * ROWS * WIDTH
     TURNS: tl.constexpr = PAIRS // Q  # of a step
-    book = tl.program_id(1) % (B // BOOKS) * BOOKS
-    begin = tl.program_id(1) // (B // BOOKS) * per_split
-    end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
+    p, programs, slice = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    book = tl.program_id(1) * BOOKS
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
@@ -172,61 +175,71 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B:
     own = base
     if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
-    first, slice = tl.program_id(0) * (LANES * ROWS * WIDTH), tl.program_id(2)
-    zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
-    total = ()
-    for _ in tl.static_range(WIDTH * DOTS * HALVES):
-        total += (zero,)
-    row = first + lane * (ROWS * WIDTH)
-    if WIDE:
-        row = tl.minimum(row, N - ROWS * WIDTH)
-    # Codes are loaded one turn ahead.
     codes_ptr += book * IN * N
-    last = end * TURNS - 1
-    ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS,
-                   WIDE, ASM)  # fmt: skip
-    for turn in range(begin * TURNS, end * TURNS):
-        x = ()
-        for h in tl.static_range(HALVES):
-            part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM, ONE)
-            x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
-        words = ahead
-        next_turn = tl.minimum(turn + 1, last)
-        group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
-        ahead = _codes(codes_ptr, group, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE, ASM)
-        sums = ()
-        for i in tl.static_range(WIDTH):
-            for d in tl.static_range(DOTS):
-                for b in tl.static_range(BOOKS):
-                    code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
-                    word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
-                                 slice, ENTRIES, COPIES, SLICES, ASM)  # fmt: skip
-                    if b == 0:
-                        tile = word
-                    else:
-                        tile += word
-                # K is (q, low, t, j, half of a word), rows are (r, lane).
-                tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
-                tile = tl.reshape(tile, (32 * Q, LANES * PART))
-                for h in tl.static_range(HALVES):
-                    old = total[(i * DOTS + d) * HALVES + h]
-                    sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
-        total = sums
-    place = slice * tl.num_programs(1) + tl.program_id(1)
+    zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
     c = tl.arange(0, LANES * ROWS)
-    for i in tl.static_range(WIDTH):
-        n = first + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
-        for h in tl.static_range(HALVES):
-            y = tl.reshape(total[i * DOTS * HALVES + h], (TOKENS, PART, LANES))
-            if DOTS == 2:
-                y = tl.join(y, tl.reshape(total[(i * 2 + 1) * HALVES + h], (TOKENS, PART, LANES)))
-                y = tl.permute(y, (0, 2, 3, 1))
-            else:
-                y = tl.permute(y, (0, 2, 1))
-            tokens = h * 32 + tl.arange(0, TOKENS)
-            at = partial_ptr + (place * M + tokens[:, None]) * N + n[None, :]
-            ok = (n < N)[None, :] & (tokens < M)[:, None]
-            tl.store(at, tl.reshape(y, (TOKENS, LANES * ROWS)), mask=ok)
+    steps = (IN + STEP - 1) // STEP
+    units = (N + TILE - 1) // TILE * steps
+    first_unit, end_unit = p * units // programs, (p + 1) * units // programs
+    for block in range(first_unit // steps, (end_unit + steps - 1) // steps):
+        begin = tl.maximum(first_unit - block * steps, 0)
+        end = tl.minimum(end_unit - block * steps, steps)
+        row = block * TILE + lane * (ROWS * WIDTH)
+        if WIDE:
+            row = tl.minimum(row, N - ROWS * WIDTH)
+        total = ()
+        for _ in tl.static_range(WIDTH * DOTS * HALVES):
+            total += (zero,)
+        # Codes are loaded one turn ahead.
+        last = end * TURNS - 1
+        ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, N, IN, WIDTH, BOOKS, ENTRIES,
+                       ROWS, WIDE, ASM)  # fmt: skip
+        for turn in range(begin * TURNS, end * TURNS):
+            x = ()
+            for h in tl.static_range(HALVES):
+                part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM, ONE)
+                x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
+            words = ahead
+            next_turn = tl.minimum(turn + 1, last)
+            group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
+            ahead = _codes(codes_ptr, group, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE, ASM)
+            sums = ()
+            for i in tl.static_range(WIDTH):
+                for d in tl.static_range(DOTS):
+                    for b in tl.static_range(BOOKS):
+                        code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
+                        word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
+                                     slice, ENTRIES, COPIES, SLICES, ASM)  # fmt: skip
+                        if b == 0:
+                            tile = word
+                        else:
+                            tile += word
+                    # K is (q, low, t, j, half of a word), rows are (r, lane).
+                    tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
+                    tile = tl.reshape(tile, (32 * Q, LANES * PART))
+                    for h in tl.static_range(HALVES):
+                        old = total[(i * DOTS + d) * HALVES + h]
+                        sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
+            total = sums
+        slot = p - ((block * steps + 1) * programs - 1) // units
+        empty = tl.where(end == steps, slots, slot + 1)
+        for i in tl.static_range(WIDTH):
+            n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
+            for h in tl.static_range(HALVES):
+                y = tl.reshape(total[i * DOTS * HALVES + h], (TOKENS, PART, LANES))
+                if DOTS == 2:
+                    z = tl.reshape(total[(i * 2 + 1) * HALVES + h], (TOKENS, PART, LANES))
+                    y = tl.permute(tl.join(y, z), (0, 2, 3, 1))
+                else:
+                    y = tl.permute(y, (0, 2, 1))
+                y = tl.reshape(y, (TOKENS, LANES * ROWS))
+                tokens = h * 32 + tl.arange(0, TOKENS)
+                ok = (n < N)[None, :] & (tokens < M)[:, None]
+                at = partial_ptr + tokens[:, None] * N + n[None, :]
+                for s in range(slot, empty):
+                    place = (slice * slots + s) * (B // BOOKS) + tl.program_id(1)
+                    tl.store(at + place * M * N, y, mask=ok)
+                    y = tl.zeros_like(y)
 
 
 @triton.jit
