@@ -50,8 +50,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "additive.words_dot": {
         "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2, 4), "Q": (2, 4, 8), "BOOKS": (1, 0),
-        "COPIES": (1,), "SLICES": (1, 2, 4), "PROGRAMS": (224, 448, 896, 1792),
-        "num_warps": (4,), "num_stages": (1,),
+        "COPIES": (1,), "PROGRAMS": (132, 264, 396, 528, 1056), "num_warps": (4,),
+        "num_stages": (1,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -148,8 +148,6 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
             if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
-                continue
-            if config.get("SLICES", 1) > 1 and not large_books:
                 continue
             gathers = body in ("integer_dot", "words_dot")
             # Sums of words save MMAs, of which 16 tokens need few.

@@ -25,7 +25,7 @@ DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
 TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
 VARIANTS = {
     "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5},
-    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 2}, "sliced": {"SLICES": 2, "WIDTH": 2, "Q": 2},
+    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 2}, "pair": {"WIDTH": 2, "Q": 2},
 }  # fmt: skip
 LARGE = [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
 CASES = [c for c in LAYERS if c[1] < 100] if DEVICE == "cpu" else [*LAYERS, *LARGE]
@@ -58,10 +58,10 @@ def test_matmul(scheme, N, K, dtype):
      ("aqlm-2x8-g8", 132, 520), ("aqlm-2x8-g8", 528, 104), ("aqlm-4x4-g8", 129, 88),
      ("aqlm-1x16-g8", 66, 136), ("aqlm-1x12-g8", 67, 264), ("aqlm-2x10-g8", 64, 256)],
 )  # fmt: skip
-@pytest.mark.parametrize("body", ["words_dot", "unshared", "summed", "wide", "sliced", "dot"])
+@pytest.mark.parametrize("body", ["words_dot", "unshared", "summed", "wide", "pair", "dot"])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
     """Words gathered into registers (a codebook a program or all, from shared memory where they
-    fit, or a part of a codebook), or into a tile."""
+    fit), or into a tile."""
     config = {"body": "dot" if body == "dot" else "words_dot", **VARIANTS.get(body, {})}
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
@@ -71,16 +71,6 @@ def test_both_bodies_of_few_tokens(scheme, N, K, body):
             with tuning.forced(config):
                 y = quant(x.to(DEVICE))
             assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
-
-
-@pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize(("scheme", "N", "K"), [("aqlm-1x12-g8", 67, 264), ("aqlm-2x5-g6", 33, 54)])
-def test_words_of_one_token_in_parts_of_the_codebooks(scheme, N, K, slices):
-    layer = random_layer(scheme, N, K, torch.float16)
-    x, weight = random_input(1, K, torch.float16), layer.weight()
-    with tuning.forced({"body": "gemv", "SLICES": slices}):
-        y = make(layer)(x.to(DEVICE))
-    assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, torch.float16)
 
 
 @pytest.mark.parametrize(("scheme", "N", "K"), [c for c in LAYERS if "-o" in c[0]])

@@ -22,12 +22,12 @@ A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
 CASES = {
     "additive": [
-        (additive._gemv, {**A, "SLICES": 2, "BLOCK_N": 128, "BLOCK_G": 2}),
+        (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
         (words._arrange, {"TILES": 1}),
         (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
-                            "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "SLICES": 4,
-                            "ONE": True, "ASM": True, "WARPS": 4, "BLOCK_M": 16}),
+                            "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "ASM": True,
+                            "WARPS": 4, "BLOCK_M": 16}),
         (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
                              "ASM": True, "WARPS": 8}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
@@ -121,7 +121,7 @@ W = {"B": 2, "ENTRIES": 256, "BYTES": 32768, "ROWS": 4, "ASM": True}
 E = {"BITS": 2, "COPIES": 16, "ASM": True, "residual": 0.0}
 CASES = [
     (words._words_dot, {**W, "BOOKS": 1, "COPIES": 8, "WIDTH": 4, "WIDE": True, "Q": 4,
-                        "SLICES": 1, "ONE": False, "WARPS": 4, "BLOCK_M": 16}),
+                        "WARPS": 4, "BLOCK_M": 16}),
     (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
     (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
     (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),

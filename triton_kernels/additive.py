@@ -167,12 +167,8 @@ def _lookup(tables_ptr, codes_ptr, partial_ptr, M, N, IN, per_split,
 @triton.jit(do_not_specialize=["per_split"])
 def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
           B: tl.constexpr, ENTRIES: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-          SLICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1).
-
-    A program takes the words of one of SLICES parts of the codebooks. Those of a part run at the
-    same time, so that what the L1 caches hold of it is a larger share.
-    """
+          BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """partial[s, n] = one token's sum over the split's groups of x . codebook words (OG = 1)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, IN)
@@ -186,23 +182,16 @@ def _gemv(x_ptr, codes_ptr, books_ptr, partial_ptr, N, IN, per_split,
         for b in tl.static_range(B):
             at = (b * IN + group[None, :]) * N + rows[:, None]
             code = tl.load(codes_ptr + at, mask=ok, other=0, eviction_policy="evict_first")
-            code = code.to(tl.int32) & (ENTRIES - 1)
-            entry = ((b * ENTRIES + code) * G)[:, :, None] + j[None, None, :]
-            if SLICES > 1:
-                mine = (code // (ENTRIES // SLICES) == tl.program_id(2))[:, :, None]
-                if G < GP:
-                    mine = mine & (j < G)[None, None, :]
-                word = tl.load(books_ptr + entry, mask=mine, other=0.0,
-                               eviction_policy="evict_last")  # fmt: skip
-            elif G == GP:
+            entry = (b * ENTRIES + (code.to(tl.int32) & (ENTRIES - 1))) * G
+            entry = entry[:, :, None] + j[None, None, :]
+            if G == GP:
                 word = tl.load(books_ptr + entry, eviction_policy="evict_last")
             else:
                 inside = (j < G)[None, None, :]
                 word = tl.load(books_ptr + entry, mask=inside, other=0.0,
                                eviction_policy="evict_last")  # fmt: skip
             total += tl.sum(word.to(tl.float32) * x[None, :, :], 2)
-    s = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial_ptr + s * N + rows, tl.sum(total, 1), mask=rows < N)
+    tl.store(partial_ptr + tl.program_id(1) * N + rows, tl.sum(total, 1), mask=rows < N)
 
 
 @triton.jit

@@ -79,13 +79,13 @@ class _Part:
         """Partial sums [S, 1, N] of one token."""
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         block_g = config["BLOCK_G"]
-        steps, slices = triton.cdiv(self.in_groups, block_g), config["SLICES"]
+        steps = triton.cdiv(self.in_groups, block_g)
         each, splits = split(steps, config["PROGRAMS"] // tiles)
-        partial = torch.empty((slices * splits, 1, self.N), dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._gemv)[(tiles, splits, slices)](
+        partial = torch.empty((splits, 1, self.N), dtype=torch.float32, device=x.device)
+        wrap_triton(bodies._gemv)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
-            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, SLICES=slices,
-            BLOCK_N=config["BLOCK_N"], BLOCK_G=block_g, **tuning.launch_options(config),
+            B=self.B, ENTRIES=self.entries, G=self.g, GP=self.gp, BLOCK_N=config["BLOCK_N"],
+            BLOCK_G=block_g, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 
@@ -99,7 +99,7 @@ class _Part:
         wide = rows > 1 and width in (2, 4) and self.N % together == 0
         wide = wide and self.codes.storage_offset() % together == 0
         tiles = triton.cdiv(self.N, 8 * warps * together)
-        steps, slices = triton.cdiv(self.in_groups, words.STEP.value), config["SLICES"]
+        steps = triton.cdiv(self.in_groups, words.STEP.value)
         inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
         wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
             x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
@@ -107,16 +107,16 @@ class _Part:
         programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
         count = slots(tiles, steps, programs)
         partial = torch.empty(
-            (slices * count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
+            (count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
         )
         copies = size = 0
-        if has_dp4a(x) and config["COPIES"] and slices == 1:
+        if has_dp4a(x) and config["COPIES"]:
             copies, size = _copies(books, self.entries)
-        wrap_triton(words._words_dot)[(programs, self.B // books, slices)](
+        wrap_triton(words._words_dot)[(programs, self.B // books)](
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, count, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
-            WIDE=wide, Q=config["Q"], SLICES=slices, ONE=M == 1, ASM=has_dp4a(x), WARPS=warps,
-            BLOCK_M=block_m, **tuning.launch_options(config),
+            WIDE=wide, Q=config["Q"], ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m,
+            **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 

@@ -302,14 +302,14 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and nibbles go into them without shared memory.
-    Codes are decoded once, also for 64 tokens, which are two dots of 32.
+    Codes are decoded once, also for 64 tokens, which are four dots of 16.
     """
-    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
-    HALVES: tl.constexpr = BLOCK_M // TOKENS
+    TOKENS: tl.constexpr = 16 if BLOCK_M > 32 else BLOCK_M
+    PARTS: tl.constexpr = BLOCK_M // TOKENS
     COUNT: tl.constexpr = TOKENS // 16
     PAIRS: tl.constexpr = 4  # of a chunk
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first half
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first dot
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, groups // 32)
     none = tl.zeros((TOKENS, BLOCK_N), tl.int32)
@@ -317,7 +317,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     low = ()
     high2 = ()
     low2 = ()
-    for _ in tl.static_range(HALVES):
+    for _ in tl.static_range(PARTS):
         high += (none,)
         low += (none,)
         high2 += (none,)
@@ -330,7 +330,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     code2 = code
     if BITS > 2:
         code2 = _code_words(rest_ptr, begin, rows, N, BITS - 2)
-    first = tl.program_id(2) * (HALVES * COUNT)
+    first = tl.program_id(2) * (PARTS * COUNT)
     for step in range(begin, end):
         ahead = tl.minimum(step + 1, end - 1)
         next_code = _code_words(codes_ptr, ahead, rows, N, 2)
@@ -345,7 +345,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
         lows = ()
         highs2 = ()
         lows2 = ()
-        for h in tl.static_range(HALVES):
+        for h in tl.static_range(PARTS):
             here = first + h * COUNT
             x_high = _bytes(_operand(x_ptr, step * PAIRS, here, 0, PAIRS, COUNT, TILES, 2, ASM))
             x_low = _bytes(_operand(x_ptr, step * PAIRS, here, 1, PAIRS, COUNT, TILES, 2, ASM))
@@ -366,11 +366,11 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     center = ZERO * 1.0
     if BITS > 2:
         center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
-    for h in tl.static_range(HALVES):
+    for h in tl.static_range(PARTS):
         y = high[h].to(tl.float32) * 256 + low[h].to(tl.float32)
         if BITS > 2:
             y += residual * (high2[h].to(tl.float32) * 256 + low2[h].to(tl.float32))
-        m = tokens + h * 32
+        m = tokens + h * TOKENS
         inside = tl.minimum(m, M - 1)
         last = tl.where(tl.program_id(1) == 0, sums, 0)
         total_x = _row_sums(sums_ptr, inside, sums, 0, last, 32)

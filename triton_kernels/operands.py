@@ -27,20 +27,16 @@ def _place(pair, low, t, j, token, part, TILES: tl.constexpr, PARTS: tl.constexp
 
 @triton.jit
 def _operand(x_ptr, pair, first, part: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr,
-             TILES: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr,
-             ONE: tl.constexpr = False):  # fmt: skip
+             TILES: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """Words of PAIRS pairs from ``pair`` on of COUNT tiles of tokens from ``first`` on.
 
-    int32 [COUNT, half, g, PAIRS, low, t, j]: [16 COUNT, 8 PAIRS] of words, bytes or halves. ONE:
-    all are the first token's.
+    int32 [COUNT, half, g, PAIRS, low, t, j]: [16 COUNT, 8 PAIRS] of words, bytes or halves.
     """
     tile = tl.arange(0, COUNT)[:, None, None, None, None]
     pairs = tl.arange(0, PAIRS)[None, :, None, None, None]
     j = tl.arange(0, 2)[None, None, :, None, None]
     g = tl.arange(0, 8)[None, None, None, :, None]
     t = tl.arange(0, 4)[None, None, None, None, :]
-    if ONE:
-        g = g * 0
     at = x_ptr + _place(pair + pairs, 0, t, j, (first + tile) * 16 + g, part, TILES, PARTS)
     if ASM:
         w0, w1, w2, w3 = _gather4(at)

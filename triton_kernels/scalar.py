@@ -313,18 +313,18 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
-    shared memory. Codes are decoded once, also for 64 tokens, which are two dots of 32. When
+    shared memory. Codes are decoded once, also for 64 tokens, which are four dots of 16. When
     GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit scales are one word.
     """
     SETS: tl.constexpr = 8 // BITS
-    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
-    HALVES: tl.constexpr = BLOCK_M // TOKENS
+    TOKENS: tl.constexpr = 16 if BLOCK_M > 32 else BLOCK_M
+    PARTS: tl.constexpr = BLOCK_M // TOKENS
     COUNT: tl.constexpr = TOKENS // 16
     TYPE: tl.constexpr = scales_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first half
-    tile = tl.program_id(2) * (HALVES * COUNT)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first dot
+    tile = tl.program_id(2) * (PARTS * COUNT)
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)
     groups = K // G
@@ -333,7 +333,7 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
     high = ()
     low = ()
     total = ()
-    for _ in tl.static_range(HALVES):
+    for _ in tl.static_range(PARTS):
         high += (none,)
         low += (none,)
         total += (none.to(tl.float32),)
@@ -376,14 +376,14 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
             highs = ()
             lows = ()
             totals = ()
-            for h in tl.static_range(HALVES):
+            for h in tl.static_range(PARTS):
                 here = tile + h * COUNT
                 x_high = _bytes(_operand(x_ptr, pair, here, 0, C, COUNT, TILES, 2, ASM))
                 x_low = _bytes(_operand(x_ptr, pair, here, 1, C, COUNT, TILES, 2, ASM))
                 x_high = tl.reshape(x_high, (TOKENS, C * SET))
                 x_low = tl.reshape(x_low, (TOKENS, C * SET))
                 if GROUPED:
-                    m = tl.minimum(tokens + h * 32, M - 1)
+                    m = tl.minimum(tokens + h * TOKENS, M - 1)
                     chunk = (m * blocks + block) * (SETS // C) + first // C
                     unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
                     part = tl.dot(x_high, codes, none, out_dtype=tl.int32) * 256
@@ -398,8 +398,8 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
             else:
                 high = highs
                 low = lows
-    for h in tl.static_range(HALVES):
-        m = tokens + h * 32
+    for h in tl.static_range(PARTS):
+        m = tokens + h * TOKENS
         y = total[h]
         if not GROUPED:
             scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)

@@ -21,12 +21,11 @@ Config = dict[str, int | str]
 
 DEFAULTS: dict[str, Config] = {
     "additive.gemv": {
-        "BLOCK_N": 256, "BLOCK_G": 4, "SLICES": 1, "PROGRAMS": 2112, "num_warps": 4,
-        "num_stages": 1,
+        "BLOCK_N": 256, "BLOCK_G": 4, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
-        "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "SLICES": 1,
+        "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1,
         "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.dot": {

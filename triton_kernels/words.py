@@ -16,7 +16,6 @@ from .operands import _operand, _place
 from .shared import (
     _declare,
     _gather4,
-    _gather4_where,
     _load4,
     _load_byte,
     _load_half,
@@ -101,31 +100,18 @@ def _code_of(word, r, ROWS: tl.constexpr, ENTRIES: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
-def _slice(code, SIZE: tl.constexpr):
-    """Which part of SIZE words of a codebook a code is of. (Signed numbers divide by a shift and
-    corrections.)"""
-    return (code.to(tl.uint32) // SIZE).to(tl.int32)
-
-
-@triton.jit
-def _word(books_ptr, own, code, book, slice, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
-          SLICES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """A codebook's words [.., j, low, half] of codes, from shared copies where there are. With
-    SLICES (a power of two) those of other slices are zeros."""
+def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+          ASM: tl.constexpr):  # fmt: skip
+    """A codebook's words [.., j, low, half] of codes, from shared copies where there are."""
     if ASM:
-        if SLICES > 1:
-            at = books_ptr + (book * ENTRIES + code) * 8
-            w0, w1, w2, w3 = _gather4_where(at, _slice(code, ENTRIES // SLICES), slice)
-        elif COPIES > 0:
+        if COPIES > 0:
             w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
         else:
             w0, w1, w2, w3 = _gather4(books_ptr + (book * ENTRIES + code) * 8)
         return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
     else:
         at = tl.reshape((book * ENTRIES + code) * 8, (*code.shape, 1))
-        at += tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8))
-        mine = tl.reshape(_slice(code, ENTRIES // SLICES), (*code.shape, 1)) == slice
-        word = tl.load(books_ptr + at, mask=mine | (SLICES == 1), other=0.0)
+        word = tl.load(books_ptr + at + tl.reshape(tl.arange(0, 8), (*([1] * len(code.shape)), 8)))
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
@@ -133,21 +119,19 @@ def _word(books_ptr, own, code, book, slice, ENTRIES: tl.constexpr, COPIES: tl.c
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-               Q: tl.constexpr, SLICES: tl.constexpr, ONE: tl.constexpr, ASM: tl.constexpr,
-               WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Partial sums [slices, slots, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
+               Q: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
+               BLOCK_M: tl.constexpr):  # fmt: skip
+    """Partial sums [slots, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
 
     The steps of all tiles of rows, one tile after the other, are dealt evenly to the programs of a
-    codebook and slice, so that all end at the same time. A tile's programs, at most ``slots``,
-    write to a slot each; the last one leaves zeros in the others.
+    codebook, so that all end at the same time. A tile's programs, at most ``slots``, write to a
+    slot each; the last one leaves zeros in the others.
 
     x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
     lane has WIDTH words of the codes of ROWS neighbouring rows, which lie together too (WIDE: and
     are loaded at once), in 8 WARPS lanes of a program, and Q of a step's groups at once. Dots are
     of at most 16 rows a warp: of 32 Triton (3.6) moves the tile through shared memory. More than 32
-    tokens are dots of 32. A program takes the words of one of SLICES parts of the codebooks; those
-    of a part run at the same time, so that L1 caches hold more of it. ONE token: the other 15 rows
-    of the first operand are copies of it.
+    tokens are dots of 32.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
     TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
@@ -158,7 +142,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
     LANES: tl.constexpr = 8 * WARPS
     TILE: tl.constexpr = LANES * ROWS * WIDTH
     TURNS: tl.constexpr = PAIRS // Q  # of a step
-    p, programs, slice = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    p, programs = tl.program_id(0), tl.num_programs(0)
     book = tl.program_id(1) * BOOKS
     base = 0
     if COPIES > 0:
@@ -197,7 +181,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
         for turn in range(begin * TURNS, end * TURNS):
             x = ()
             for h in tl.static_range(HALVES):
-                part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM, ONE)
+                part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
                 x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
             words = ahead
             next_turn = tl.minimum(turn + 1, last)
@@ -209,7 +193,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                     for b in tl.static_range(BOOKS):
                         code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
                         word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
-                                     slice, ENTRIES, COPIES, SLICES, ASM)  # fmt: skip
+                                     ENTRIES, COPIES, ASM)  # fmt: skip
                         if b == 0:
                             tile = word
                         else:
@@ -237,7 +221,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                 ok = (n < N)[None, :] & (tokens < M)[:, None]
                 at = partial_ptr + tokens[:, None] * N + n[None, :]
                 for s in range(slot, empty):
-                    place = (slice * slots + s) * (B // BOOKS) + tl.program_id(1)
+                    place = s * (B // BOOKS) + tl.program_id(1)
                     tl.store(at + place * M * N, y, mask=ok)
                     y = tl.zeros_like(y)
 
@@ -279,7 +263,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
             else:
                 code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
             mine = own + 16 * ENTRIES * COPIES * b
-            word = _word(books_ptr, mine, code, b, 0, ENTRIES, COPIES, 1, ASM).to(tl.float32)
+            word = _word(books_ptr, mine, code, b, ENTRIES, COPIES, ASM).to(tl.float32)
             if b == 0:
                 tile = word
             else:
