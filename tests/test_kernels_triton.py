@@ -26,6 +26,7 @@ TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33,
 VARIANTS = {
     "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5},
     "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 2},
+    "first": {"FIRST": 1, "Q": 4, "num_stages": 4, "PROGRAMS": 6},
 }  # fmt: skip
 if DEVICE == "cuda":  # other loads of codes, which the interpreter does not run
     VARIANTS["pair"] = {"WIDTH": 2, "Q": 2}

@@ -126,10 +126,10 @@ def test_both_bodies_of_one_token(scheme, N, K, dtype, body):
     assert torch.equal(y[0].cpu(), layer.bias)
 
 
-@pytest.mark.parametrize("body", ["integer_dot", "shared", "dot"])
+@pytest.mark.parametrize("body", ["first_dot", "integer_dot", "shared", "dot"])
 @pytest.mark.parametrize(("scheme", "N", "K"), [c for c in BYTES if "int8" not in c[0]])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
-    """Integers that go into registers, or a tile in the inputs' type."""
+    """Weights or integers that go into registers, or a tile in the inputs' type."""
     config = {"body": "integer_dot", "COPIES": 1} if body == "shared" else {"body": body}
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)

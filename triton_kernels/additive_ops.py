@@ -13,7 +13,7 @@ from torch.library import triton_op, wrap_triton
 from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
-from . import tuning, words
+from . import first, tuning, words
 from .fields import has_dp4a
 from .partial import finish, slots, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
@@ -100,10 +100,19 @@ class _Part:
         wide = wide and self.codes.storage_offset() % together == 0
         tiles = triton.cdiv(self.N, 8 * warps * together)
         steps = triton.cdiv(self.in_groups, words.STEP.value)
-        inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
-        wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
-            x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
-        )
+        weight_first = bool(config["FIRST"]) and rows > 1
+        if weight_first:
+            inputs = torch.empty((256 * steps, block_m), dtype=x.dtype, device=x.device)
+            sums = torch.empty((steps, block_m), dtype=torch.float32, device=x.device)
+            wrap_triton(first._spread)[(steps, block_m // 16)](
+                x, inputs, sums, M, self.K, x.stride(0), FIELDS=False, STEP=words.STEP.value,
+                CHUNK=256, BLOCK_M=block_m,
+            )  # fmt: skip
+        else:
+            inputs = torch.empty(128 * block_m * steps, dtype=torch.int32, device=x.device)
+            wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
+                x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
+            )
         programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
         count = slots(tiles, steps, programs)
         partial = torch.empty(
@@ -115,8 +124,8 @@ class _Part:
         wrap_triton(words._words_dot)[(programs, self.B // books)](
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, count, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
-            WIDE=wide, Q=config["Q"], ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m,
-            **tuning.launch_options(config),
+            WIDE=wide, Q=config["Q"], FIRST=weight_first, ASM=has_dp4a(x), WARPS=warps,
+            BLOCK_M=block_m, **tuning.launch_options(config),
         )  # fmt: skip
         return partial
 

@@ -16,7 +16,7 @@ from ..formats.e8p import E8PFormat, grid_x4, residual_x2
 from ..ops.library import OperandError
 from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
-from . import tuning
+from . import first, tuning
 from .fields import chunk_of, exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
@@ -139,6 +139,19 @@ class _Weight:
             wrap_triton(bodies._gemv)[grid](
                 inputs, sums, *weight, partial, self.N, groups, each, self.residual,
                 one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
+            )  # fmt: skip
+        elif config["body"] == "first_dot":
+            block_m = max(16, tuning.token_block(M))
+            inputs = torch.empty((groups * 8, block_m), dtype=x.dtype, device=x.device)
+            sums = torch.empty((groups // CHUNK, block_m), dtype=torch.float32, device=x.device)
+            wrap_triton(first._spread)[(groups // CHUNK, block_m // 16)](
+                x, inputs, sums, M, self.K, x.stride(0), FIELDS=False, STEP=CHUNK, CHUNK=8 * CHUNK,
+                BLOCK_M=block_m,
+            )  # fmt: skip
+            wrap_triton(bodies._first_dot)[grid](
+                inputs, sums, *weight, partial, M, self.N, groups, each, self.residual,
+                one_of(x.dtype), BITS=self.bits, COPIES=copies, ASM=has_dp4a(x), BLOCK_N=block_n,
+                BLOCK_M=block_m, **tuning.launch_options(config),
             )  # fmt: skip
         elif config["body"] == "integer_dot":
             tiles = tokens * block_m // 16

@@ -27,8 +27,9 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .first import _inputs, _store, _sums_of
 from .operands import _operand, _place
-from .shared import _load, _load_number
+from .shared import _load, _load_number, _load_once4
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
@@ -410,6 +411,68 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
             y *= scale[None, :] * unit[:, None]
         at = (tl.program_id(1) * M + m[:, None]) * N + rows[None, :]
         tl.store(partial_ptr + at, y, mask=row_ok[None, :] & (m < M)[:, None])
+
+
+@triton.jit
+def _row_words(words_ptr, row, block, blocks, ASM: tl.constexpr):
+    """The words of a block of ``row`` [R, 1, 1], four a lane: [R, t, w, 1]."""
+    t = tl.arange(0, 4)[None, :, None]
+    at = words_ptr + (row * blocks + block) * PW + 4 * t
+    if ASM:
+        w0, w1, w2, w3 = _load_once4(at)
+    else:
+        w0, w1, w2, w3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (row.shape[0], 4, 4, 1))
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def _first_dot(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K, blocks,
+               per_split, G, one, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
+               ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] with the weight as first operand (``first``), for 2 and 4 bits.
+
+    C planes are multiplied at once; when GROUPED they share a scale. x and sums are ``_spread``'s
+    for chunks of C planes.
+    """
+    P: tl.constexpr = 16 // BITS
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, N - 1)
+    row = inside[:, None, None]
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # Words are loaded one block ahead.
+    ahead = _row_words(words_ptr, row, begin, blocks, ASM)
+    for block in range(begin, end):
+        word = ahead
+        ahead = _row_words(words_ptr, row, tl.minimum(block + 1, end - 1), blocks, ASM)
+        for first in tl.static_range(0, P, C):
+            x = _inputs(x_ptr, (block * P + first) * 32, 32 * C, BLOCK_M)
+            j = tl.reshape(first + tl.arange(0, C), (1, 1, 1, C))
+            tile = _pairs(word, one, j // 2 + j % 2 * (P // 2), BITS, TYPE)
+            # K is (w, plane, t, pair).
+            tile = tl.reshape(tl.permute(tile, (0, 2, 3, 1, 4)), (BLOCK_N, 32 * C))
+            if GROUPED:
+                group = tl.minimum((block * P + first) * 32 // G, groups - 1)
+                scale = _number(scales_ptr + inside * groups + group, ASM)
+                zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+                if ZEROS:
+                    zero = _number(zeros_ptr + inside * groups + group, ASM)
+                chunk = (block * P + first) // C * BLOCK_M
+                sums = _number(sums_ptr + chunk + tl.arange(0, BLOCK_M), ASM)
+                part = tl.dot(tile, x) - (1 + zero / (1 << BITS))[:, None] * sums[None, :]
+                total += scale[:, None] * part
+            else:
+                total = tl.dot(tile, x, total)
+    if not GROUPED:
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, inside, inside >= 0, 0, 1, BITS, ZEROS)
+        sums = _sums_of(sums_ptr, begin * (P // C), end * (P // C), BLOCK_M, 16)
+        total = scale[:, None] * (total - (1 + zero / (1 << BITS))[:, None] * sums[None, :])
+    _store(partial_ptr, tl.program_id(1), total * (1 << BITS), rows, M, N, BLOCK_M)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Config] = {
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
-        "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1,
+        "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "FIRST": 0,
         "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.dot": {
@@ -44,6 +44,9 @@ DEFAULTS: dict[str, Config] = {
         "BLOCK_M": 64, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
     },
+    "e8p.first_dot": {
+        "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2,
+    },
     "e8p.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
         "num_warps": 4, "num_stages": 1,
@@ -52,6 +55,9 @@ DEFAULTS: dict[str, Config] = {
     "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integer_dot": {
         "BLOCK_M": 64, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+    },
+    "scalar.first_dot": {
+        "BLOCK_N": 128, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3,
     },
     "scalar.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,

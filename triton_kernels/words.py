@@ -12,6 +12,7 @@ at least, when the lanes that read at once (8 of 16 bytes) have a copy of the co
 import triton
 import triton.language as tl
 
+from .first import _inputs
 from .operands import _operand, _place
 from .shared import (
     _declare,
@@ -115,11 +116,22 @@ def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexp
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
+@triton.jit
+def _by_lane(y, TOKENS: tl.constexpr, WARPS: tl.constexpr, PART: tl.constexpr,
+             FIRST: tl.constexpr):  # fmt: skip
+    """Sums of a dot as [tokens, lanes, r]."""
+    if FIRST:
+        y = tl.permute(tl.reshape(y, (WARPS, PART, 8, TOKENS)), (3, 0, 2, 1))
+        return tl.reshape(y, (TOKENS, 8 * WARPS, PART))
+    else:
+        return tl.permute(tl.reshape(y, (TOKENS, PART, 8 * WARPS)), (0, 2, 1))
+
+
 @triton.jit(do_not_specialize=["M", "slots"])
 def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-               Q: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
+               Q: tl.constexpr, FIRST: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
                BLOCK_M: tl.constexpr):  # fmt: skip
     """Partial sums [slots, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
 
@@ -127,14 +139,15 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
     codebook, so that all end at the same time. A tile's programs, at most ``slots``, write to a
     slot each; the last one leaves zeros in the others.
 
-    x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
-    lane has WIDTH words of the codes of ROWS neighbouring rows, which lie together too (WIDE: and
-    are loaded at once), in 8 WARPS lanes of a program, and Q of a step's groups at once. Dots are
-    of at most 16 rows a warp: of 32 Triton (3.6) moves the tile through shared memory. More than 32
-    tokens are dots of 32.
+    x is ``_arrange``'s; or the weight is the FIRST operand, and x ``_spread``'s (``first``). COPIES
+    of the program's codebooks are in shared memory (BYTES; 0: none). A lane has WIDTH words of the
+    codes of ROWS neighbouring rows, which lie together too (WIDE: and are loaded at once), in 8
+    WARPS lanes of a program, and Q of a step's groups at once. Dots are of at most 16 rows a warp:
+    of 32 as second operand Triton (3.6) moves the tile through shared memory. More than 32 tokens
+    before it are dots of 32.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
-    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 and not FIRST else BLOCK_M
     HALVES: tl.constexpr = BLOCK_M // TOKENS
     TILES: tl.constexpr = BLOCK_M // 16
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
@@ -152,15 +165,19 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
             to = base + 16 * ENTRIES * COPIES * b
             stored += _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
         base = _ready(base, stored)
-    t = tl.arange(0, 4)[:, None, None, None]
-    lane = tl.arange(0, LANES)[None, :, None, None]
-    q = tl.arange(0, Q)[None, None, :, None]
-    r = tl.arange(0, PART)[None, None, None, :]
+    # Codes are [t, warp, lane / 4, q, r].
+    t = tl.reshape(tl.arange(0, 4), (4, 1, 1, 1, 1))
+    lane = tl.reshape(tl.arange(0, LANES), (1, WARPS, 8, 1, 1))
+    q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
+    r = tl.reshape(tl.arange(0, PART), (1, 1, 1, 1, PART))
     own = base
     if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
     codes_ptr += book * IN * N
-    zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
+    if FIRST:
+        zero = tl.zeros((LANES * PART, TOKENS), tl.float32)
+    else:
+        zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
     c = tl.arange(0, LANES * ROWS)
     steps = (IN + STEP - 1) // STEP
     units = (N + TILE - 1) // TILE * steps
@@ -181,8 +198,11 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
         for turn in range(begin * TURNS, end * TURNS):
             x = ()
             for h in tl.static_range(HALVES):
-                part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
-                x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
+                if FIRST:
+                    x += (_inputs(x_ptr, turn * (32 * Q), 32 * Q, BLOCK_M),)
+                else:
+                    part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
+                    x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
             words = ahead
             next_turn = tl.minimum(turn + 1, last)
             group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
@@ -198,24 +218,28 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                             tile = word
                         else:
                             tile += word
-                    # K is (q, low, t, j, half of a word), rows are (r, lane).
-                    tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
-                    tile = tl.reshape(tile, (32 * Q, LANES * PART))
-                    for h in tl.static_range(HALVES):
-                        old = total[(i * DOTS + d) * HALVES + h]
-                        sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
+                    if FIRST:
+                        # Rows are (warp, r, lane), K is (q, j, low, t, half of a word).
+                        tile = tl.permute(tile, (1, 4, 2, 3, 5, 6, 0, 7))
+                        tile = tl.reshape(tile, (LANES * PART, 32 * Q))
+                        sums += (tl.dot(tile, x[0], total[i * DOTS + d]),)
+                    else:
+                        # K is (q, low, t, j, half of a word), rows are (r, warp, lane).
+                        tile = tl.permute(tile, (3, 6, 0, 5, 7, 4, 1, 2))
+                        tile = tl.reshape(tile, (32 * Q, LANES * PART))
+                        for h in tl.static_range(HALVES):
+                            old = total[(i * DOTS + d) * HALVES + h]
+                            sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
             total = sums
         slot = p - ((block * steps + 1) * programs - 1) // units
         empty = tl.where(end == steps, slots, slot + 1)
         for i in tl.static_range(WIDTH):
             n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
             for h in tl.static_range(HALVES):
-                y = tl.reshape(total[i * DOTS * HALVES + h], (TOKENS, PART, LANES))
+                y = _by_lane(total[i * DOTS * HALVES + h], TOKENS, WARPS, PART, FIRST)
                 if DOTS == 2:
-                    z = tl.reshape(total[(i * 2 + 1) * HALVES + h], (TOKENS, PART, LANES))
-                    y = tl.permute(tl.join(y, z), (0, 2, 3, 1))
-                else:
-                    y = tl.permute(y, (0, 2, 1))
+                    z = _by_lane(total[(i * 2 + 1) * HALVES + h], TOKENS, WARPS, PART, FIRST)
+                    y = tl.permute(tl.join(y, z), (0, 1, 3, 2))
                 y = tl.reshape(y, (TOKENS, LANES * ROWS))
                 tokens = h * 32 + tl.arange(0, TOKENS)
                 ok = (n < N)[None, :] & (tokens < M)[:, None]
