@@ -93,7 +93,8 @@ class _Part:
         """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
         M, block_m, warps = x.shape[0], tuning.token_rows(config, x.shape[0]), config["num_warps"]
         rows = self.rows_of_a_word()
-        width, books = config["WIDTH"] * 4 // rows, config["BOOKS"] or self.B
+        # (More words than four take minutes to compile: a lane of odd rows has one code a word.)
+        width, books = min(4, config["WIDTH"] * 4 // rows), config["BOOKS"] or self.B
         books = books if self.B % books == 0 else 1
         together = rows * width  # rows of a lane
         wide = rows > 1 and width in (2, 4) and self.N % together == 0
