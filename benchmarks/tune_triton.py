@@ -50,8 +50,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "additive.words_dot": {
         "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2, 4), "Q": (2, 4, 8), "BOOKS": (1, 0),
-        "COPIES": (1,), "PROGRAMS": (132, 264, 396, 528, 1056), "num_warps": (4,),
-        "num_stages": (1,),
+        "COPIES": (1,), "FIRST": (0, 1), "PROGRAMS": (132, 264, 396, 528, 1056),
+        "num_warps": (4,), "num_stages": (1, 2, 4),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -66,8 +66,12 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128), "COPIES": (1,),
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
+    },
+    "e8p.first_dot": {
+        "BLOCK_N": (64, 128), "COPIES": (1,), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
+        "num_stages": (2,),
     },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
@@ -82,14 +86,21 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1,),
     },
     "scalar.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
         "num_warps": (4, 8), "num_stages": (1,),
+    },
+    "scalar.first_dot": {
+        "BLOCK_N": (64, 128, 256), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
+        "num_stages": (2, 3),
     },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
         "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
 }  # fmt: skip
+
+BYTES = ("scalar.integers", "scalar.integer_dot", "scalar.first_dot")
+"""For scalar schemes whose fields fill bytes."""
 
 Case = tuple[str, int, int, int]
 """Scheme, N, K, M."""
@@ -137,29 +148,34 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
             continue
         if body == "lookup" and large_books:
             continue
-        if name.startswith("scalar.integer") and not fills_bytes(scheme):
+        if name in BYTES and not fills_bytes(scheme):
             continue
-        if body == "integer_dot" and getattr(parse_scheme(scheme), "bits", 2) == 8:
+        if name in BYTES and body.endswith("dot") and getattr(parse_scheme(scheme), "bits", 2) == 8:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
-            rows = 32 if body == "integer_dot" else 64
-            if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
+            if large or (M > 1 and config.get("BLOCK_M", 64) < min(M, 64)):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
-            gathers = body in ("integer_dot", "words_dot")
             # Sums of words save MMAs, of which 16 tokens need few.
             if config.get("BOOKS") == 0 and (M <= 16 or parse_scheme(scheme).num_codebooks == 1):
                 continue
             # Each warp reads all inputs.
             if body == "integer_dot" and config["BLOCK_N"] < 16 * config["num_warps"]:
                 continue
-            if gathers and config["BLOCK_M"] != min(rows, max(16, token_block(M))):
+            if body == "first_dot" and config["BLOCK_N"] // config["num_warps"] not in (16, 32):
+                continue
+            # Inputs of the first operand's kind are loaded ahead, with tables beyond 48 KB or not.
+            stages = (4 if M > 32 else 2) if config.get("FIRST") else 1
+            if body == "words_dot" and config["num_stages"] != stages:
+                continue
+            blocks = body in ("integer_dot", "words_dot")
+            if blocks and config["BLOCK_M"] != max(16, token_block(M)):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
-            if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
+            if body == "dot" and M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
                 continue
             found.append(config)
     return found[::thin]
