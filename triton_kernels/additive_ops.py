@@ -122,11 +122,15 @@ class _Part:
         copies = size = 0
         if has_dp4a(x) and config["COPIES"]:
             copies, size = _copies(books, self.entries)
+        options = tuning.launch_options(config)
+        if weight_first:
+            stage = 32 * config["Q"] * block_m * x.dtype.itemsize
+            options["num_stages"] = first.stages(config["num_stages"], stage, size)
         wrap_triton(words._words_dot)[(programs, self.B // books)](
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, count, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], FIRST=weight_first, ASM=has_dp4a(x), WARPS=warps,
-            BLOCK_M=block_m, **tuning.launch_options(config),
+            BLOCK_M=block_m, **options,
         )  # fmt: skip
         return partial
 

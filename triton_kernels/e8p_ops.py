@@ -148,10 +148,12 @@ class _Weight:
                 x, inputs, sums, M, self.K, x.stride(0), FIELDS=False, STEP=CHUNK, CHUNK=8 * CHUNK,
                 BLOCK_M=block_m,
             )  # fmt: skip
+            stage = 8 * CHUNK * block_m * x.dtype.itemsize
             wrap_triton(bodies._first_dot)[grid](
                 inputs, sums, *weight, partial, M, self.N, groups, each, self.residual,
                 one_of(x.dtype), BITS=self.bits, COPIES=copies, ASM=has_dp4a(x), BLOCK_N=block_n,
-                BLOCK_M=block_m, **tuning.launch_options(config),
+                BLOCK_M=block_m, num_warps=config["num_warps"],
+                num_stages=first.stages(config["num_stages"], stage, 2048 * copies),
             )  # fmt: skip
         elif config["body"] == "integer_dot":
             tiles = tokens * block_m // 16

@@ -16,6 +16,17 @@ import triton
 import triton.language as tl
 
 
+SHARED = 48 << 10  # bytes that launches have without asking for more
+
+
+def stages(wanted: int, stage: int, tables: int) -> int:
+    """``wanted`` stages of inputs of ``stage`` bytes, or more, beside ``tables`` bytes that Triton
+    does not know of (``shared``): both fit, or its own share is so large that it asks for more."""
+    while tables and wanted * stage <= SHARED < wanted * stage + tables:
+        wanted += 1
+    return wanted
+
+
 @triton.jit
 def _input_of_word(k, STEP: tl.constexpr):
     """The input at place k of a step of vectors of 8: those of lane t are STEP / 4 neighbours, and
