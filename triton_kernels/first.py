@@ -15,7 +15,6 @@ inline assembly (``shared``) are made in that layout; those of ``tl.load`` would
 import triton
 import triton.language as tl
 
-
 SHARED = 48 << 10  # bytes that launches have without asking for more
 
 
