@@ -115,7 +115,12 @@ class _Part:
                 x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
             )
         programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
-        count = slots(tiles, steps, programs)
+        if config["DEALT"]:
+            share = count = slots(tiles, steps, programs)
+            grid = (programs, self.B // books)
+        else:
+            share, count = split(steps, programs // tiles)
+            grid = (tiles, count * self.B // books)
         partial = torch.empty(
             (count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
         )
@@ -126,11 +131,11 @@ class _Part:
         if weight_first:
             stage = 32 * config["Q"] * block_m * x.dtype.itemsize
             options["num_stages"] = first.stages(config["num_stages"], stage, size)
-        wrap_triton(words._words_dot)[(programs, self.B // books)](
-            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, count, B=self.B,
+        wrap_triton(words._words_dot)[grid](
+            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, share, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
-            WIDE=wide, Q=config["Q"], FIRST=weight_first, ASM=has_dp4a(x), WARPS=warps,
-            BLOCK_M=block_m, **options,
+            WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
+            ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, **options,
         )  # fmt: skip
         return partial
 

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Config] = {
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
         "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "FIRST": 0,
-        "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+        "DEALT": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
@@ -145,4 +145,4 @@ def forced(config: Config) -> Iterator[None]:
 
 def launch_options(config: Config) -> dict[str, int]:
     """The keywords of a launch that Triton itself reads."""
-    return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+    return {name: config[name] for name in ("num_warps", "num_stages") if name in config}

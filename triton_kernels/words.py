@@ -127,16 +127,17 @@ def _by_lane(y, TOKENS: tl.constexpr, WARPS: tl.constexpr, PART: tl.constexpr,
         return tl.permute(tl.reshape(y, (TOKENS, PART, 8 * WARPS)), (0, 2, 1))
 
 
-@triton.jit(do_not_specialize=["M", "slots"])
-def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "share"])
+def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.constexpr,
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-               Q: tl.constexpr, FIRST: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
-               BLOCK_M: tl.constexpr):  # fmt: skip
-    """Partial sums [slots, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
+               Q: tl.constexpr, FIRST: tl.constexpr, DEALT: tl.constexpr, ASM: tl.constexpr,
+               WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Partial sums [slot, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
 
-    The steps of all tiles of rows, one tile after the other, are dealt evenly to the programs of a
-    codebook, so that all end at the same time. A tile's programs, at most ``slots``, write to a
+    A program takes a tile of rows and ``share`` steps of groups, and its slot is its split. DEALT:
+    the steps of all tiles, one tile after the other, are dealt evenly to the programs of a
+    codebook, so that all end at the same time. A tile's programs, at most ``share``, write to a
     slot each; the last one leaves zeros in the others.
 
     x is ``_arrange``'s; or the weight is the FIRST operand, and x ``_spread``'s (``first``). COPIES
@@ -156,7 +157,9 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
     TILE: tl.constexpr = LANES * ROWS * WIDTH
     TURNS: tl.constexpr = PAIRS // Q  # of a step
     p, programs = tl.program_id(0), tl.num_programs(0)
-    book = tl.program_id(1) * BOOKS
+    part = tl.program_id(1) % (B // BOOKS)
+    split = tl.program_id(1) // (B // BOOKS)
+    book = part * BOOKS
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
@@ -182,9 +185,19 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
     steps = (IN + STEP - 1) // STEP
     units = (N + TILE - 1) // TILE * steps
     first_unit, end_unit = p * units // programs, (p + 1) * units // programs
-    for block in range(first_unit // steps, (end_unit + steps - 1) // steps):
-        begin = tl.maximum(first_unit - block * steps, 0)
-        end = tl.minimum(end_unit - block * steps, steps)
+    first_block, end_block = p, p + 1
+    if DEALT:
+        first_block, end_block = first_unit // steps, (end_unit + steps - 1) // steps
+    for block in range(first_block, end_block):
+        begin = split * share
+        end = tl.minimum(begin + share, steps)
+        slot = split
+        end_slot = slot + 1
+        if DEALT:
+            begin = tl.maximum(first_unit - block * steps, 0)
+            end = tl.minimum(end_unit - block * steps, steps)
+            slot = p - ((block * steps + 1) * programs - 1) // units
+            end_slot = tl.where(end == steps, share, slot + 1)
         row = block * TILE + lane * (ROWS * WIDTH)
         if WIDE:
             row = tl.minimum(row, N - ROWS * WIDTH)
@@ -201,8 +214,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                 if FIRST:
                     x += (_inputs(x_ptr, turn * (32 * Q), 32 * Q, BLOCK_M),)
                 else:
-                    part = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
-                    x += (tl.reshape(_halves(part, TYPE), (TOKENS, 32 * Q)),)
+                    here = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
+                    x += (tl.reshape(_halves(here, TYPE), (TOKENS, 32 * Q)),)
             words = ahead
             next_turn = tl.minimum(turn + 1, last)
             group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
@@ -231,8 +244,6 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                             old = total[(i * DOTS + d) * HALVES + h]
                             sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
             total = sums
-        slot = p - ((block * steps + 1) * programs - 1) // units
-        empty = tl.where(end == steps, slots, slot + 1)
         for i in tl.static_range(WIDTH):
             n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
             for h in tl.static_range(HALVES):
@@ -244,8 +255,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, slots, B: tl.
                 tokens = h * 32 + tl.arange(0, TOKENS)
                 ok = (n < N)[None, :] & (tokens < M)[:, None]
                 at = partial_ptr + tokens[:, None] * N + n[None, :]
-                for s in range(slot, empty):
-                    place = s * (B // BOOKS) + tl.program_id(1)
+                for s in range(slot, end_slot):
+                    place = s * (B // BOOKS) + part
                     tl.store(at + place * M * N, y, mask=ok)
                     y = tl.zeros_like(y)
 
