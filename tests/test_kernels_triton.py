@@ -24,9 +24,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
 TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
 VARIANTS = {
-    "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5},
-    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 2},
-    "first": {"FIRST": 1, "Q": 4, "num_stages": 4, "PROGRAMS": 6},
+    "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5, "DEALT": 1},
+    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 6},
+    "first": {"FIRST": 1, "Q": 4, "num_stages": 4, "PROGRAMS": 6, "DEALT": 1},
 }  # fmt: skip
 if DEVICE == "cuda":  # other loads of codes, which the interpreter does not run
     VARIANTS["pair"] = {"WIDTH": 2, "Q": 2}

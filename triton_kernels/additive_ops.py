@@ -127,15 +127,13 @@ class _Part:
         copies = size = 0
         if has_dp4a(x) and config["COPIES"]:
             copies, size = _copies(books, self.entries)
-        options = tuning.launch_options(config)
-        if weight_first:
-            stage = 32 * config["Q"] * block_m * x.dtype.itemsize
-            options["num_stages"] = first.stages(config["num_stages"], stage, size)
+        stage = 32 * config["Q"] * block_m * x.dtype.itemsize
+        stages = first.stages(config["num_stages"], stage, size) if weight_first else 1
         wrap_triton(words._words_dot)[grid](
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, share, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
-            ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, **options,
+            ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return partial
 
