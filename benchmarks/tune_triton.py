@@ -66,7 +66,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128), "COPIES": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.first_dot": {
@@ -155,7 +155,7 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
-            if large or (M > 1 and config.get("BLOCK_M", 64) < min(M, 64)):
+            if large or (body == "dot" and config["BLOCK_M"] < M):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
@@ -172,7 +172,8 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
             if body == "words_dot" and config["num_stages"] != stages:
                 continue
             blocks = body in ("integer_dot", "words_dot")
-            if blocks and config["BLOCK_M"] != max(16, token_block(M)):
+            most = 32 if name == "e8p.integer_dot" else 64
+            if blocks and config["BLOCK_M"] != min(most, max(16, token_block(M))):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
             if body == "dot" and M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:

@@ -122,7 +122,8 @@ class NoGpu:
     def get_current_device(self): return 0
     def get_active_torch_device(self): return torch.device("cpu")
 
-driver.set_active(NoGpu())
+if not torch.cuda.is_available():
+    driver.set_active(NoGpu())
 W = {"B": 2, "ENTRIES": 256, "BYTES": 32768, "ROWS": 4, "ASM": True}
 E = {"BITS": 2, "COPIES": 16, "ASM": True, "residual": 0.0}
 CASES = [

@@ -55,8 +55,6 @@ class _Part:
             body = "lookup" if self.entries <= 256 and self.B > 1 else "gemv"
         gathers = (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         gathers = gathers and x.dtype == self.codebooks.dtype
-        if M > 1 and gathers and has_dp4a(x):
-            body = "words_dot"
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
         if config["body"] == "words_dot" and not gathers:
             return tuning.default("additive.dot")

@@ -303,26 +303,18 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and nibbles go into them without shared memory.
-    Codes are decoded once, also for 64 tokens, which are four dots of 16.
     """
-    TOKENS: tl.constexpr = 16 if BLOCK_M > 32 else BLOCK_M
-    PARTS: tl.constexpr = BLOCK_M // TOKENS
-    COUNT: tl.constexpr = TOKENS // 16
+    COUNT: tl.constexpr = BLOCK_M // 16
     PAIRS: tl.constexpr = 4  # of a chunk
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first dot
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token_ok = tokens < M
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, groups // 32)
-    none = tl.zeros((TOKENS, BLOCK_N), tl.int32)
-    high = ()
-    low = ()
-    high2 = ()
-    low2 = ()
-    for _ in tl.static_range(PARTS):
-        high += (none,)
-        low += (none,)
-        high2 += (none,)
-        low2 += (none,)
+    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    high2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    low2 = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     base = 0
     if COPIES > 0:
         base = _tables(tables_ptr, COPIES)
@@ -331,53 +323,36 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     code2 = code
     if BITS > 2:
         code2 = _code_words(rest_ptr, begin, rows, N, BITS - 2)
-    first = tl.program_id(2) * (PARTS * COUNT)
+    first = tl.program_id(2) * COUNT
     for step in range(begin, end):
+        x_high = _bytes(_operand(x_ptr, step * PAIRS, first, 0, PAIRS, COUNT, TILES, 2, ASM))
+        x_low = _bytes(_operand(x_ptr, step * PAIRS, first, 1, PAIRS, COUNT, TILES, 2, ASM))
+        x_high = tl.reshape(x_high, (BLOCK_M, 256))
+        x_low = tl.reshape(x_low, (BLOCK_M, 256))
         ahead = tl.minimum(step + 1, end - 1)
         next_code = _code_words(codes_ptr, ahead, rows, N, 2)
         next_code2 = next_code
         if BITS > 2:
             next_code2 = _code_words(rest_ptr, ahead, rows, N, BITS - 2)
         tile = _integer_tile(tables_ptr, base, code, 2, COPIES, ASM, BLOCK_N)
-        tile2 = tile
+        high = tl.dot(x_high, tile, high, out_dtype=tl.int32)
+        low = tl.dot(x_low, tile, low, out_dtype=tl.int32)
         if BITS > 2:
-            tile2 = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N)
-        highs = ()
-        lows = ()
-        highs2 = ()
-        lows2 = ()
-        for h in tl.static_range(PARTS):
-            here = first + h * COUNT
-            x_high = _bytes(_operand(x_ptr, step * PAIRS, here, 0, PAIRS, COUNT, TILES, 2, ASM))
-            x_low = _bytes(_operand(x_ptr, step * PAIRS, here, 1, PAIRS, COUNT, TILES, 2, ASM))
-            x_high = tl.reshape(x_high, (TOKENS, 256))
-            x_low = tl.reshape(x_low, (TOKENS, 256))
-            highs += (tl.dot(x_high, tile, high[h], out_dtype=tl.int32),)
-            lows += (tl.dot(x_low, tile, low[h], out_dtype=tl.int32),)
-            if BITS > 2:
-                highs2 += (tl.dot(x_high, tile2, high2[h], out_dtype=tl.int32),)
-                lows2 += (tl.dot(x_low, tile2, low2[h], out_dtype=tl.int32),)
-        high = highs
-        low = lows
-        if BITS > 2:
-            high2 = highs2
-            low2 = lows2
+            tile = _integer_tile(tables_ptr, base, code2, BITS - 2, COPIES, ASM, BLOCK_N)
+            high2 = tl.dot(x_high, tile, high2, out_dtype=tl.int32)
+            low2 = tl.dot(x_low, tile, low2, out_dtype=tl.int32)
         code = next_code
         code2 = next_code2
+    y = high.to(tl.float32) * 256 + low.to(tl.float32)
     center = ZERO * 1.0
     if BITS > 2:
+        y += residual * (high2.to(tl.float32) * 256 + low2.to(tl.float32))
         center += residual * (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES)
-    for h in tl.static_range(PARTS):
-        y = high[h].to(tl.float32) * 256 + low[h].to(tl.float32)
-        if BITS > 2:
-            y += residual * (high2[h].to(tl.float32) * 256 + low2[h].to(tl.float32))
-        m = tokens + h * TOKENS
-        inside = tl.minimum(m, M - 1)
-        last = tl.where(tl.program_id(1) == 0, sums, 0)
-        total_x = _row_sums(sums_ptr, inside, sums, 0, last, 32)
-        y = (y - center * total_x[:, None]) * (0.5 * tl.load(unit_ptr + inside))[:, None]
-        at = (tl.program_id(1) * M + m[:, None]) * N + rows[None, :]
-        tl.store(partial_ptr + at, y, mask=(rows < N)[None, :] & (m < M)[:, None])
+    inside = tl.minimum(tokens, M - 1)
+    total_x = _row_sums(sums_ptr, inside, sums, 0, tl.where(tl.program_id(1) == 0, sums, 0), 32)
+    y = (y - center * total_x[:, None]) * (0.5 * tl.load(unit_ptr + inside))[:, None]
+    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
+    tl.store(partial_ptr + at, y, mask=(rows < N)[None, :] & token_ok[:, None])
 
 
 @triton.jit

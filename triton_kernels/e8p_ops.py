@@ -17,7 +17,7 @@ from ..ops.library import OperandError
 from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
 from . import first, tuning
-from .fields import chunk_of, exact_type, has_dp4a, one_of
+from .fields import exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
@@ -182,7 +182,7 @@ class _Weight:
         unit = torch.empty(M, dtype=torch.float32, device=x.device)
         wrap_triton(bodies._quantize)[(pieces, tokens)](
             x, inputs, sums, unit, M, self.K, x.stride(0), groups, TILES=tiles, BLOCK=QUANTIZED,
-            CHUNK_K=chunk_of(self.K), num_warps=8,
+            CHUNK_K=4096, num_warps=8,
         )  # fmt: skip
         return inputs, sums, unit
 

@@ -26,11 +26,6 @@ def has_dp4a(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def chunk_of(K: int) -> int:
-    """Inputs that ``_unit`` takes at once: all of a usual row, whose loads then overlap."""
-    return 8192 if K > 4096 else 4096
-
-
 def exact_type(dtype: torch.dtype, bits: int) -> bool:
     """Whether a tile of this dtype converts its codes: its mantissa does not hold a field.
 

@@ -314,11 +314,11 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
-    shared memory. Codes are decoded once, also for 64 tokens, which are four dots of 16. When
+    shared memory. Codes are decoded once, also for 64 tokens, which are two dots of 32. When
     GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit scales are one word.
     """
     SETS: tl.constexpr = 8 // BITS
-    TOKENS: tl.constexpr = 16 if BLOCK_M > 32 else BLOCK_M
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
     PARTS: tl.constexpr = BLOCK_M // TOKENS
     COUNT: tl.constexpr = TOKENS // 16
     TYPE: tl.constexpr = scales_ptr.dtype.element_ty

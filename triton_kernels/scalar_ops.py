@@ -15,7 +15,7 @@ from ..ops.library import OperandError
 from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
 from . import first, tuning
 from . import scalar as bodies
-from .fields import chunk_of, exact_type, has_dp4a, one_of
+from .fields import exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
@@ -174,7 +174,7 @@ class _Weight:
         unit = torch.empty((M, chunks if self.grouped else 1), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._quantize)[(self.blocks // AT_ONCE, tokens)](
             x, inputs, sums, unit, M, self.K, x.stride(0), self.blocks, BITS=self.bits, C=sets,
-            GROUPED=self.grouped, TILES=tiles, NB=AT_ONCE, CHUNK=chunk_of(self.K),
+            GROUPED=self.grouped, TILES=tiles, NB=AT_ONCE, CHUNK=4096,
             num_warps=2 if self.grouped else 8,
         )  # fmt: skip
         return inputs, sums, unit, sets

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Config] = {
         "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 64, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 32, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.first_dot": {
