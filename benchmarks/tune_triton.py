@@ -2,14 +2,15 @@
 
 Writes triton_kernels/configs/<device>.json (--out), which ``triton_kernels/tuning.py`` reads:
 rows of --merge stay where nothing was measured. Times are CUDA-graph replays over weights from
-memory, of the matmul alone (no rotations). First --jobs processes compile every candidate, so that
-one run's time is mostly measurement; --compile-only stops there.
+memory, of the matmul alone (no rotations). First --jobs processes compile every candidate, without
+opening the device (94 kernels of an H200 in 24 s of a core); --compile-only stops there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,8 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from aqlm_infer.backends import KERNELS, Problem
+from aqlm_infer.backends import KERNELS
 from aqlm_infer.backends.triton import kernels
 from aqlm_infer.bench.layers import copies_for, random_tensors
 from aqlm_infer.bench.timing import time_graph
@@ -32,6 +36,7 @@ SCHEMES = (
 )  # fmt: skip
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
 TOKENS = (1, 16, 32, 64)
+COMPILED = (2048, 2048)  # the shape of layers that are compiled for all others
 LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -44,8 +49,9 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "BOOKS": (1, 0), "COPIES": (1,),
-        "PROGRAMS": (264, 528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2, 4), "Q": (2, 4, 8), "BOOKS": (1, 0),
+        "COPIES": (1,), "FIRST": (0, 1), "PROGRAMS": (132, 264, 396, 528, 1056),
+        "num_warps": (4,), "num_stages": (1, 2, 4),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -63,6 +69,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
+    "e8p.first_dot": {
+        "BLOCK_N": (64, 128), "COPIES": (1,), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
+        "num_stages": (2,),
+    },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
         "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4, 8), "num_stages": (1,),
@@ -76,14 +86,21 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1,),
     },
     "scalar.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
         "num_warps": (4, 8), "num_stages": (1,),
+    },
+    "scalar.first_dot": {
+        "BLOCK_N": (64, 128, 256), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
+        "num_stages": (2, 3),
     },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
         "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
 }  # fmt: skip
+
+BYTES = ("scalar.integers", "scalar.integer_dot", "scalar.first_dot")
+"""For scalar schemes whose fields fill bytes."""
 
 Case = tuple[str, int, int, int]
 """Scheme, N, K, M."""
@@ -131,45 +148,49 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
             continue
         if body == "lookup" and large_books:
             continue
-        if name.startswith("scalar.integer") and not fills_bytes(scheme):
+        if name in BYTES and not fills_bytes(scheme):
             continue
-        if body == "integer_dot" and getattr(parse_scheme(scheme), "bits", 2) == 8:
+        if name in BYTES and body.endswith("dot") and getattr(parse_scheme(scheme), "bits", 2) == 8:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
-            rows = 32 if body == "integer_dot" else 64
-            if large or (M > 1 and config["BLOCK_M"] < min(M, rows)):
+            if large or (body == "dot" and config["BLOCK_M"] < M):
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
-            gathers = body in ("integer_dot", "words_dot")
             # Sums of words save MMAs, of which 16 tokens need few.
             if config.get("BOOKS") == 0 and (M <= 16 or parse_scheme(scheme).num_codebooks == 1):
                 continue
             # Each warp reads all inputs.
             if body == "integer_dot" and config["BLOCK_N"] < 16 * config["num_warps"]:
                 continue
-            if gathers and config["BLOCK_M"] != min(rows, max(16, token_block(M))):
+            if body == "first_dot" and config["BLOCK_N"] // config["num_warps"] not in (16, 32):
+                continue
+            # Inputs of the first operand's kind are loaded ahead, with tables beyond 48 KB or not.
+            stages = (4 if M > 32 else 2) if config.get("FIRST") else 1
+            if body == "words_dot" and config["num_stages"] != stages:
+                continue
+            blocks = body in ("integer_dot", "words_dot")
+            most = 32 if name == "e8p.integer_dot" else 64
+            if blocks and config["BLOCK_M"] != min(most, max(16, token_block(M))):
                 continue
             # Less than 64 tokens as the first operand: MMAs of one warp instead of Hopper's.
-            if M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
+            if body == "dot" and M <= 16 and config.get("FIRST") == 1 and config["BLOCK_M"] != 16:
                 continue
             found.append(config)
     return found[::thin]
 
 
-def layers(scheme: str, N: int, K: int, copies: int) -> list[Callable]:
+def layers(scheme: str, N: int, K: int, copies: int, device: str = "cuda") -> list[Callable]:
     """x -> x W^T over distinct weights, without rotations."""
     format, family = parse_scheme(scheme), family_of(scheme)
-    none = torch.empty(0, dtype=torch.int8, device="cuda")
-    problem = Problem(format, N, K, torch.float16, "cuda")
-    kernel = next(
-        k for id, k in KERNELS.items() if id.startswith("triton.") and not k.why_not(problem)
-    )
+    rotated = family == "scalar" and not isinstance(format, ScalarFormat)
+    kernel = KERNELS[f"triton.{family}" + (".rotated" if rotated else "")]
+    none = torch.empty(0, dtype=torch.int8, device=device)
     made = []
     for seed in range(copies):
-        tensors = random_tensors(format, N, K, torch.float16, seed, "cuda")
+        tensors = random_tensors(format, N, K, torch.float16, seed, device)
         buffers = kernel.repack(format, tensors, (N,), "exact")
         if family == "additive":
             op = kernels("additive").additive_matmul
@@ -181,34 +202,71 @@ def layers(scheme: str, N: int, K: int, copies: int) -> list[Callable]:
             args = (buffers["packed_Qidxs"], *rest)
         else:
             op = kernels("scalar").scalar_matmul
-            grouped = isinstance(format, ScalarFormat)
-            scales = tensors["scales"] if grouped else buffers["grid_step"]
-            G = format.group_size if grouped else K
+            scales = buffers["grid_step"] if rotated else tensors["scales"]
+            G = K if rotated else format.group_size
             rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
             args = (buffers["packed_qweight"], *rest, "exact")
         made.append(lambda x, op=op, args=args: op(x, *args))
     return made
 
 
-def compiled_once(configs: list[dict]) -> list[dict]:
-    """One config for each kernel: how many programs run makes no other."""
-    kernels_of = {tuple((k, v) for k, v in c.items() if k != "PROGRAMS"): c for c in configs}
-    return list(kernels_of.values())
+class NoDevice:
+    """Triton's driver of a process that compiles for a device and never opens it."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
 
 
-def compile_all(work: list[tuple[Case, list[dict]]]) -> None:
-    """Run each config of each case once; Triton keeps the compiled kernels on disk."""
-    tuning = kernels("additive").tuning
-    for (scheme, N, K, M), configs in work:
-        (layer,) = layers(scheme, N, K, 1)
-        x = torch.randn(M, K, device="cuda").half()
-        for config in configs:
-            with tuning.forced(config), torch.no_grad():
-                try:
-                    layer(x)
-                except Exception as error:  # does not compile: the timing run says so
-                    print(f"{scheme} {M} {config}: {str(error)[:100]}", flush=True)
-        torch.cuda.synchronize()
+def compile_for(target: GPUTarget) -> None:
+    """Make launches in this process compile, for operands on the CPU, and stop there."""
+    torch.set_num_threads(1)
+    driver.set_active(NoDevice(target))
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: run(
+        self, *args, grid=grid, warmup=True, **options
+    )
+    for family in ("additive", "e8p", "scalar"):
+        kernels(family).has_dp4a = lambda x: target.backend == "cuda"
+
+
+def compile_one(scheme: str, M: int, config: dict) -> None:
+    """Triton keeps the compiled kernels on disk; those of all shapes of whole blocks are equal."""
+    (layer,) = layers(scheme, *COMPILED, 1, "cpu")
+    with kernels("additive").tuning.forced(config), torch.no_grad():
+        try:
+            layer(torch.zeros(M, COMPILED[1]).half())
+        except Exception as error:  # does not compile: the timing run says so
+            print(f"{scheme} {M} {config}: {str(error)[:100]}", flush=True)
+
+
+def compile_all(work: dict[tuple, list[tuple[int, list[dict]]]], jobs: int) -> None:
+    """Compile every kernel once: neither shapes nor numbers of programs make another."""
+    distinct = {}
+    for (scheme, _, _), cases in work.items():
+        for m, configs in cases:
+            for config in [*configs, portable_body(m)]:
+                rest = tuple((k, v) for k, v in config.items() if k != "PROGRAMS")
+                distinct.setdefault((scheme, token_block(m), rest), (scheme, m, config))
+    context, target = get_context("fork"), driver.active.get_current_target()
+    with ProcessPoolExecutor(jobs, context, compile_for, (target,)) as pool:
+        list(pool.map(compile_one, *zip(*distinct.values(), strict=True)))
+
+
+def portable_body(M: int) -> dict:
+    """What results are compared with."""
+    return {"body": "gemv" if M == 1 else "dot"}
 
 
 @torch.no_grad()
@@ -219,7 +277,7 @@ def measure(
     tuning = kernels("additive").tuning
     scheme, _, K, M = case
     x = torch.randn(M, K, device="cuda").half()
-    with tuning.forced({"body": "gemv" if M == 1 else "dot"}):
+    with tuning.forced(portable_body(M)):
         expected = made[0](x).float()
     for config in configs:
         with tuning.forced(config):
@@ -247,7 +305,7 @@ def main() -> None:
     parser.add_argument("--thin", type=int, default=1, help="try every n-th candidate")
     parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--seconds", type=float, help="start no case after this time")
-    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="the cache holds every kernel")
     arguments = parser.parse_args()
@@ -258,12 +316,7 @@ def main() -> None:
         for layer in layers_of
     }
     if not arguments.no_compile:
-        pieces = [
-            [((*layer, m), compiled_once(configs)[i::4])]
-            for layer, cases in work.items() for m, configs in cases for i in range(4)
-        ]  # fmt: skip
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            list(pool.map(compile_all, pieces))
+        compile_all(work, arguments.jobs)
     if arguments.compile_only:
         return
     begin, best = time.time(), {}

@@ -19,7 +19,6 @@ from aqlm_infer.ops import OperandError
 pytest.importorskip("triton")
 
 from aqlm_infer.triton_kernels import tuning
-from aqlm_infer.triton_kernels.fields import is_traced
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -127,10 +126,10 @@ def test_both_bodies_of_one_token(scheme, N, K, dtype, body):
     assert torch.equal(y[0].cpu(), layer.bias)
 
 
-@pytest.mark.parametrize("body", ["integer_dot", "shared", "dot"])
+@pytest.mark.parametrize("body", ["first_dot", "integer_dot", "shared", "dot"])
 @pytest.mark.parametrize(("scheme", "N", "K"), [c for c in BYTES if "int8" not in c[0]])
 def test_both_bodies_of_few_tokens(scheme, N, K, body):
-    """Integers that go into registers, or a tile in the inputs' type."""
+    """Weights or integers that go into registers, or a tile in the inputs' type."""
     config = {"body": "integer_dot", "COPIES": 1} if body == "shared" else {"body": body}
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
@@ -301,22 +300,3 @@ def test_compile_fullgraph_and_graph_replay(scheme, M):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
-
-
-def test_a_call_that_torch_compile_traces_is_known():
-    """Kernels with tables in shared memory are not for it (``fields.is_traced``)."""
-    seen = []
-
-    @torch.library.triton_op("aqlm_infer_test::traced", mutates_args={})
-    def traced(x: torch.Tensor) -> torch.Tensor:
-        seen.append(is_traced(x))
-        return x.reshape(-1) + 1
-
-    x = random_input(2, 8, torch.float32)
-    with torch.inference_mode():
-        traced(x)
-    assert seen == [False]
-    seen.clear()
-    with torch.no_grad():
-        torch.compile(traced, fullgraph=True, backend="aot_eager")(x)
-    assert seen and all(seen)

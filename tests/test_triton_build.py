@@ -16,7 +16,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aqlm_infer.triton_kernels import additive, e8p, hadamard, partial, scalar, words
+from aqlm_infer.triton_kernels import additive, e8p, first, hadamard, partial, scalar, words
 
 A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
@@ -26,8 +26,8 @@ CASES = {
         (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
         (words._arrange, {"TILES": 1}),
         (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
-                            "ROWS": 2, "WIDTH": 2, "EVEN": False, "ASM": True, "WARPS": 4,
-                            "BLOCK_M": 16}),
+                            "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "FIRST": False,
+                            "DEALT": True, "ASM": True, "WARPS": 4, "BLOCK_M": 16}),
         (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
                              "ASM": True, "WARPS": 8}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
@@ -45,6 +45,7 @@ CASES = {
         (e8p._quantize, {"TILES": 1, "BLOCK": 128, "CHUNK_K": 4096}),
         (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": 16, "ASM": True, "BLOCK_N": 64,
                          "BLOCK_G": 32}),
+        (e8p._first_dot, {"BITS": 3, "COPIES": 0, "ASM": True, "BLOCK_N": 64, "BLOCK_M": 16}),
         (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
@@ -62,8 +63,12 @@ CASES = {
                             "CHUNK": 4096}),
         (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
-        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "ASM": True,
-                               "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
+        (scalar._first_dot, {"BITS": 4, "C": 4, "GROUPED": True, "ZEROS": True, "ASM": True,
+                             "BLOCK_N": 64, "BLOCK_M": 32}),
+        (first._spread, {"FIELDS": True, "STEP": 4, "CHUNK": 128, "BLOCK_M": 32}),
+        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,
+                               "PAIRED": True, "ASM": True, "TILES": 1, "BLOCK_N": 64,
+                               "BLOCK_M": 16}),
     ],
 }[sys.argv[1]]
 TYPES = {
@@ -78,7 +83,9 @@ for body, constants in CASES:
     types = {n: "constexpr" if n in values else TYPES.get(n, t) for n, t in default.items()}
     if body is additive._lookup:
         types["tables_ptr"] = "*fp16"
-    if body.__name__ in ("_quantize", "_arrange"):
+    if body.__name__ == "_spread":
+        types["out_ptr"] = "*fp16"
+    elif body.__name__ in ("_quantize", "_arrange"):
         types["out_ptr"] = "*i32"
     elif body.__name__.startswith("_integer") or body is words._words_dot:
         types["x_ptr"] = "*i32"
@@ -91,7 +98,7 @@ print("compiled", len(CASES))
 
 @pytest.mark.parametrize(
     ("family", "arch", "count"),
-    [("additive", 90, 10), ("rotated", 80, 9), ("scalar", 90, 7)],
+    [("additive", 90, 10), ("rotated", 80, 10), ("scalar", 90, 9)],
 )
 def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -101,6 +108,63 @@ def test_bodies_compile_without_a_gpu(family, arch, count, tmp_path):
         env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.stdout.strip() == f"compiled {count}", run.stderr[-2000:]
+
+
+WRITTEN = """
+import torch
+import torch._higher_order_ops.triton_kernel_wrap as wrap
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from aqlm_infer.triton_kernels import e8p, scalar, words
+
+class NoGpu:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+if not torch.cuda.is_available():
+    driver.set_active(NoGpu())
+W = {"B": 2, "ENTRIES": 256, "BYTES": 32768, "ROWS": 4, "ASM": True}
+E = {"BITS": 2, "COPIES": 16, "ASM": True, "residual": 0.0}
+CASES = [
+    (words._words_dot, {**W, "BOOKS": 1, "COPIES": 8, "WIDTH": 4, "WIDE": True, "Q": 4,
+                        "FIRST": False, "DEALT": False, "WARPS": 4, "BLOCK_M": 16}),
+    (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
+    (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
+    (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),
+    (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
+                           "ASM": True, "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
+    (e8p._first_dot, {**E, "BLOCK_N": 128, "BLOCK_M": 64, "x_ptr": torch.zeros(64).half()}),
+]
+TYPES = {
+    "x_ptr": torch.int32, "tables_ptr": torch.int32, "words_ptr": torch.int32,
+    "codes_ptr": torch.int16, "rest_ptr": torch.int16, "partial_ptr": torch.float32,
+    "unit_ptr": torch.float32, "sums_ptr": torch.float32,
+}
+for body, constants in CASES:
+    values = {n: torch.zeros(64, dtype=TYPES.get(n, torch.float16)) if n.endswith("_ptr") else 64
+              for n in body.arg_names}
+    if body is words._words_dot or body is words._dequantize:
+        values["codes_ptr"] = torch.zeros(64, dtype=torch.int8)
+    values |= constants
+    if hasattr(wrap, "identify_accessed_tensors"):
+        written = wrap.identify_accessed_tensors(body, values, {}).read_writes.writes
+        print(body.__name__, *[dep.name for dep in written])
+    else:
+        print(body.__name__, *wrap.identify_mutated_tensors(body, values, {}))
+"""
+
+
+def test_torch_compile_sees_that_kernels_write_their_results_only(tmp_path):
+    """An argument that it takes for written is copied in every compiled call, weights too."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", WRITTEN], env=env, capture_output=True, text=True, timeout=300
+    )
+    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_integers partial_ptr"]
+    expected += ["_integer_dot partial_ptr"] * 2 + ["_first_dot partial_ptr"]
+    assert run.stdout.splitlines() == expected, run.stderr[-2000:]
 
 
 ROWS = [

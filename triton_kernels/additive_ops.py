@@ -13,9 +13,9 @@ from torch.library import triton_op, wrap_triton
 from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
-from . import tuning, words
+from . import first, tuning, words
 from .fields import has_dp4a
-from .partial import finish, split, unit_rows
+from .partial import finish, slots, split, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
@@ -46,6 +46,8 @@ class _Part:
     def config(self, x: torch.Tensor) -> tuning.Config:
         M = x.shape[0]
         scheme = f"{self.B}x{self.entries.bit_length() - 1}-g{self.g}"
+        if self.og > 1:
+            scheme += f"-o{self.og}"
         body = "dot"
         if M == 1 and self.og == 1:
             # A table entry is 2 bytes where a codebook vector is 16, but tables of more than 256
@@ -89,26 +91,47 @@ class _Part:
         """Partial sums [S, M, N] of at most 64 tokens of the codebooks' type."""
         M, block_m, warps = x.shape[0], tuning.token_rows(config, x.shape[0]), config["num_warps"]
         rows = self.rows_of_a_word()
-        width, books = config["WIDTH"] * 4 // rows, config["BOOKS"] or self.B
+        # (More words than four take minutes to compile: a lane of odd rows has one code a word.)
+        width, books = min(4, config["WIDTH"] * 4 // rows), config["BOOKS"] or self.B
         books = books if self.B % books == 0 else 1
-        tiles = triton.cdiv(self.N, 8 * warps * rows * width)
+        together = rows * width  # rows of a lane
+        wide = rows > 1 and width in (2, 4) and self.N % together == 0
+        wide = wide and self.codes.storage_offset() % together == 0
+        tiles = triton.cdiv(self.N, 8 * warps * together)
         steps = triton.cdiv(self.in_groups, words.STEP.value)
-        each, splits = split(steps, config["PROGRAMS"] // (tiles * self.B // books))
-        inputs = torch.empty(8 * block_m * 16 * steps, dtype=torch.int32, device=x.device)
-        wrap_triton(words._arrange)[(steps, block_m // 16)](
-            x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
-        )
+        weight_first = bool(config["FIRST"]) and rows > 1
+        if weight_first:
+            inputs = torch.empty((256 * steps, block_m), dtype=x.dtype, device=x.device)
+            sums = torch.empty((steps, block_m), dtype=torch.float32, device=x.device)
+            wrap_triton(first._spread)[(steps, block_m // 16)](
+                x, inputs, sums, M, self.K, x.stride(0), FIELDS=False, STEP=words.STEP.value,
+                CHUNK=256, BLOCK_M=block_m,
+            )  # fmt: skip
+        else:
+            inputs = torch.empty(128 * block_m * steps, dtype=torch.int32, device=x.device)
+            wrap_triton(words._arrange)[(4 * steps, block_m // 16)](
+                x, inputs, M, self.K, x.stride(0), TILES=block_m // 16
+            )
+        programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
+        if config["DEALT"]:
+            share = count = slots(tiles, steps, programs)
+            grid = (programs, self.B // books)
+        else:
+            share, count = split(steps, programs // tiles)
+            grid = (tiles, count * self.B // books)
         partial = torch.empty(
-            (splits * self.B // books, M, self.N), dtype=torch.float32, device=x.device
+            (count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
         )
         copies = size = 0
         if has_dp4a(x) and config["COPIES"]:
             copies, size = _copies(books, self.entries)
-        wrap_triton(words._words_dot)[(tiles, partial.shape[0])](
-            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
+        stage = 32 * config["Q"] * block_m * x.dtype.itemsize
+        stages = first.stages(config["num_stages"], stage, size) if weight_first else 1
+        wrap_triton(words._words_dot)[grid](
+            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, share, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
-            EVEN=self.in_groups % words.STEP.value == 0, ASM=has_dp4a(x), WARPS=warps,
-            BLOCK_M=block_m, **tuning.launch_options(config),
+            WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
+            ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return partial
 

@@ -26,8 +26,9 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .first import _inputs, _store, _sums_of
 from .operands import _operand, _place
-from .shared import _declare, _load, _ready, _share
+from .shared import _declare, _load, _load_once2, _load_once4, _ready, _share
 
 ZERO = tl.constexpr(7.5)
 ZERO_OF_8_BIT_CODES = tl.constexpr(8.0)
@@ -69,9 +70,9 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 def _tables(tables_ptr, COPIES: tl.constexpr):
     """The address of the two tables of 16-bit codes in shared memory, COPIES of each."""
     base = _declare(2048 * COPIES)
-    _share(tables_ptr, base, COPIES)
-    _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
-    return _ready(base)
+    stored = _share(tables_ptr, base, COPIES)
+    stored += _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
+    return _ready(base, stored)
 
 
 @triton.jit
@@ -352,6 +353,99 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, tables_ptr, codes_ptr, rest_ptr, par
     y = (y - center * total_x[:, None]) * (0.5 * tl.load(unit_ptr + inside))[:, None]
     at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
     tl.store(partial_ptr + at, y, mask=(rows < N)[None, :] & token_ok[:, None])
+
+
+@triton.jit
+def _row_codes(codes_ptr, step, row, N, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Codes of a chunk of 32 groups of ``row`` [R, 1, 1], eight neighbours a lane: [R, t, q, 1]."""
+    t = tl.arange(0, 4)[None, :, None]
+    if ASM:
+        at = codes_ptr.to(tl.pointer_type(tl.int32)) + (step * N + row) * (8 * KIND) + t * 2 * KIND
+        if KIND == 1:
+            w0, w1 = _load_once2(at)
+            words = tl.join(w0, w1)
+        else:
+            w0, w1, w2, w3 = _load_once4(at)
+            words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        words = tl.reshape(words, (row.shape[0], 4, 2 * KIND, 1))
+        i = tl.reshape(tl.arange(0, 4 // KIND), (1, 1, 1, 4 // KIND))
+        MASK: tl.constexpr = 255 if KIND == 1 else 65535
+        code = (words >> (8 * KIND * i)) & MASK
+        return tl.reshape(code, (row.shape[0], 4, 8, 1))
+    else:
+        q = tl.reshape(tl.arange(0, 8), (1, 1, 8, 1))
+        at = codes_ptr + (step * N + tl.reshape(row, (row.shape[0], 1, 1, 1))) * 32 + q
+        return tl.load(at + 8 * tl.reshape(t, (1, 4, 1, 1))).to(tl.int32)
+
+
+@triton.jit
+def _first_tile(tables_ptr, base, code, one, KIND: tl.constexpr, COPIES: tl.constexpr,
+                ASM: tl.constexpr, TYPE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """1 + u/16 of nibbles of codes [BLOCK_N, t, q, 1], [BLOCK_N, 256] in ``_spread``'s order."""
+    if KIND == 1:
+        at = tables_ptr + 512 + (code & 255)
+        word = _load(at, False) if ASM else tl.load(at)
+    elif COPIES > 0:
+        lane = tl.reshape(tl.arange(0, 4), (1, 4, 1, 1))
+        lane += tl.reshape(tl.arange(0, BLOCK_N) % 8 * 4, (BLOCK_N, 1, 1, 1))
+        own = base + lane % COPIES * 4
+        word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
+        word = word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
+    else:
+        magnitude, sign = tables_ptr + ((code >> 8) & 255), tables_ptr + 256 + (code & 255)
+        if ASM:
+            word = _load(magnitude, False) ^ _load(sign, False)
+        else:
+            word = tl.load(magnitude) ^ tl.load(sign)
+    j = tl.reshape(tl.arange(0, 4), (1, 1, 1, 4))
+    tile = _pairs(word, one, j, 4, TYPE)
+    return tl.reshape(tl.permute(tile, (0, 2, 3, 1, 4)), (BLOCK_N, 256))
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def _first_dot(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M, N, groups,
+               per_split, residual, one, BITS: tl.constexpr, COPIES: tl.constexpr,
+               ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] with the weight as first operand (``first``), in the rotated basis.
+
+    x and sums are ``_spread``'s for chunks of 32 groups.
+    """
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(rows, N - 1)[:, None, None]
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, groups // 32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total2 = total
+    base = 0
+    if COPIES > 0:
+        base = _tables(tables_ptr, COPIES)
+    # Codes are loaded one step ahead.
+    code = _row_codes(codes_ptr, begin, row, N, 2, ASM)
+    code2 = code
+    if BITS > 2:
+        code2 = _row_codes(rest_ptr, begin, row, N, BITS - 2, ASM)
+    for step in range(begin, end):
+        x = _inputs(x_ptr, step * 256, 256, BLOCK_M)
+        ahead = tl.minimum(step + 1, end - 1)
+        next_code = _row_codes(codes_ptr, ahead, row, N, 2, ASM)
+        next_code2 = next_code
+        if BITS > 2:
+            next_code2 = _row_codes(rest_ptr, ahead, row, N, BITS - 2, ASM)
+        tile = _first_tile(tables_ptr, base, code, one, 2, COPIES, ASM, TYPE, BLOCK_N)
+        total = tl.dot(tile, x, total)
+        if BITS > 2:
+            tile = _first_tile(tables_ptr, base, code2, one, BITS - 2, COPIES, ASM, TYPE, BLOCK_N)
+            total2 = tl.dot(tile, x, total2)
+        code = next_code
+        code2 = next_code2
+    center = 1 + ZERO / 16
+    if BITS > 2:
+        total += residual * total2
+        center += residual * (1 + (ZERO if BITS == 4 else ZERO_OF_8_BIT_CODES) / 16)
+    sums = _sums_of(sums_ptr, begin, end, BLOCK_M, 16)
+    total = 8 * (total - center * sums[None, :])
+    _store(partial_ptr, tl.program_id(1), total, rows, M, N, BLOCK_M)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from ..formats.e8p import E8PFormat, grid_x4, residual_x2
 from ..ops.library import OperandError
 from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
-from . import tuning
-from .fields import exact_type, has_dp4a, is_traced, one_of
+from . import first, tuning
+from .fields import exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
 
@@ -114,15 +114,16 @@ class _Weight:
         M, groups, config = x.shape[0], _groups(self.K), self.config(x)
         block_g, block_n = config.get("BLOCK_G", CHUNK), config["BLOCK_N"]
         tiles = triton.cdiv(self.N, block_n)
-        tokens = triton.cdiv(M, tuning.DOT_ROWS) if config["body"] == "integer_dot" else 1
+        tokens, block_m = 1, 0
+        if config["body"] == "integer_dot":
+            block_m = tuning.token_part(config, M)
+            tokens = triton.cdiv(M, block_m)
         each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
         partial = partial_sums(splits, x, self.N, y)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
         weight, grid = (self.tables, self.codes, self.rest), (tiles, splits)
-        copies = 0
-        if has_dp4a(x) and config.get("COPIES") and self.bits != 3 and not is_traced(x):
-            copies = 16
+        copies = 16 if has_dp4a(x) and config.get("COPIES") and self.bits != 3 else 0
         if config["body"] == "integers":
             inputs, sums, unit = self._quantized(x, 0)
             wrap_triton(bodies._integers)[grid](
@@ -139,8 +140,22 @@ class _Weight:
                 inputs, sums, *weight, partial, self.N, groups, each, self.residual,
                 one_of(torch.float32), pieces, SHARED=bool(config["SHARED"]), **options,
             )  # fmt: skip
+        elif config["body"] == "first_dot":
+            block_m = max(16, tuning.token_block(M))
+            inputs = torch.empty((groups * 8, block_m), dtype=x.dtype, device=x.device)
+            sums = torch.empty((groups // CHUNK, block_m), dtype=torch.float32, device=x.device)
+            wrap_triton(first._spread)[(groups // CHUNK, block_m // 16)](
+                x, inputs, sums, M, self.K, x.stride(0), FIELDS=False, STEP=CHUNK, CHUNK=8 * CHUNK,
+                BLOCK_M=block_m,
+            )  # fmt: skip
+            stage = 8 * CHUNK * block_m * x.dtype.itemsize
+            wrap_triton(bodies._first_dot)[grid](
+                inputs, sums, *weight, partial, M, self.N, groups, each, self.residual,
+                one_of(x.dtype), BITS=self.bits, COPIES=copies, ASM=has_dp4a(x), BLOCK_N=block_n,
+                BLOCK_M=block_m, num_warps=config["num_warps"],
+                num_stages=first.stages(config["num_stages"], stage, 2048 * copies),
+            )  # fmt: skip
         elif config["body"] == "integer_dot":
-            block_m = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
             tiles = tokens * block_m // 16
             inputs, sums, unit = self._quantized(x, tiles)
             wrap_triton(bodies._integer_dot)[(*grid, tokens)](

@@ -26,15 +26,6 @@ def has_dp4a(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def is_traced(x: torch.Tensor) -> bool:
-    """Whether ``torch.compile`` looks at this call instead of running it.
-
-    Its analysis of what a kernel writes gives up at inline assembly with side effects (``shared``:
-    tables in shared memory) and takes every input, packed weights too, for written.
-    """
-    return type(x) is not torch.Tensor
-
-
 def exact_type(dtype: torch.dtype, bits: int) -> bool:
     """Whether a tile of this dtype converts its codes: its mantissa does not hold a field.
 

@@ -51,6 +51,15 @@ def split(steps: int, wanted: int) -> tuple[int, int]:
     return each, triton.cdiv(steps, each)
 
 
+def slots(tiles: int, steps: int, programs: int) -> int:
+    """The most programs of a tile, when the steps of all tiles are dealt evenly to programs."""
+    units = tiles * steps
+    return max(
+        ((tile + 1) * steps * programs - 1) // units - ((tile * steps + 1) * programs - 1) // units
+        for tile in range(tiles)
+    ) + 1  # fmt: skip
+
+
 def partial_sums(splits: int, x: torch.Tensor, N: int, y: torch.Tensor | None) -> torch.Tensor:
     """Memory for partial sums [splits, M, N]: y [M, N] for one split if it is given, or float32."""
     if splits == 1 and y is not None:

@@ -27,8 +27,9 @@ from .fields import (
     _unit,
     _unplaced,
 )
+from .first import _inputs, _store, _sums_of
 from .operands import _operand, _place
-from .shared import _load_number
+from .shared import _load, _load_number, _load_once4
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
@@ -294,31 +295,49 @@ def _number(at, ASM: tl.constexpr):
         return tl.load(at).to(tl.float32)
 
 
+@triton.jit
+def _pair(at, ASM: tl.constexpr):
+    """The bits of two neighbouring 16-bit numbers at each pointer, which is a multiple of 4."""
+    if ASM:
+        return _load(at, False)
+    else:
+        first = tl.load(at).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return first | (tl.load(at + 1).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K,
                  blocks, per_split, G, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
-                 ZEROS: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+                 ZEROS: tl.constexpr, PAIRED: tl.constexpr, ASM: tl.constexpr,
+                 TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] of BLOCK_M tokens a program, of inputs rounded to 16 bits, for 2 and 4 bits.
 
     Less than 64 tokens as the first operand make MMAs of one warp, whose operands are in registers:
     inputs (``operands``, TILES tiles of 16 tokens) and codes go from the load into them without
-    shared memory. When GROUPED, C sets share a scale.
+    shared memory. Codes are decoded once, also for 64 tokens, which are two dots of 32. When
+    GROUPED, C sets share a scale; PAIRED: a block is two groups, whose 16-bit scales are one word.
     """
     SETS: tl.constexpr = 8 // BITS
-    COUNT: tl.constexpr = BLOCK_M // 16
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    PARTS: tl.constexpr = BLOCK_M // TOKENS
+    COUNT: tl.constexpr = TOKENS // 16
+    TYPE: tl.constexpr = scales_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token_ok = tokens < M
-    tile = tl.program_id(2) * COUNT
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, TOKENS)  # of the first dot
+    tile = tl.program_id(2) * (PARTS * COUNT)
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)
     groups = K // G
     i = tl.arange(0, PW)
-    high = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    low = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    none = tl.zeros((TOKENS, BLOCK_N), tl.int32)
+    high = ()
+    low = ()
+    total = ()
+    for _ in tl.static_range(PARTS):
+        high += (none,)
+        low += (none,)
+        total += (none.to(tl.float32),)
     # Words are loaded one step ahead, and leave the L1 cache first: inputs shall stay there.
     at = words_ptr + rows[:, None] * (blocks * PW) + i[None, :]
     next_word = tl.load(
@@ -330,38 +349,130 @@ def _integer_dot(x_ptr, sums_ptr, unit_ptr, words_ptr, scales_ptr, zeros_ptr, pa
         next_word = tl.load(
             at + (block + 1) * PW, mask=ahead, other=0, eviction_policy="evict_first"
         )
+        scales2 = tl.zeros((BLOCK_N,), tl.int32)
+        zeros2 = scales2
+        if PAIRED:
+            at_pair = tl.minimum(rows, N - 1) * groups + tl.minimum(2 * block, groups - 2)
+            scales2 = _pair(scales_ptr + at_pair, ASM)
+            if ZEROS:
+                zeros2 = _pair(zeros_ptr + at_pair, ASM)
         for first in tl.static_range(0, SETS, C):
             pair = block * SETS + first
             if GROUPED:
                 # By inline assembly these are loaded as the product wants them (no barriers).
-                group = tl.minimum(pair * SET // G, groups - 1)
-                at_group = tl.minimum(rows, N - 1) * groups + group
-                chunk = (tl.minimum(tokens, M - 1) * blocks + block) * (SETS // C) + first // C
-                scale = _number(scales_ptr + at_group, ASM)
-                if ZEROS:
-                    zero = _number(zeros_ptr + at_group, ASM)
+                if PAIRED:
+                    scale = (scales2 >> (16 * (first // C))).to(tl.int16).to(TYPE, bitcast=True)
+                    zero = (zeros2 >> (16 * (first // C))).to(tl.int16).to(TYPE, bitcast=True)
+                    scale, zero = scale.to(tl.float32), zero.to(tl.float32)
                 else:
+                    group = tl.minimum(pair * SET // G, groups - 1)
+                    at_group = tl.minimum(rows, N - 1) * groups + group
+                    scale = _number(scales_ptr + at_group, ASM)
+                    zero = scale
+                    if ZEROS:
+                        zero = _number(zeros_ptr + at_group, ASM)
+                if not ZEROS:
                     zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
-                unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
-            x_high = _bytes(_operand(x_ptr, pair, tile, 0, C, COUNT, TILES, 2, ASM))
-            x_low = _bytes(_operand(x_ptr, pair, tile, 1, C, COUNT, TILES, 2, ASM))
             codes = _integer_tile(word, first, BITS, C, ASM, BLOCK_N)
-            high = tl.dot(tl.reshape(x_high, (BLOCK_M, C * SET)), codes, high, out_dtype=tl.int32)
-            low = tl.dot(tl.reshape(x_low, (BLOCK_M, C * SET)), codes, low, out_dtype=tl.int32)
+            highs = ()
+            lows = ()
+            totals = ()
+            for h in tl.static_range(PARTS):
+                here = tile + h * COUNT
+                x_high = _bytes(_operand(x_ptr, pair, here, 0, C, COUNT, TILES, 2, ASM))
+                x_low = _bytes(_operand(x_ptr, pair, here, 1, C, COUNT, TILES, 2, ASM))
+                x_high = tl.reshape(x_high, (TOKENS, C * SET))
+                x_low = tl.reshape(x_low, (TOKENS, C * SET))
+                if GROUPED:
+                    m = tl.minimum(tokens + h * TOKENS, M - 1)
+                    chunk = (m * blocks + block) * (SETS // C) + first // C
+                    unit, sums = _number(unit_ptr + chunk, ASM), _number(sums_ptr + chunk, ASM)
+                    part = tl.dot(x_high, codes, none, out_dtype=tl.int32) * 256
+                    part += tl.dot(x_low, codes, none, out_dtype=tl.int32)
+                    part = part.to(tl.float32) - zero[None, :] * sums[:, None]
+                    totals += (total[h] + scale[None, :] * (unit[:, None] * part),)
+                else:
+                    highs += (tl.dot(x_high, codes, high[h], out_dtype=tl.int32),)
+                    lows += (tl.dot(x_low, codes, low[h], out_dtype=tl.int32),)
             if GROUPED:
-                part = (high * 256 + low).to(tl.float32) - zero[None, :] * sums[:, None]
-                total += scale[None, :] * (unit[:, None] * part)
-                high = tl.zeros_like(high)
-                low = tl.zeros_like(low)
+                total = totals
+            else:
+                high = highs
+                low = lows
+    for h in tl.static_range(PARTS):
+        m = tokens + h * TOKENS
+        y = total[h]
+        if not GROUPED:
+            scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
+            inside = tl.minimum(m, M - 1)
+            sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
+            unit = tl.load(unit_ptr + inside)
+            y = high[h].to(tl.float32) * 256 + low[h].to(tl.float32) - zero[None, :] * sums[:, None]
+            y *= scale[None, :] * unit[:, None]
+        at = (tl.program_id(1) * M + m[:, None]) * N + rows[None, :]
+        tl.store(partial_ptr + at, y, mask=row_ok[None, :] & (m < M)[:, None])
+
+
+@triton.jit
+def _row_words(words_ptr, row, block, blocks, ASM: tl.constexpr):
+    """The words of a block of ``row`` [R, 1, 1], four a lane: [R, t, w, 1]."""
+    t = tl.arange(0, 4)[None, :, None]
+    at = words_ptr + (row * blocks + block) * PW + 4 * t
+    if ASM:
+        w0, w1, w2, w3 = _load_once4(at)
+    else:
+        w0, w1, w2, w3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (row.shape[0], 4, 4, 1))
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def _first_dot(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K, blocks,
+               per_split, G, one, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
+               ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_M: tl.constexpr):  # fmt: skip
+    """partial[s, m, n] with the weight as first operand (``first``), for 2 and 4 bits.
+
+    C planes are multiplied at once; when GROUPED they share a scale. x and sums are ``_spread``'s
+    for chunks of C planes.
+    """
+    P: tl.constexpr = 16 // BITS
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, N - 1)
+    row = inside[:, None, None]
+    begin = tl.program_id(1) * per_split
+    end = tl.minimum(begin + per_split, blocks)
+    groups = K // G
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # Words are loaded one block ahead.
+    ahead = _row_words(words_ptr, row, begin, blocks, ASM)
+    for block in range(begin, end):
+        word = ahead
+        ahead = _row_words(words_ptr, row, tl.minimum(block + 1, end - 1), blocks, ASM)
+        for first in tl.static_range(0, P, C):
+            x = _inputs(x_ptr, (block * P + first) * 32, 32 * C, BLOCK_M)
+            j = tl.reshape(first + tl.arange(0, C), (1, 1, 1, C))
+            tile = _pairs(word, one, j // 2 + j % 2 * (P // 2), BITS, TYPE)
+            # K is (w, plane, t, pair).
+            tile = tl.reshape(tl.permute(tile, (0, 2, 3, 1, 4)), (BLOCK_N, 32 * C))
+            if GROUPED:
+                group = tl.minimum((block * P + first) * 32 // G, groups - 1)
+                scale = _number(scales_ptr + inside * groups + group, ASM)
+                zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+                if ZEROS:
+                    zero = _number(zeros_ptr + inside * groups + group, ASM)
+                chunk = (block * P + first) // C * BLOCK_M
+                sums = _number(sums_ptr + chunk + tl.arange(0, BLOCK_M), ASM)
+                part = tl.dot(tile, x) - (1 + zero / (1 << BITS))[:, None] * sums[None, :]
+                total += scale[:, None] * part
+            else:
+                total = tl.dot(tile, x, total)
     if not GROUPED:
-        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, rows, row_ok, 0, 1, BITS, ZEROS)
-        inside = tl.minimum(tokens, M - 1)
-        sums = _row_sums(sums_ptr, inside, blocks, begin, end, 32)
-        unit = tl.load(unit_ptr + inside)
-        total = high.to(tl.float32) * 256 + low.to(tl.float32) - zero[None, :] * sums[:, None]
-        total *= scale[None, :] * unit[:, None]
-    at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
-    tl.store(partial_ptr + at, total, mask=row_ok[None, :] & token_ok[:, None])
+        scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, inside, inside >= 0, 0, 1, BITS, ZEROS)
+        sums = _sums_of(sums_ptr, begin * (P // C), end * (P // C), BLOCK_M, 16)
+        total = scale[:, None] * (total - (1 + zero / (1 << BITS))[:, None] * sums[None, :])
+    _store(partial_ptr, tl.program_id(1), total * (1 << BITS), rows, M, N, BLOCK_M)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from torch.library import triton_op, wrap_triton
 from ..formats.scalar import pack_bits, unpack_bits
 from ..ops.library import OperandError
 from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
+from . import first, tuning
 from . import scalar as bodies
-from . import tuning
 from .fields import exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, split
 from .products import rotated_dx, rotated_product
@@ -104,15 +104,23 @@ class _Weight:
             return 0
         return self.planes(2 * count) // 2
 
+    def paired(self, sets: int) -> bool:
+        """Whether a block is two groups with 16-bit scales in one word each."""
+        two = self.grouped and sets * SET == self.G and 2 * sets * self.bits == 8
+        words = self.K // self.G % 2 == 0 and self.scales.element_size() == 2
+        offsets = self.scales.storage_offset() | self.zeros.storage_offset()
+        return two and words and offsets % 2 == 0
+
     def partial(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """Partial sums [S, M, N] of at most 64 tokens, float32, or one split in y [M, N]."""
         if self.grouped and self.G % PLANE:
             return self._dequantized(x, y)
         M, config = x.shape[0], self.config(x)
-        body, tokens = config["body"], 1
+        body, tokens, block_m = config["body"], 1, 0
         if body == "integer_dot":
-            tokens = triton.cdiv(M, tuning.DOT_ROWS)
-        at_once = 1 if self.grouped or body == "integer_dot" else AT_ONCE
+            block_m = tuning.token_part(config, M)
+            tokens = triton.cdiv(M, block_m)
+        at_once = 1 if self.grouped or body in ("integer_dot", "first_dot") else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
         partial = partial_sums(splits, x, self.N, y)
@@ -122,8 +130,11 @@ class _Weight:
         }  # fmt: skip
         grid, per_split = (tiles, splits), each * at_once
         if body == "integer_dot":
-            options["BLOCK_M"] = min(tuning.DOT_ROWS, tuning.token_rows(config, M))
+            options["BLOCK_M"] = block_m
             self._integer_dot(x, partial, (*grid, tokens), per_split, options)
+        elif body == "first_dot":
+            options["BLOCK_M"] = max(16, tuning.token_block(M))
+            self._first_dot(x, partial, grid, each, options)
         elif body == "integers":
             self._integers(x, partial, grid, per_split, {"NB": at_once, **options})
         elif M == 1:
@@ -145,6 +156,9 @@ class _Weight:
             body = "integers" if M == 1 else "integer_dot"
         scheme = f"int{self.bits}" + (f"-g{self.G}" if self.grouped else "")
         config = tuning.config("scalar", scheme, self.N, self.K, tuning.token_block(M), body)
+        whole = integers and M > 1  # fields fill bytes, and x has a 16-bit type
+        if config["body"] == "first_dot" and not whole:
+            return tuning.default("scalar.dot")
         if config["body"].startswith("integer") and not integers:
             return tuning.default("scalar.gemv" if M == 1 else "scalar.dot")
         return config
@@ -177,8 +191,22 @@ class _Weight:
         inputs, sums, unit, sets = self._quantized(x, tiles)
         wrap_triton(bodies._integer_dot)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, x.shape[0], self.N,
-            self.K, self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), TILES=tiles,
-            **options,
+            self.K, self.blocks, per_split, self.G, C=sets, PAIRED=self.paired(sets),
+            ASM=has_dp4a(x), TILES=tiles, **options,
+        )  # fmt: skip
+
+    def _first_dot(self, x, partial, grid, per_split: int, options: dict) -> None:
+        M, block_m, planes = x.shape[0], options["BLOCK_M"], PLANES[self.bits]
+        C, count = self.planes(min(4, planes)), self.blocks * planes * PLANE
+        inputs = torch.empty((count, block_m), dtype=x.dtype, device=x.device)
+        sums = torch.empty((count // (PLANE * C), block_m), dtype=torch.float32, device=x.device)
+        wrap_triton(first._spread)[(count // (PLANE * C), block_m // 16)](
+            x, inputs, sums, M, self.K, x.stride(0), FIELDS=True, STEP=C, CHUNK=PLANE * C,
+            BLOCK_M=block_m,
+        )  # fmt: skip
+        wrap_triton(bodies._first_dot)[grid](
+            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.K,
+            self.blocks, per_split, self.G, one_of(x.dtype), C=C, ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:

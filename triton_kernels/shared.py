@@ -5,6 +5,10 @@ waits twice for all warps. PTX lets inline assembly declare some, whose addresse
 With what Triton takes itself it must stay within 48 KB: beyond, launches fail ("invalid argument"),
 because Triton asks for more only when its own share is larger.
 
+All of it counts as pure: of a kernel that has assembly with side effects ``torch.compile`` takes
+every argument for written, and copies the weights. What orders stores before loads is data: a store
+has a result, and ``_ready`` adds those of all threads to the address that loads take.
+
 Loads by inline assembly are elementwise, so unlike those of ``tl.load`` they run in whatever layout
 the result is wanted, such as the operand of an MMA. NVIDIA alone.
 
@@ -22,11 +26,11 @@ def _declare(BYTES: tl.constexpr):
     tl.static_assert(BYTES == 16384 or BYTES == 32768)
     if BYTES == 16384:
         return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[16384]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+            "{ .shared .align 16 .b8 t[16384]; mov.u32 $0, t; }", "=r", [], tl.int32, True, 1
         )
     else:
         return tl.inline_asm_elementwise(
-            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, False, 1
+            "{ .shared .align 16 .b8 t[32768]; mov.u32 $0, t; }", "=r", [], tl.int32, True, 1
         )
 
 
@@ -49,37 +53,35 @@ def _load_half(at):
 
 
 @triton.jit
-def _ready(base):
-    """``base`` when all warps have written their share of tables.
-
-    Its move is not pure, so it stays behind the barrier, and with it all that needs its result.
-    """
-    tl.debug_barrier()
-    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [base], tl.int32, False, 1)
-
-
-@triton.jit
 def _store4(at, w0, w1, w2, w3):
-    tl.inline_asm_elementwise(
+    """Store four neighbouring words at each shared address; zeros."""
+    return tl.inline_asm_elementwise(
         "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r",
-        [at, w0, w1, w2, w3], tl.int32, False, 1,
+        [at, w0, w1, w2, w3], tl.int32, True, 1,
     )  # fmt: skip
 
 
 @triton.jit
 def _share(table_ptr, to, COPIES: tl.constexpr):
-    """Copy a table of 256 words to the shared address ``to``; COPIES is a multiple of 4."""
+    """Copy a table of 256 words to the shared address ``to``; COPIES is a multiple of 4. Zeros."""
     e = tl.arange(0, 64 * COPIES)
     word = tl.load(table_ptr + e // (COPIES // 4))
-    _store4(to + e * 16, word, word, word, word)
+    return _store4(to + e * 16, word, word, word, word)
 
 
 @triton.jit
 def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
-    """Copy a table of entries of four words to the shared address ``to``."""
+    """Copy a table of entries of four words to the shared address ``to``. Zeros."""
     e = tl.arange(0, ENTRIES * COPIES)
     w0, w1, w2, w3 = _load4(table_ptr + e // COPIES * 8, False)
-    _store4(to + e * 16, w0, w1, w2, w3)
+    return _store4(to + e * 16, w0, w1, w2, w3)
+
+
+@triton.jit
+def _ready(base, stored):
+    """``base`` when all warps have stored what has the results ``stored``: their sum over several
+    warps waits for all (Triton's way through shared memory)."""
+    return base + tl.sum(stored, 0)
 
 
 @triton.jit
@@ -114,6 +116,24 @@ def _load_once(at):
     return tl.inline_asm_elementwise(
         "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [at], tl.int32, True, 1
     )
+
+
+@triton.jit
+def _load_once2(at):
+    """Two neighbouring words from each pointer that are read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [at],
+        (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_once4(at):
+    """Four neighbouring words from each pointer that are read once."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
 
 
 @triton.jit

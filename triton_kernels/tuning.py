@@ -25,8 +25,8 @@ DEFAULTS: dict[str, Config] = {
     },
     "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
-        "BLOCK_M": 16, "WIDTH": 1, "BOOKS": 1, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
-        "num_stages": 1,
+        "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "FIRST": 0,
+        "DEALT": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
@@ -41,8 +41,11 @@ DEFAULTS: dict[str, Config] = {
         "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 32, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
+    },
+    "e8p.first_dot": {
+        "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2,
     },
     "e8p.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
@@ -51,7 +54,10 @@ DEFAULTS: dict[str, Config] = {
     "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
     "scalar.integer_dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 64, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+    },
+    "scalar.first_dot": {
+        "BLOCK_N": 128, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3,
     },
     "scalar.dot": {
         "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,
@@ -62,10 +68,6 @@ DEFAULTS: dict[str, Config] = {
 
 DOT_TOKENS = 64
 """The most tokens of a decode body; more of them multiply with a decoded weight."""
-
-DOT_ROWS = 32
-"""The most tokens of a program whose MMAs take the weight from registers (64 would be Hopper's,
-which take it from shared memory)."""
 
 _forced: list[Config] = []
 
@@ -80,6 +82,11 @@ def token_block(M: int) -> int:
 def token_rows(config: Config, M: int) -> int:
     """Rows of a dot's tile of tokens: the config's (at least 16), or more for more tokens."""
     return max(config["BLOCK_M"], token_block(M))
+
+
+def token_part(config: Config, M: int) -> int:
+    """Tokens of a program whose weights go from registers into MMAs: the config's, or fewer."""
+    return min(config["BLOCK_M"], max(16, token_block(M)))
 
 
 def device_name() -> str:

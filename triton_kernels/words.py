@@ -12,6 +12,7 @@ at least, when the lanes that read at once (8 of 16 bytes) have a copy of the co
 import triton
 import triton.language as tl
 
+from .first import _inputs
 from .operands import _operand, _place
 from .shared import (
     _declare,
@@ -20,6 +21,8 @@ from .shared import (
     _load_byte,
     _load_half,
     _load_once,
+    _load_once2,
+    _load_once4,
     _ready,
     _share4,
 )
@@ -30,22 +33,21 @@ PAIRS = tl.constexpr(8)  # of tiles of 16 inputs in a step
 
 @triton.jit
 def _arrange(x_ptr, out_ptr, M, K, x_stride, TILES: tl.constexpr):
-    """Inputs of a step (256) as ``operands``' of TILES tiles of tokens; past M and K zeros.
+    """64 inputs of 16 tokens a program as ``operands``' of TILES tiles; past M and K zeros.
 
     Pair q of a step has group 8 t + q of lane t; its word i = 2 j + low is numbers 2i and 2i + 1.
     """
-    step = tl.program_id(0)
-    token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None, None]
-    w = tl.arange(0, 128)[None, :, None]
-    k = step * 256 + 2 * w + tl.arange(0, 2)[None, None, :]
-    x = tl.load(x_ptr + token * x_stride + k, mask=(token < M) & (k < K), other=0.0)
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    word = tl.sum(bits << (16 * (k % 2)), 2)
-    w = tl.arange(0, 128)[None, :]
     token = tl.program_id(1) * 16 + tl.arange(0, 16)[:, None]
+    w = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :]
+    half = tl.arange(0, 2)[None, None, :]
+    k = 2 * w[:, :, None] + half
+    at = x_ptr + token[:, :, None] * x_stride + k
+    x = tl.load(at, mask=(token < M)[:, :, None] & (k < K), other=0.0)
+    word = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 2)
     group, i = w // 4, w % 4
-    at = _place(step * PAIRS + group % 8, i % 2, group // 8, i // 2, token, 0, TILES, 1)
-    tl.store(out_ptr + at, word)
+    pair = group // STEP * PAIRS + group % 8
+    place = _place(pair, i % 2, group // 8 % 4, i // 2, token, 0, TILES, 1)
+    tl.store(out_ptr + place, word)
 
 
 @triton.jit
@@ -55,28 +57,32 @@ def _halves(word, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(codes_ptr, step, group, rows, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
-           ENTRIES: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+def _codes(codes_ptr, group, row, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
+           ENTRIES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
            ASM: tl.constexpr):  # fmt: skip
-    """Words of the codes of ROWS neighbouring rows [t, lane, q, 1] of each of WIDTH ``rows`` and of
+    """WIDTH words of the codes of ROWS neighbouring rows each, from ``row`` [.., lane, ..] on, of
     BOOKS codebooks. Groups past K repeat the last one, and meet inputs of 0."""
-    group = step * STEP + group
-    if not EVEN:
-        group = tl.minimum(group, IN - 1)
+    group = tl.minimum(group, IN - 1)
     words = ()
-    for i in tl.static_range(WIDTH):
-        for b in tl.static_range(BOOKS):
-            at = codes_ptr + (b * IN + group) * N + rows[i]
-            if ASM and ROWS > 1:
-                word = _load_once(at)
-            elif ASM:
-                word = _load_half(at) if ENTRIES > 256 else _load_byte(at)
-            else:
-                word = (group + rows[i]) * 0
-                for r in tl.static_range(ROWS):
-                    code = tl.load(at + r).to(tl.int32) & (255 if ROWS == 4 else 65535)
-                    word |= code << (32 // ROWS * r)
-            words += (word,)
+    for b in tl.static_range(BOOKS):
+        at = codes_ptr + (b * IN + group) * N
+        if ASM and WIDE and WIDTH == 4:
+            words += _load_once4(at + row)
+        elif ASM and WIDE and WIDTH == 2:
+            words += _load_once2(at + row)
+        else:
+            for i in tl.static_range(WIDTH):
+                here = at + tl.minimum(row + i * ROWS, N - ROWS)
+                if ASM and ROWS > 1:
+                    word = _load_once(here)
+                elif ASM:
+                    word = _load_half(here) if ENTRIES > 256 else _load_byte(here)
+                else:
+                    word = (group + row) * 0
+                    for r in tl.static_range(ROWS):
+                        code = tl.load(here + r).to(tl.int32) & (255 if ROWS == 4 else 65535)
+                        word |= code << (32 // ROWS * r)
+                words += (word,)
     return words
 
 
@@ -110,89 +116,149 @@ def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexp
         return tl.reshape(word, (*code.shape, 2, 2, 2))
 
 
-@triton.jit(do_not_specialize=["M", "per_split"])
-def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, per_split, B: tl.constexpr,
-               BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
-               BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-               ASM: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """partial[s, m, n] = sum of x[m] . words[n] over BOOKS codebooks and a split's steps of groups;
-    s counts splits, and in each of them the B / BOOKS programs of codebooks.
+@triton.jit
+def _by_lane(y, TOKENS: tl.constexpr, WARPS: tl.constexpr, PART: tl.constexpr,
+             FIRST: tl.constexpr):  # fmt: skip
+    """Sums of a dot as [tokens, lanes, r]."""
+    if FIRST:
+        y = tl.permute(tl.reshape(y, (WARPS, PART, 8, TOKENS)), (3, 0, 2, 1))
+        return tl.reshape(y, (TOKENS, 8 * WARPS, PART))
+    else:
+        return tl.permute(tl.reshape(y, (TOKENS, PART, 8 * WARPS)), (0, 2, 1))
 
-    x is ``_arrange``'s. COPIES of the program's codebooks are in shared memory (BYTES; 0: none). A
-    lane loads ROWS codes of neighbouring rows at once; the program has WIDTH such words a lane, for
-    8 WARPS ROWS WIDTH rows, which are dots of at most 16 rows a warp: of 32 Triton (3.6) moves the
-    tile through shared memory. More than 32 tokens are dots of 32. EVEN: IN is whole steps.
+
+@triton.jit(do_not_specialize=["M", "share"])
+def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.constexpr,
+               BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+               BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+               Q: tl.constexpr, FIRST: tl.constexpr, DEALT: tl.constexpr, ASM: tl.constexpr,
+               WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Partial sums [slot, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
+
+    A program takes a tile of rows and ``share`` steps of groups, and its slot is its split. DEALT:
+    the steps of all tiles, one tile after the other, are dealt evenly to the programs of a
+    codebook, so that all end at the same time. A tile's programs, at most ``share``, write to a
+    slot each; the last one leaves zeros in the others.
+
+    x is ``_arrange``'s; or the weight is the FIRST operand, and x ``_spread``'s (``first``). COPIES
+    of the program's codebooks are in shared memory (BYTES; 0: none). A lane has WIDTH words of the
+    codes of ROWS neighbouring rows, which lie together too (WIDE: and are loaded at once), in 8
+    WARPS lanes of a program, and Q of a step's groups at once. Dots are of at most 16 rows a warp:
+    of 32 as second operand Triton (3.6) moves the tile through shared memory. More than 32 tokens
+    before it are dots of 32.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
-    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    TOKENS: tl.constexpr = 32 if BLOCK_M > 32 and not FIRST else BLOCK_M
     HALVES: tl.constexpr = BLOCK_M // TOKENS
     TILES: tl.constexpr = BLOCK_M // 16
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
     DOTS: tl.constexpr = ROWS // PART  # of a word
     LANES: tl.constexpr = 8 * WARPS
-    book = tl.program_id(1) % (B // BOOKS) * BOOKS
-    begin = tl.program_id(1) // (B // BOOKS) * per_split
-    end = tl.minimum(begin + per_split, (IN + STEP - 1) // STEP)
+    TILE: tl.constexpr = LANES * ROWS * WIDTH
+    TURNS: tl.constexpr = PAIRS // Q  # of a step
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    part = tl.program_id(1) % (B // BOOKS)
+    split = tl.program_id(1) // (B // BOOKS)
+    book = part * BOOKS
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        for b in tl.static_range(BOOKS):
+        stored = _share4(books_ptr + book * (8 * ENTRIES), base, ENTRIES, COPIES)
+        for b in tl.static_range(1, BOOKS):
             to = base + 16 * ENTRIES * COPIES * b
-            _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
-        base = _ready(base)
-    t = tl.arange(0, 4)[:, None, None, None]
-    lane = tl.arange(0, LANES)[None, :, None, None]
-    q = tl.arange(0, 8)[None, None, :, None]
-    r = tl.arange(0, PART)[None, None, None, :]
+            stored += _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
+        base = _ready(base, stored)
+    # Codes are [t, warp, lane / 4, q, r].
+    t = tl.reshape(tl.arange(0, 4), (4, 1, 1, 1, 1))
+    lane = tl.reshape(tl.arange(0, LANES), (1, WARPS, 8, 1, 1))
+    q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
+    r = tl.reshape(tl.arange(0, PART), (1, 1, 1, 1, PART))
     own = base
     if COPIES > 0:
         own = base + (t + lane % 2 * 4) % COPIES * 16
-    first = tl.program_id(0) * (LANES * ROWS * WIDTH)
-    zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
-    total = ()
-    for _ in tl.static_range(WIDTH * DOTS * HALVES):
-        total += (zero,)
-    rows = ()
-    for i in tl.static_range(WIDTH):
-        rows += (tl.minimum(first + (i * LANES + lane) * ROWS, N - ROWS),)
-    # Codes are loaded one step ahead.
     codes_ptr += book * IN * N
-    ahead = _codes(codes_ptr, begin, t * 8 + q, rows, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, EVEN, ASM)
-    for step in range(begin, end):
-        x = ()
-        for h in tl.static_range(HALVES):
-            part = _operand(x_ptr, step * PAIRS, h * 2, 0, PAIRS, TOKENS // 16, TILES, 1, ASM)
-            x += (tl.reshape(_halves(part, TYPE), (TOKENS, 256)),)
-        words = ahead
-        ahead = _codes(codes_ptr, tl.minimum(step + 1, end - 1), t * 8 + q, rows, N, IN, WIDTH,
-                       BOOKS, ENTRIES, ROWS, EVEN, ASM)  # fmt: skip
-        sums = ()
-        for i in tl.static_range(WIDTH):
-            for d in tl.static_range(DOTS):
-                for b in tl.static_range(BOOKS):
-                    code = _code_of(words[i * BOOKS + b], d * PART + r, ROWS, ENTRIES, ASM)
-                    word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
-                                 ENTRIES, COPIES, ASM)  # fmt: skip
-                    if b == 0:
-                        tile = word
-                    else:
-                        tile += word
-                # K is (q, low, t, j, half of a word), rows are (r, lane).
-                tile = tl.permute(tile, (2, 5, 0, 4, 6, 3, 1))
-                tile = tl.reshape(tile, (256, LANES * PART))
-                for h in tl.static_range(HALVES):
-                    old = total[(i * DOTS + d) * HALVES + h]
-                    sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
-        total = sums
-    c = tl.arange(0, LANES * PART)
-    for i in tl.static_range(WIDTH):
-        for d in tl.static_range(DOTS):
-            row = first + (i * LANES + c % LANES) * ROWS + d * PART + c // LANES
+    if FIRST:
+        zero = tl.zeros((LANES * PART, TOKENS), tl.float32)
+    else:
+        zero = tl.zeros((TOKENS, LANES * PART), tl.float32)
+    c = tl.arange(0, LANES * ROWS)
+    steps = (IN + STEP - 1) // STEP
+    units = (N + TILE - 1) // TILE * steps
+    first_unit, end_unit = p * units // programs, (p + 1) * units // programs
+    first_block, end_block = p, p + 1
+    if DEALT:
+        first_block, end_block = first_unit // steps, (end_unit + steps - 1) // steps
+    for block in range(first_block, end_block):
+        begin = split * share
+        end = tl.minimum(begin + share, steps)
+        slot = split
+        end_slot = slot + 1
+        if DEALT:
+            begin = tl.maximum(first_unit - block * steps, 0)
+            end = tl.minimum(end_unit - block * steps, steps)
+            slot = p - ((block * steps + 1) * programs - 1) // units
+            end_slot = tl.where(end == steps, share, slot + 1)
+        row = block * TILE + lane * (ROWS * WIDTH)
+        if WIDE:
+            row = tl.minimum(row, N - ROWS * WIDTH)
+        total = ()
+        for _ in tl.static_range(WIDTH * DOTS * HALVES):
+            total += (zero,)
+        # Codes are loaded one turn ahead.
+        last = end * TURNS - 1
+        ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, N, IN, WIDTH, BOOKS, ENTRIES,
+                       ROWS, WIDE, ASM)  # fmt: skip
+        for turn in range(begin * TURNS, end * TURNS):
+            x = ()
             for h in tl.static_range(HALVES):
+                if FIRST:
+                    x += (_inputs(x_ptr, turn * (32 * Q), 32 * Q, BLOCK_M),)
+                else:
+                    here = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
+                    x += (tl.reshape(_halves(here, TYPE), (TOKENS, 32 * Q)),)
+            words = ahead
+            next_turn = tl.minimum(turn + 1, last)
+            group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
+            ahead = _codes(codes_ptr, group, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE, ASM)
+            sums = ()
+            for i in tl.static_range(WIDTH):
+                for d in tl.static_range(DOTS):
+                    for b in tl.static_range(BOOKS):
+                        code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
+                        word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
+                                     ENTRIES, COPIES, ASM)  # fmt: skip
+                        if b == 0:
+                            tile = word
+                        else:
+                            tile += word
+                    if FIRST:
+                        # Rows are (warp, r, lane), K is (q, j, low, t, half of a word).
+                        tile = tl.permute(tile, (1, 4, 2, 3, 5, 6, 0, 7))
+                        tile = tl.reshape(tile, (LANES * PART, 32 * Q))
+                        sums += (tl.dot(tile, x[0], total[i * DOTS + d]),)
+                    else:
+                        # K is (q, low, t, j, half of a word), rows are (r, warp, lane).
+                        tile = tl.permute(tile, (3, 6, 0, 5, 7, 4, 1, 2))
+                        tile = tl.reshape(tile, (32 * Q, LANES * PART))
+                        for h in tl.static_range(HALVES):
+                            old = total[(i * DOTS + d) * HALVES + h]
+                            sums += (tl.dot(x[h], tile, old, input_precision="ieee"),)
+            total = sums
+        for i in tl.static_range(WIDTH):
+            n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
+            for h in tl.static_range(HALVES):
+                y = _by_lane(total[i * DOTS * HALVES + h], TOKENS, WARPS, PART, FIRST)
+                if DOTS == 2:
+                    z = _by_lane(total[(i * 2 + 1) * HALVES + h], TOKENS, WARPS, PART, FIRST)
+                    y = tl.permute(tl.join(y, z), (0, 1, 3, 2))
+                y = tl.reshape(y, (TOKENS, LANES * ROWS))
                 tokens = h * 32 + tl.arange(0, TOKENS)
-                at = partial_ptr + (tl.program_id(1) * M + tokens[:, None]) * N + row[None, :]
-                ok = (row < N)[None, :] & (tokens < M)[:, None]
-                tl.store(at, total[(i * DOTS + d) * HALVES + h], mask=ok)
+                ok = (n < N)[None, :] & (tokens < M)[:, None]
+                at = partial_ptr + tokens[:, None] * N + n[None, :]
+                for s in range(slot, end_slot):
+                    place = s * (B // BOOKS) + part
+                    tl.store(at + place * M * N, y, mask=ok)
+                    y = tl.zeros_like(y)
 
 
 @triton.jit
@@ -209,8 +275,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        _share4(books_ptr, base, B * ENTRIES, COPIES)
-        base = _ready(base)
+        base = _ready(base, _share4(books_ptr, base, B * ENTRIES, COPIES))
     lane = tl.arange(0, LANES)[None, :, None]
     g = tl.arange(0, 8)[None, None, :]
     r = tl.arange(0, ROWS)[:, None, None]
