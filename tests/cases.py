@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from aqlm_infer.backends import native
 from aqlm_infer.formats import (
     AdditiveFormat,
     E8PFormat,
@@ -22,6 +23,10 @@ from aqlm_infer.formats.e8p import CODEBOOK_IDS
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_LAYERS = sorted(p.stem for p in GOLDEN.glob("aqlm_*.safetensors"))
+
+# Without the CPU module (a GPU with the CUDA wheel) files must still be read: what runs there is
+# chosen by -m gpu. CPU cases fail then, they are not skipped.
+ISAS = ("_cpu is not built",) if native.cpu is None else native.cpu.supported_isas()
 
 # Tokens: none, one, around the vector widths 8 and 16, passes with every kind of remainder.
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 18, 19, 29, 33, 64, 129)

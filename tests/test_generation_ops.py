@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import ISAS
 
-from aqlm_infer.backends import native
 from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.generation import ops
 from aqlm_infer.ops import OperandError
@@ -71,7 +71,7 @@ def test_a_norm_that_fetches_is_the_norm(device, filled):
         ops.add_rms_norm_fetch(x, delta, weight, 1e-5, keys, keys, at.int())
 
 
-@pytest.mark.parametrize("name", native.cpu.supported_isas())
+@pytest.mark.parametrize("name", ISAS)
 def test_native_operators(isa, threads, name):
     """Every instruction set: sizes that are no multiple of its vectors, any number of threads."""
     isa(name)
@@ -99,7 +99,7 @@ def test_native_swiglu_of_every_magnitude(isa):
     """Where the exponential is bounded, and infinities: what torch says; NaN stays."""
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38])])[None]
     exact = F.silu(x.double())
-    for name in native.cpu.supported_isas():
+    for name in ISAS:
         isa(name)
         y = ops.swiglu(x, torch.ones_like(x)).double()
         assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()

@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
-from cases import GOLDEN_LAYERS, LAYERS, TOKENS, golden_layer, random_input, random_layer
+from cases import GOLDEN_LAYERS, ISAS, LAYERS, TOKENS, golden_layer, random_input, random_layer
 from tolerances import RELATIVE, assert_close
 
 from aqlm_infer import QuantLinear, ops
 from aqlm_infer.backends import KERNELS, native
 from aqlm_infer.backends import additive as calls
 
-ISAS = native.cpu.supported_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import ISAS
 from tolerances import assert_close
 
 from aqlm_infer import ops
@@ -13,7 +14,6 @@ from aqlm_infer.formats.e8p import grid_x4, pack_e8p, residual_x2
 from aqlm_infer.formats.rotation import Hadamard, hadamard_transform
 from aqlm_infer.formats.scalar import pack_bits
 
-ISAS = native.cpu.supported_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (0, 1, 2, 3, 4, 7, 16, 17, 64, 65, 130, 260)
 NO_H = torch.empty(0, dtype=torch.int8)

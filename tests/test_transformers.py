@@ -57,6 +57,21 @@ def test_golden_logits(name, dtype, kernel, bound, monkeypatch):
     assert all(kernel in (None, layer.kernel_id) for layer in layers.values())
 
 
+def test_renamed_tensors_get_the_models_dtype():
+    """What transformers 5.17 leaves as it is stored; float32 that the model asks for stays."""
+    from aqlm_infer.integrations.transformers import _convert
+
+    model = torch.nn.ModuleDict({n: torch.nn.Linear(2, 2) for n in ("gate", "head", "norm")}).half()
+    dtypes = {name: torch.bfloat16 for name, _ in model.named_parameters() if "head" not in name}
+    model["norm"].float()
+    model._keep_in_fp32_modules = ["norm"]
+    _convert(model, dtypes)
+    found = {name: value.dtype for name, value in model.named_parameters()}
+    assert found == {"gate.weight": torch.bfloat16, "gate.bias": torch.bfloat16,
+                     "head.weight": torch.float16, "head.bias": torch.float16,
+                     "norm.weight": torch.float32, "norm.bias": torch.float32}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_golden_file_is_what_a_save_writes(name, tmp_path):
     model = load(GOLDEN / name, dtype="auto")

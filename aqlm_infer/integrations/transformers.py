@@ -52,6 +52,7 @@ class AqlmInferQuantizer(HfQuantizer):
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
         self._transposed: frozenset[str] = frozenset()
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args, **kwargs) -> None:
         if int(transformers.__version__.split(".")[0]) < 5:
@@ -81,6 +82,7 @@ class AqlmInferQuantizer(HfQuantizer):
         refuse_tied(model, layers)
         replace_modules(model, layers)
         self._transposed = frozenset(path for path, layer in layers.items() if layer.transposed)
+        self._dtypes = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
         return model
 
     def _find_layers(self, model, headers, slots) -> dict[str, StoredLayer]:
@@ -91,6 +93,7 @@ class AqlmInferQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         _require_loaded(model)
+        _convert(model, self._dtypes)
         for name, layer in quantized_layers(model):
             if name in self._transposed:
                 codes = layer.codes.transpose(0, 1).contiguous()
@@ -98,7 +101,7 @@ class AqlmInferQuantizer(HfQuantizer):
             layer.freeze()
             layer.prepare(name)
         share_rotations(model)
-        self._transposed = frozenset()
+        self._transposed, self._dtypes = frozenset(), {}
         # What the tensors say wins over what the config said: a later save describes them truly.
         fields = method_fields(model)
         fields.pop("quant_method")
@@ -165,6 +168,21 @@ def _require_loaded(model: nn.Module) -> None:
             # The loader's own mark of a tensor that came from the checkpoint.
             if not getattr(value, "_is_hf_initialized", False):
                 raise CheckpointError(f"{path}: neither codes nor {tensor} are in the checkpoint")
+
+
+def _convert(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters the dtype that they had before loading.
+
+    transformers 5.17 (5.23 does not) leaves a renamed tensor of a quantized checkpoint, such as
+    Mixtral's router, in the dtype that it is stored in.
+    """
+    plans = (getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict"))
+    kept = [part for plan in plans for part in plan or ()]
+    for name, value in model.named_parameters():
+        wanted = dtypes.get(name, value.dtype)
+        raised = value.dtype == torch.float32 and any(part in name for part in kept)
+        if value.dtype != wanted and not raised:
+            value.data = value.data.to(wanted)
 
 
 def _kind(path: str) -> str:

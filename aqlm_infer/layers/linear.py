@@ -73,6 +73,7 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         self._buffer_names: tuple[str, ...] = ()
         self._folded: list[int] | None = None
+        self._slow: str | None = None  # why a slow kernel was chosen, until that is said
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -198,9 +199,9 @@ class QuantLinear(nn.Module):
         problem = self.problem()
         kernel = select(problem, self.forced_kernel)
         chosen = self.forced_kernel or os.environ.get("AQLM_KERNEL")
+        self._slow = None
         if kernel.id == "ref.dequant" and not chosen and problem.dtype != torch.float64:
-            reasons = why_not_fast(problem)
-            warnings.warn(f"{problem}: slow reference kernel ({reasons})", stacklevel=2)
+            self._slow = f"{problem}: slow reference kernel ({why_not_fast(problem)})"
         buffers = kernel.repack(self.format, tensors, (self.out_features,), self.precision)
         if kernel.fold is not None:
             buffers |= kernel.fold(self.format, self._values())
@@ -291,6 +292,10 @@ class QuantLinear(nn.Module):
                 f"{type(self).__name__} {self.format.id} is not prepared: load its tensors, then"
                 " prepare()"
             )
+        if self._slow is not None and not compiling:
+            # At the first use: a model that is loaded on a CPU may be on its way to a GPU.
+            warnings.warn(self._slow, stacklevel=2)
+            self._slow = None
         # The module's own dicts: copies, and its attribute look-up, cost a microsecond each.
         buffers, values = self._buffers, self._parameters
         if kernel.fold is not None:
