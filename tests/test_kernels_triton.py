@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 from aqlm_infer.triton_kernels import tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The whole file is GPU tests where there is a GPU; elsewhere Triton's interpreter runs it.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # The interpreter multiplies bfloat16 as if its bits were integers, so bfloat16 needs a GPU; it is
 # also slow, so it runs the token counts that reach every body.
 DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES

@@ -22,6 +22,8 @@ from aqlm_infer.triton_kernels import tuning
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+# The whole file is GPU tests where there is a GPU; elsewhere Triton's interpreter runs it.
+pytestmark = [pytest.mark.gpu] if GPU else []
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if GPU else (torch.float16, torch.float32)
 TOKENS = (0, 1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129) if GPU else (0, 1, 3, 17, 65)
 ODD_BLOCKS = ("gptq-int4-g32", 40, 128)  # whole blocks of inputs, but rows are padded to two
