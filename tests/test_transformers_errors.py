@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from cases import GOLDEN, random_layer
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, write_checkpoint
@@ -166,3 +167,17 @@ def test_legacy_config_names_the_conversion(tmp_path):
     config["auto_map"] = {"AutoConfig": "configuration_llama_aqlm.LlamaConfig"}
     (folder / "config.json").write_text(json.dumps(config))
     assert_refused(folder, "llama_aqlm", "aqlm_infer.checkpoint.convert_legacy(folder, out_dir)")
+
+
+def test_an_old_transformers_is_refused(monkeypatch, tmp_path):
+    """Versions that were seen to load a checkpoint wrongly, or that lack what a step needs."""
+    from aqlm_infer.generation import GenerationSetupError, prepare_for_generation
+
+    write_checkpoint(tmp_path / "q")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    monkeypatch.setattr(transformers, "__version__", "5.16.2")
+    with pytest.raises(GenerationSetupError, match=r"needs transformers>=5\.17, found 5\.16\.2"):
+        prepare_for_generation(model)
+    monkeypatch.setattr(transformers, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"needs transformers>=5\.4, found 5\.3\.0"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "q")

@@ -73,8 +73,12 @@ def prepare_for_generation(
 
     Undone by ``undo_prepare_for_generation``. Saving a prepared model undoes it for that time.
     Raises GenerationSetupError for a model without quantized layers, prepared already, on a mixture
-    of devices or on an unsupported GPU.
+    of devices, on an unsupported GPU, and with a transformers that is too old for it.
     """
+    from ..integrations.requirements import GENERATES, too_old
+
+    if reason := too_old(GENERATES):
+        raise GenerationSetupError(f"prepare_for_generation {reason}")
     if getattr(model, _ATTRIBUTE, None) is not None:
         raise GenerationSetupError(
             "the model is prepared already: undo_prepare_for_generation(model) first"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 
 import torch
-import transformers
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -34,6 +33,7 @@ from .placement import (
     refuse_tied,
     replace_modules,
 )
+from .requirements import LOADS, too_old
 
 METHOD = "aqlm"
 
@@ -55,8 +55,8 @@ class AqlmInferQuantizer(HfQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args, **kwargs) -> None:
-        if int(transformers.__version__.split(".")[0]) < 5:
-            raise ImportError(f"aqlm_infer needs transformers>=5, found {transformers.__version__}")
+        if reason := too_old(LOADS):
+            raise ImportError(f"loading a quantized checkpoint with aqlm_infer {reason}")
 
     @property
     def is_trainable(self) -> bool:
