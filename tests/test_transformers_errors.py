@@ -1,10 +1,11 @@
 """Checkpoints that transformers must not load: each is refused with its values, nothing written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-import transformers
 from cases import GOLDEN, random_layer
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, write_checkpoint
@@ -169,15 +170,24 @@ def test_legacy_config_names_the_conversion(tmp_path):
     assert_refused(folder, "llama_aqlm", "aqlm_infer.checkpoint.convert_legacy(folder, out_dir)")
 
 
-def test_an_old_transformers_is_refused(monkeypatch, tmp_path):
+def test_an_old_transformers_is_refused(tmp_path):
     """Versions that were seen to load a checkpoint wrongly, or that lack what a step needs."""
-    from aqlm_infer.generation import GenerationSetupError, prepare_for_generation
-
     write_checkpoint(tmp_path / "q")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
-    monkeypatch.setattr(transformers, "__version__", "5.16.2")
-    with pytest.raises(GenerationSetupError, match=r"needs transformers>=5\.17, found 5\.16\.2"):
-        prepare_for_generation(model)
-    monkeypatch.setattr(transformers, "__version__", "5.3.0")
-    with pytest.raises(ImportError, match=r"needs transformers>=5\.4, found 5\.3\.0"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    code = (
+        "import sys, transformers, aqlm_infer\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "transformers.__version__ = '5.16.2'\n"
+        "try: aqlm_infer.prepare_for_generation(model)\n"
+        "except aqlm_infer.generation.GenerationSetupError as error: print(error)\n"
+        "transformers.__version__ = '5.3.0'\n"
+        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except ImportError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "q")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "prepare_for_generation needs transformers>=5.17, found 5.16.2",
+        "loading a quantized checkpoint with aqlm_infer needs transformers>=5.4, found 5.3.0",
+    ]
