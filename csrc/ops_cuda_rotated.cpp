@@ -4,18 +4,8 @@
 // scalar}.py. Nothing here synchronises; memory comes from the caching allocator, so every op can
 // be captured in a graph.
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "cuda/mix_swiglu.h"
-#include "cuda/norm_rotate.h"
-#include "cuda/rotated.h"
-#include "cuda/step_rows.h"
-#include "ops_cuda_common.h"
+#include "ops_cuda_rotated.h"
 
 namespace {
 
@@ -27,45 +17,6 @@ constexpr int64_t kSliceRows = 1056;       // rows of one full wave of GEMM tile
 // Float16 products of unit-variance weights with K activations stay in range: 4w is an integer
 // below 16, so that an eighth of it is exact too.
 constexpr float kDenseGain = 0.125f;
-
-// Most tokens for which a norm or SwiGLU is joined with the rotations around it.
-constexpr int kMostJoinedTokens = 16;
-
-aqlm::Rotation rotation_of(const Tensor& h, int64_t n, int64_t factor, int64_t block,
-                           bool transpose, int device) {
-  CHECK(factor >= 0 && (block == 0 || (block == 128 && factor == 1)), "factor=", factor,
-        ", block=", block, " is no rotation");
-  CHECK(factor <= 1 || factor % 4 == 0, "factor=", factor, " is no Hadamard order");
-  if (block) CHECK(n % block == 0, "size ", n, " is not a multiple of ", block);
-  if (factor > 0 && !block) {
-    const int64_t power = n / factor;
-    CHECK(n % factor == 0 && power > 0 && (power & (power - 1)) == 0, "size ", n,
-          " is not factor=", factor, " times a power of two");
-  }
-  if (factor > 1)
-    CHECK(h.numel() == factor * factor && h.scalar_type() == ScalarType::Char &&
-              h.is_contiguous() && h.get_device_index() == device &&
-              reinterpret_cast<uintptr_t>(h.const_data_ptr()) % 4 == 0,
-          "h must be contiguous int8 [", factor, ", ", factor, "] on the input's device; got ",
-          h.numel(), " elements");
-  aqlm::Rotation r = {};
-  r.n = static_cast<int>(n);
-  r.factor = static_cast<int>(factor);
-  r.block = static_cast<int>(block);
-  r.h = factor > 1 ? static_cast<const int8_t*>(h.const_data_ptr()) : nullptr;
-  r.transpose = transpose;
-  return r;
-}
-
-// Pointer and dtype of a vector of n elements, or null.
-const void* vector_of(const std::optional<Tensor>& t, int64_t n, const char* name, int device,
-                      aqlm::DType* type) {
-  if (!t) return nullptr;
-  CHECK(t->numel() == n && t->is_contiguous() && t->get_device_index() == device, name,
-        " must be ", n, " contiguous values on the input's device; got ", t->numel());
-  *type = dtype_of(*t, name);
-  return t->const_data_ptr();
-}
 
 // x as rows of K with unit stride, `row_stride` apart; copies only what is neither. A contiguous x
 // of any dimensions is itself: a view costs the host 3 us.
@@ -90,20 +41,6 @@ void* at_row(Tensor& rows, int64_t m, int64_t width) {
          m * width * static_cast<int64_t>(rows.element_size());
 }
 
-aqlm::RotatedWeight e8p_weight(int64_t bits, double residual, int64_t N, int64_t K) {
-  CHECK(bits == 2 || bits == 3 || bits == 4, "bits=", bits, ": E8P has 2, 3 or 4");
-  CHECK(N % 16 == 0 && K % 64 == 0, "E8P needs N % 16 = 0 and K % 64 = 0; got N=", N, ", K=", K);
-  CHECK(N < (1 << 30) && K < (1 << 30), "N=", N, ", K=", K, " is too large");
-  aqlm::RotatedWeight w = {};
-  w.coding = aqlm::Coding::kE8p;
-  w.bits = static_cast<int>(bits);
-  w.N = static_cast<int>(N);
-  w.K = static_cast<int>(K);
-  w.group = w.K;
-  w.residual = static_cast<float>(residual);
-  return w;
-}
-
 aqlm::RotatedWeight scalar_weight(int64_t bits, int64_t N, int64_t K) {
   CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits=", bits,
         ": scalar grids have 2, 3, 4 or 8");
@@ -116,16 +53,6 @@ aqlm::RotatedWeight scalar_weight(int64_t bits, int64_t N, int64_t K) {
   w.K = static_cast<int>(K);
   w.group = std::max(1, w.K);
   return w;
-}
-
-void set_packed(aqlm::RotatedWeight& w, const Tensor& packed) {
-  CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-            static_cast<size_t>(packed.numel()) == w.bytes(),
-        "packed must be ", w.bytes(), " contiguous uint8; got ", packed.numel(),
-        " (were the codes packed on another device?)");
-  CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
-        "packed is not 16-byte aligned");
-  w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
 void set_scales(aqlm::RotatedWeight& w, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -172,26 +99,14 @@ void matmul_dense(const aqlm::RotatedWeight& w, const Tensor& x, Tensor& z, floa
   }
 }
 
-// Gives a scheduled matmul its workspace; a tensor that is there and large enough is used again.
-void set_workspace(const aqlm::RotatedConfig& config, const Tensor& like,
-                   std::optional<Tensor>& workspace, aqlm::RotatedMatmul* p) {
-  const aqlm::RotatedWorkspace need = aqlm::workspace_rotated(config, *p);
-  auto padded = [](size_t n) { return static_cast<int64_t>((n + 255) / 256 * 256); };
-  const int64_t bytes = padded(need.partials) + padded(need.x_cells) + padded(need.x_sums) +
-                        padded(need.x_scales);
-  if (!workspace || workspace->numel() < bytes)
-    workspace = fresh(like, {bytes}, ScalarType::Byte);
-  uint8_t* at = static_cast<uint8_t*>(workspace->mutable_data_ptr());
-  p->partials = reinterpret_cast<float*>(at);
-  p->x_cells = at += padded(need.partials);
-  p->x_sums = reinterpret_cast<float2*>(at += padded(need.x_cells));
-  p->x_scales = reinterpret_cast<float*>(at += padded(need.x_sums));
-}
+}  // namespace
 
-// y = sv * U_N (x Wq^T) + bias.
-Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional<Tensor>& sv,
-              const std::optional<Tensor>& bias, const Tensor& h, int64_t factor, int64_t block,
-              const std::string& precision) {
+namespace aqlm_ops {
+
+Tensor rotated_matmul(const aqlm::RotatedWeight& w, const Tensor& x,
+                      const std::optional<Tensor>& sv, const std::optional<Tensor>& bias,
+                      const Tensor& h, int64_t factor, int64_t block,
+                      const std::string& precision) {
   CHECK(precision == "exact", "precision='", precision, "': these kernels have 'exact' only");
   const int device = x.get_device_index();
   const int64_t N = w.N, K = w.K, M = K ? x.numel() / K : 0;
@@ -258,101 +173,34 @@ Tensor matmul(const aqlm::RotatedWeight& w, const Tensor& x, const std::optional
   return y;
 }
 
-// x + sv * U (z Wq^T) and U^T (su * its norm), in two launches. False: not for these.
-bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
-                 const aqlm::Rotation& r, aqlm::NormRotateParams n, cudaStream_t stream) {
-  aqlm::DeviceInfo info;
-  check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
-  if (n.tokens > kMostJoinedTokens || r.factor != 1 || !sv ||
-      sv->scalar_type() != ScalarType::Float ||
-      reinterpret_cast<uintptr_t>(sv->const_data_ptr()) % 16 != 0 ||
-      n.type == aqlm::DType::kFloat32 || !aqlm::takes_mix_norm(n.n))
-    return false;
-  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, n.type, n.tokens, true, info);
-  if (config.tiles == 0 || n.tokens > 4 * config.tiles) return false;
-  aqlm::RotatedMatmul p = {};
-  p.w = w;
-  p.tokens = n.tokens;
-  aqlm::schedule_rotated(config, info, &p);
-  const bool owned = config.share == aqlm::Share::kOwned;
-  p.local_bits = owned ? 5 : aqlm::local_bits_of(config, p.s, r, info);  // 5: a block's 32 rows
-  if (owned ? n.tokens != 1 : p.s.group_rows != 512 || p.local_bits != 9 || info.arch < 90)
-    return false;
-  std::optional<Tensor> workspace;
-  set_workspace(config, z, workspace, &p);
-  p.x = z.const_data_ptr();
-  p.x_stride = w.K;
-  p.x_type = n.type;
-  check_cuda(aqlm::launch_rotated(config, p, stream), "matmul");
-  aqlm::MixNormParams m = {};
-  m.sv = static_cast<const float*>(sv->const_data_ptr());
-  m.x = n.x;
-  m.weight = n.weight;
-  m.su = n.su;
-  m.sum = n.sum;
-  m.y = n.y;
-  m.type = n.type;
-  m.n = n.n;
-  m.eps = n.eps;
-  m.gain = n.gain;
-  if (owned) {
-    m.z = p.partials;
-    check_cuda(aqlm::launch_mix_norm(m, stream), "mix_norm");
-  } else {
-    aqlm::RotateParams sums = {};
-    sums.partials = p.partials;
-    sums.s = p.s;
-    sums.tokens = p.tokens;
-    check_cuda(aqlm::launch_mix_norm(m, sums, stream), "mix_norm");
-  }
-  return true;
+Tensor hadamard(const Tensor& x, const std::optional<Tensor>& pre,
+                const std::optional<Tensor>& post, const Tensor& h, int64_t factor, int64_t block,
+                bool transpose) {
+  CHECK(x.dim() >= 1, "x has no dimensions");
+  CHECK(factor >= 1, "factor=", factor, ": a transform needs at least 1");
+  const int device = x.get_device_index();
+  const int64_t K = x.size(x.dim() - 1), M = K ? x.numel() / K : 0;
+  DeviceGuard guard(device);
+  aqlm::RotateParams r = {};
+  r.r = rotation_of(h, K, factor, block, transpose, device);
+  r.pre = vector_of(pre, K, "pre", device, &r.pre_type);
+  r.post = vector_of(post, K, "post", device, &r.post_type);
+  Tensor y = fresh(x, shape_with(x, K));
+  if (M == 0) return y;
+  Tensor rows = rows_of(x, K);
+  r.x = rows.const_data_ptr();
+  r.x_stride = row_stride(rows, K);
+  r.x_type = r.y_type = dtype_of(x, "x");
+  r.gain = 1.f;
+  r.y = y.mutable_data_ptr();
+  r.tokens = static_cast<int>(M);
+  check_cuda(aqlm::launch_rotate(r, current_stream(device)), "hadamard");
+  return y;
 }
 
-// Up to 16 tokens: U_n^T (su * silu(gate) * up) of a product of gate and up, in place of its second
-// kernel. False: not for these.
-bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::optional<Tensor>& sv,
-                   const aqlm::Rotation& r, bool up_first, const float* su,
-                   const aqlm::Rotation& next, Tensor& y, cudaStream_t stream) {
-  const int tokens = static_cast<int>(y.size(0)), n = next.n;
-  aqlm::MixSwigluParams p = {};
-  p.type = dtype_of(z, "z");
-  if (p.type == aqlm::DType::kFloat32 || !sv || sv->scalar_type() != ScalarType::Float ||
-      next.factor != r.factor || tokens > kMostJoinedTokens)
-    return false;
-  aqlm::DeviceInfo info;
-  check_cuda(aqlm::device_info(z.get_device_index(), &info), "device_info");
-  const aqlm::RotatedConfig config = aqlm::choose_rotated(w, p.type, tokens, true, info);
-  if (config.tiles == 0 || config.share == aqlm::Share::kOwned || tokens > 4 * config.tiles)
-    return false;
-  aqlm::RotatedMatmul m = {};
-  m.w = w;
-  m.tokens = tokens;
-  aqlm::schedule_rotated(config, info, &m);
-  m.local_bits = aqlm::local_bits_of(config, m.s, r, info);
-  if (!aqlm::takes_mix_swiglu(r, m.local_bits)) return false;
-  std::optional<Tensor> workspace;
-  set_workspace(config, z, workspace, &m);
-  m.x = z.const_data_ptr();
-  m.x_stride = w.K;
-  m.x_type = p.type;
-  check_cuda(aqlm::launch_rotated(config, m, stream), "matmul");
-  Tensor columns = fresh(z, {tokens, n}, ScalarType::Float);
-  p.product.r = r;
-  p.product.s = m.s;
-  p.product.partials = m.partials;
-  p.product.local_bits = m.local_bits;
-  p.product.tokens = tokens;
-  p.product.post = sv->const_data_ptr();
-  p.product.gain = 1.f / std::sqrt(static_cast<float>(r.n));
-  p.up_first = up_first;
-  p.su = su;
-  p.h = next.h;
-  p.columns = static_cast<float*>(columns.mutable_data_ptr());
-  p.y = y.mutable_data_ptr();
-  p.gain = 1.f / std::sqrt(static_cast<float>(n));
-  check_cuda(aqlm::launch_mix_swiglu(p, stream), "mix_swiglu");
-  return true;
-}
+}  // namespace aqlm_ops
+
+namespace {
 
 // dx = (U_N^T (sv * dy)) Wq, Wq dequantized in column slices so that nothing is accumulated.
 Tensor matmul_dx(const aqlm::RotatedWeight& w, const Tensor& dy, const std::optional<Tensor>& sv,
@@ -426,37 +274,6 @@ Tensor pack(aqlm::RotatedWeight w, const Tensor& codes) {
   return packed;
 }
 
-void check_input(const Tensor& x, const Tensor& packed, const char* name) {
-  CHECK(x.dim() >= 1, name, " has no dimensions");
-  CHECK(x.get_device_index() == packed.get_device_index(), name, " is on cuda:",
-        x.get_device_index(), ", packed on cuda:", packed.get_device_index());
-}
-
-Tensor hadamard(const Tensor& x, const std::optional<Tensor>& pre,
-                const std::optional<Tensor>& post, const Tensor& h, int64_t factor, int64_t block,
-                bool transpose) {
-  CHECK(x.dim() >= 1, "x has no dimensions");
-  CHECK(factor >= 1, "factor=", factor, ": a transform needs at least 1");
-  const int device = x.get_device_index();
-  const int64_t K = x.size(x.dim() - 1), M = K ? x.numel() / K : 0;
-  DeviceGuard guard(device);
-  aqlm::RotateParams r = {};
-  r.r = rotation_of(h, K, factor, block, transpose, device);
-  r.pre = vector_of(pre, K, "pre", device, &r.pre_type);
-  r.post = vector_of(post, K, "post", device, &r.post_type);
-  Tensor y = fresh(x, shape_with(x, K));
-  if (M == 0) return y;
-  Tensor rows = rows_of(x, K);
-  r.x = rows.const_data_ptr();
-  r.x_stride = row_stride(rows, K);
-  r.x_type = r.y_type = dtype_of(x, "x");
-  r.gain = 1.f;
-  r.y = y.mutable_data_ptr();
-  r.tokens = static_cast<int>(M);
-  check_cuda(aqlm::launch_rotate(r, current_stream(device)), "hadamard");
-  return y;
-}
-
 Tensor e8p_pack(const Tensor& Qidxs, int64_t bits) {
   CHECK(Qidxs.dim() == 2 && Qidxs.scalar_type() == ScalarType::Long,
         "Qidxs must be int64 [N, K * bits / 64]");
@@ -484,101 +301,7 @@ Tensor e8p_matmul(const Tensor& x, const Tensor& packed, const std::optional<Ten
   DeviceGuard guard(x.get_device_index());
   aqlm::RotatedWeight w = e8p_weight(bits, residual, N, x.size(x.dim() - 1));
   set_packed(w, packed);
-  return matmul(w, x, sv, bias, h, factor, block, precision);
-}
-
-// sum = x + sv * U (z Wq^T), y = U^T (su * the norm of sum).
-std::tuple<Tensor, Tensor> e8p_matmul_norm(const Tensor& z, const Tensor& packed,
-                                           const std::optional<Tensor>& sv, const Tensor& h,
-                                           int64_t bits, double residual, int64_t factor,
-                                           const Tensor& x, const Tensor& weight, double eps,
-                                           const Tensor& su) {
-  check_input(z, packed, "z");
-  CHECK(z.dim() == 2 && x.dim() == 2 && z.size(0) == x.size(0) && z.size(0) < 65536 &&
-            z.scalar_type() == x.scalar_type(),
-        "z [M, K] and x [M, N] must have as many rows and one dtype");
-  const int64_t M = x.size(0), N = x.size(1), power = factor > 0 ? N / factor : 0;
-  CHECK(power >= 128, "N=", N, ", factor=", factor, ": N / factor must be at least 128");
-  const int device = x.get_device_index();
-  DeviceGuard guard(device);
-  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
-  set_packed(w, packed);
-  const aqlm::Rotation r = rotation_of(h, N, factor, 0, true, device);
-  aqlm::DType sv_type;
-  vector_of(sv, N, "sv", device, &sv_type);
-  auto vector = [&](const Tensor& t, ScalarType type, const char* name) {
-    CHECK(t.numel() == N && t.is_contiguous() && t.scalar_type() == type &&
-              t.get_device_index() == device &&
-              reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0,
-          name, " must be ", N, " contiguous values on x's device, 16-byte aligned");
-    return t.const_data_ptr();
-  };
-  Tensor rows = torch::stable::contiguous(x), in = torch::stable::contiguous(z);
-  Tensor sum = fresh(x, {M, N}), y = fresh(x, {M, N});
-  if (M == 0) return {sum, y};
-  aqlm::NormRotateParams n = {};
-  n.x = rows.const_data_ptr();
-  CHECK(reinterpret_cast<uintptr_t>(n.x) % 16 == 0, "x must be 16-byte aligned");
-  n.x_stride = n.delta_stride = N;
-  n.weight = vector(weight, x.scalar_type(), "weight");
-  n.su = static_cast<const float*>(vector(su, ScalarType::Float, "su"));
-  n.h = r.h;
-  n.sum = sum.mutable_data_ptr();
-  n.y = y.mutable_data_ptr();
-  n.type = dtype_of(x, "x");
-  n.n = static_cast<int>(N);
-  n.factor = static_cast<int>(factor);
-  n.tokens = static_cast<int>(M);
-  n.eps = static_cast<float>(eps);
-  n.gain = 1.f / std::sqrt(static_cast<float>(N));
-  cudaStream_t stream = current_stream(device);
-  if (matmul_norm(w, in, sv, r, n, stream)) return {sum, y};
-  Tensor delta = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
-  n.delta = delta.const_data_ptr();
-  check_cuda(aqlm::launch_norm_rotate(n, stream), "norm_rotate");
-  return {sum, y};
-}
-
-// U_n^T (su * silu(gate) * up) of the halves of sv * U (z Wq^T).
-Tensor e8p_matmul_swiglu(const Tensor& z, const Tensor& packed, const std::optional<Tensor>& sv,
-                         const Tensor& h, int64_t bits, double residual, int64_t factor,
-                         bool up_first, const Tensor& su, const Tensor& next_h,
-                         int64_t next_factor) {
-  check_input(z, packed, "z");
-  CHECK(z.dim() == 2, "z must be [M, K]");
-  const int64_t M = z.size(0), n = su.numel(), N = 2 * n;
-  const int device = z.get_device_index();
-  CHECK(su.is_contiguous() && su.scalar_type() == ScalarType::Float &&
-            su.get_device_index() == device,
-        "su must be contiguous float32 on z's device");
-  DeviceGuard guard(device);
-  aqlm::RotatedWeight w = e8p_weight(bits, residual, N, z.size(1));
-  set_packed(w, packed);
-  const aqlm::Rotation r = rotation_of(h, N, factor, 0, false, device);
-  const aqlm::Rotation next = rotation_of(next_h, n, next_factor, 0, true, device);
-  aqlm::DType sv_type;
-  vector_of(sv, N, "sv", device, &sv_type);
-  Tensor in = torch::stable::contiguous(z), y = fresh(z, {M, n});
-  if (M == 0) return y;
-  cudaStream_t stream = current_stream(device);
-  const float* signs = static_cast<const float*>(su.const_data_ptr());
-  if (matmul_swiglu(w, in, sv, r, up_first, signs, next, y, stream)) return y;
-  CHECK(M < (int64_t(1) << 31), "M=", M, " is too large");
-  Tensor both = matmul(w, in, sv, std::nullopt, h, factor, 0, "exact");
-  Tensor gated = fresh(z, {M, n});
-  aqlm::SwigluParams s = {};
-  const void* low = both.const_data_ptr();
-  const void* high = static_cast<const uint8_t*>(low) +
-                     n * static_cast<int64_t>(both.element_size());
-  s.gate = up_first ? high : low;
-  s.up = up_first ? low : high;
-  s.y = gated.mutable_data_ptr();
-  s.gate_stride = s.up_stride = N;
-  s.tokens = static_cast<int>(M);
-  s.n = static_cast<int>(n);
-  s.type = dtype_of(z, "z");
-  check_cuda(aqlm::launch_swiglu(s, stream), "swiglu");
-  return hadamard(gated, su, std::nullopt, next_h, next_factor, 0, true);
+  return rotated_matmul(w, x, sv, bias, h, factor, block, precision);
 }
 
 Tensor e8p_matmul_dx(const Tensor& dy, const Tensor& packed, const std::optional<Tensor>& sv,
@@ -629,7 +352,7 @@ Tensor scalar_matmul(const Tensor& x, const Tensor& packed, const Tensor& scales
   aqlm::RotatedWeight w = scalar_weight(bits, N, x.size(x.dim() - 1));
   set_packed(w, packed);
   set_scales(w, scales, zeros, group_size, x.get_device_index());
-  return matmul(w, x, sv, bias, h, factor, block, precision);
+  return rotated_matmul(w, x, sv, bias, h, factor, block, precision);
 }
 
 Tensor scalar_matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& scales,
@@ -662,8 +385,6 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_pack", TORCH_BOX(&e8p_pack));
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
-  m.impl("e8p_matmul_norm", TORCH_BOX(&e8p_matmul_norm));
-  m.impl("e8p_matmul_swiglu", TORCH_BOX(&e8p_matmul_swiglu));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <utility>
 
 #include "launch.h"
 
@@ -27,26 +28,43 @@ constexpr bool dependent_launch = true;
 #endif
 
 // Enqueues with programmatic dependent launch where the device has it: the kernel's prologue
-// overlaps the previous kernel's tail. Every kernel launched so calls grid_dependency_wait.
+// overlaps the previous kernel's tail. Every kernel launched so calls grid_dependency_wait. Blocks
+// are in clusters of `cluster` along x (above 1: Hopper and later).
 template <typename... Params, typename... Args>
-cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int smem,
-                    cudaStream_t stream, Args&&... args) {
+cudaError_t enqueue_clusters(int cluster, void (*kernel)(Params...), dim3 grid, int threads,
+                             int smem, cudaStream_t stream, Args&&... args) {
   int device = 0;
   cudaError_t e = cudaGetDevice(&device);
   DeviceInfo info;
   if (e == cudaSuccess) e = device_info(device, &info);
   if (e != cudaSuccess) return e;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (info.arch >= 90 && dependent_launch) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = info.arch >= 90 && dependent_launch ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int smem,
+                    cudaStream_t stream, Args&&... args) {
+  return enqueue_clusters(1, kernel, grid, threads, smem, stream, std::forward<Args>(args)...);
 }
 
 // The same for a kernel with a large shared-memory block; `limit` is the most it ever asks for.

@@ -109,6 +109,18 @@ __device__ __forceinline__ float4 rotate_sum(const RotateSource& s) {
   }
   return v;
 }
+// The same of two neighbours, added to x and y.
+template <int kInFlight>
+__device__ __forceinline__ void add_slots2(const RotateSource& s, float& x, float& y) {
+  for (int k = 0; k < s.slots; k += kInFlight) {
+    float2 part[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j)
+      part[j] = load_slot2(s.from + (k + j) * s.stride, k + j < s.slots);
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) x += part[j].x, y += part[j].y;
+  }
+}
 
 // Elements i .. i + 3 of row m of x, times `pre`.
 __device__ __forceinline__ float4 rotate_input(const RotateParams& p, int m, int i) {

@@ -185,14 +185,7 @@ mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
   grid_dependency_wait();
 
   float2 sum = make_float2(0.f, 0.f);
-  for (int k = 0; k < source.slots; k += kSlots) {
-    float2 part[kSlots];
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j)
-      part[j] = load_slot2(source.from + (k + j) * source.stride, k + j < source.slots);
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) sum = make_float2(sum.x + part[j].x, sum.y + part[j].y);
-  }
+  add_slots2<kSlots>(source, sum.x, sum.y);
 #pragma unroll
   for (int r = 0; r < C; ++r) store_cluster(z + own * kMixNormThreads + tid, r, sum);
   const size_t at = size_t(m) * p.n + column;
@@ -252,19 +245,8 @@ mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
 
 template <typename T, int C>
 cudaError_t mix_norm_sums(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = C;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(C, sums.tokens);
-  config.blockDim = dim3(kMixNormThreads);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = dependent_launch ? 2 : 1;
-  return cudaLaunchKernelEx(&config, mix_norm_sums_kernel<T, C>, p, sums);
+  return enqueue_clusters(C, mix_norm_sums_kernel<T, C>, dim3(C, sums.tokens), kMixNormThreads, 0,
+                          stream, p, sums);
 }
 
 template <typename T>

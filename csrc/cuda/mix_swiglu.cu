@@ -59,14 +59,7 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p) {
   grid_dependency_wait();
 
   float sum[2] = {0.f, 0.f};
-  for (int k = 0; k < source.slots; k += kSlots) {
-    float2 part[kSlots];
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j)
-      part[j] = load_slot2(source.from + (k + j) * source.stride, k + j < source.slots);
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) sum[0] += part[j].x, sum[1] += part[j].y;
-  }
+  add_slots2<kSlots>(source, sum[0], sum[1]);
   butterflies<2, 2 + kLogQ>(sum);
   *reinterpret_cast<float2*>(z + source_row * kColumns + pair) = make_float2(sum[0], sum[1]);
   __syncthreads();

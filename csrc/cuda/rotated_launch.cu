@@ -51,25 +51,7 @@ cudaError_t rotate_cluster(const RotateParams& p, int max_smem, cudaStream_t str
   if (e != cudaSuccess) return e;
   const int log_p = log2_of(p.r.n / p.r.factor / C);
   const int threads = std::max(128, std::min(kRotateThreads, (length / 4 + 31) / 32 * 32));
-  if constexpr (C == 1) {
-    return enqueue(rotate_kernel<1>, dim3(1, p.tokens), threads, smem, stream, p, log_p);
-  } else {
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = C;
-    attributes[0].val.clusterDim.y = 1;
-    attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(C, p.tokens);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = smem;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = dependent_launch ? 2 : 1;
-    return cudaLaunchKernelEx(&config, rotate_kernel<C>, p, log_p);
-  }
+  return enqueue_clusters(C, rotate_kernel<C>, dim3(C, p.tokens), threads, smem, stream, p, log_p);
 }
 
 // Whether the kernel for many tokens takes a rotation of rows of x, and is faster.

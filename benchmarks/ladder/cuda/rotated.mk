@@ -9,12 +9,12 @@ PYINC := $(shell $(PYTHON) -c "import sysconfig;print(sysconfig.get_paths()['inc
 NAMES := $(basename $(notdir $(wildcard csrc/cuda/rotated*.cu csrc/cuda/hadamard*.cu \
   csrc/cuda/mix*.cu csrc/cuda/norm*.cu csrc/cuda/step*.cu \
   csrc/cuda/instances/rotated*.cu)))
-OPS := $(OUT)/obj/ops_cuda_rotated.o $(OUT)/obj/ops_cuda_step.o
+OPS := $(addprefix $(OUT)/obj/,ops_cuda_rotated.o ops_cuda_joined.o ops_cuda_step.o)
 OBJ := $(NAMES:%=$(OUT)/obj/%.o) $(OUT)/obj/launch.o $(OPS)
 HDR := $(wildcard csrc/cuda/rotated* csrc/cuda/scalar* csrc/cuda/e8p* csrc/cuda/hadamard* \
   csrc/cuda/mix* csrc/cuda/norm_rotate.h csrc/cuda/step_rows.h csrc/cuda/ptx.cuh \
   csrc/cuda/numeric.cuh csrc/cuda/enqueue.cuh \
-  csrc/cuda/launch.h csrc/cuda/instances/rotated.inl csrc/ops_cuda_common.h)
+  csrc/cuda/launch.h csrc/cuda/instances/rotated.inl csrc/ops_cuda_common.h csrc/ops_cuda_rotated.h)
 VPATH := csrc/cuda:csrc/cuda/instances
 NVFLAGS := -O3 $(ARCH) -Xptxas -v -DAQLM_TUNE \
   -Xcompiler -fPIC,-fvisibility=hidden,-ffunction-sections
