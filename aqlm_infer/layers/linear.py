@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         self._buffer_names: tuple[str, ...] = ()
         self._folded: list[int] | None = None
-        self._slow: str | None = None  # why a slow kernel was chosen, until that is said
+        self._slow: str | None = None  # what the first use has to say of the kernel
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -201,7 +201,11 @@ class QuantLinear(nn.Module):
         chosen = self.forced_kernel or os.environ.get("AQLM_KERNEL")
         self._slow = None
         if kernel.id == "ref.dequant" and not chosen and problem.dtype != torch.float64:
-            self._slow = f"{problem}: slow reference kernel ({why_not_fast(problem)})"
+            slow = f"{problem}: slow reference kernel ({why_not_fast(problem)})"
+            if problem.device == "cpu" and torch.cuda.is_available():
+                self._slow = slow  # a model that is loaded here may be on its way to the GPU
+            else:
+                warnings.warn(slow, stacklevel=2)
         buffers = kernel.repack(self.format, tensors, (self.out_features,), self.precision)
         if kernel.fold is not None:
             buffers |= kernel.fold(self.format, self._values())
@@ -293,7 +297,6 @@ class QuantLinear(nn.Module):
                 " prepare()"
             )
         if self._slow is not None and not compiling:
-            # At the first use: a model that is loaded on a CPU may be on its way to a GPU.
             warnings.warn(self._slow, stacklevel=2)
             self._slow = None
         # The module's own dicts: copies, and its attribute look-up, cost a microsecond each.
