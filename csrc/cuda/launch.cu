@@ -289,7 +289,8 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
 namespace {
 
 template <typename T>
-cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, bool reduce,
+                     cudaStream_t stream) {
   const bool int8 = c.precision == Precision::kInt8;
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
   cudaError_t e = cudaSuccess;
@@ -305,16 +306,28 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
   else if (c.body == Body::kWgmmaWide) e = launch_wgmma_wide<T>(c, p, stream);
   else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
-  return e == cudaSuccess && p.s.cells > 0 ? launch_reduce<T>(p, stream) : e;
+  return e == cudaSuccess && p.s.cells > 0 && reduce ? launch_reduce<T>(p, stream) : e;
 }
 
 }  // namespace
 
+int image_tokens(const LaunchConfig& c, const MatmulParams& p) {
+  const bool whole = p.s.x_steps * 32 == p.a.in_features();
+  return c.body == Body::kWgmma && p.s.passes == 1 && whole ? c.token_tile : 0;
+}
+
+cudaError_t launch_partials(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  if (c.dtype == DType::kFloat16) return dispatch<__half>(c, p, false, stream);
+  if (c.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(c, p, false, stream);
+  return cudaErrorInvalidValue;
+}
+
 cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   cudaGetLastError();
   cudaError_t e = cudaErrorInvalidValue;
-  if (c.dtype == DType::kFloat16) e = dispatch<__half>(c, p, stream);
-  if (c.dtype == DType::kBFloat16) e = dispatch<__nv_bfloat16>(c, p, stream);
+  if (c.dtype == DType::kFloat16) e = dispatch<__half>(c, p, true, stream);
+  if (c.dtype == DType::kBFloat16) e = dispatch<__nv_bfloat16>(c, p, true, stream);
   if (c.dtype == DType::kFloat32 && c.body == Body::kGather) e = launch_gather<float>(p, stream);
   return e;
 }

@@ -88,6 +88,12 @@ void make_schedule(const LaunchConfig& config, const DeviceInfo& device, MatmulP
 Workspace workspace_of(const LaunchConfig& config, const MatmulParams& p);
 cudaError_t launch_matmul(const LaunchConfig& config, const MatmulParams& p, cudaStream_t stream);
 
+// The matmul up to its partial sums, which a kernel of the caller's adds (sum_joined.cu). Where
+// image_tokens is not 0, x may be null: x_fragments then is an image of it, so many tokens wide.
+cudaError_t launch_partials(const LaunchConfig& config, const MatmulParams& p,
+                            cudaStream_t stream);
+int image_tokens(const LaunchConfig& config, const MatmulParams& p);
+
 // Rearranged codebooks: kAuxHeader bytes with a float scale per part, then
 //   byte storage, int8: [part][codebook][entry] of 8 int8
 //   word storage:       [part][class][entry] of 2 bytes: two int8 dimensions, or one as stored

@@ -14,8 +14,10 @@ namespace {  // the two dtypes must not share these names
 template <int B, int kTokens>
 cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32), p.s.passes);
-  const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
-  if (e != cudaSuccess) return e;
+  if (p.x != nullptr) {
+    const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
+    if (e != cudaSuccess) return e;
+  }
   constexpr int kSmem = wg_smem(B, kTokens), kThreads = (wg_warps(B, kTokens) + 4) * 32;
   auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, kThreads, kSmem, stream, p);

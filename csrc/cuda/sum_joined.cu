@@ -1,0 +1,415 @@
+// After an additive matmul of few tokens: its partial sums are added, and what follows it in a
+// decode step is done in the same launch, up to the image of x that the next matmul reads.
+//
+//   sum_norm_kernel    o, down   residual sum and norm; a cluster of blocks has a token
+//   sum_swiglu_kernel  gate, up  SwiGLU
+//   sum_rows_kernel    q, k, v   the product itself
+//
+// A block has one group of 512 rows of a token (or of some): slots of it are runs of 2 KB, which
+// bulk copies bring to shared memory, all at the same time, whatever the block's registers. So a
+// block has 128 threads of 32 registers, four numbers each. That is the room which the warpgroup
+// body leaves (640 x 96): the block waits beside the matmul before it, and the block of the next
+// matmul (or of attention) begins beside it. Architectures sm_90+.
+#include "sum_joined.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "enqueue.cuh"
+#include "mbarrier.cuh"
+#include "streamk.cuh"
+
+namespace aqlm {
+namespace {
+
+constexpr int kSumThreads = 128, kSumWarps = kSumThreads / 32;
+AQLM_HD constexpr int sum_blocks(int each) { return each == 1 ? 16 : 10; }  // 16: 32 registers
+constexpr int kGroup = 512, kGroupBytes = kGroup * sizeof(float);
+constexpr int kMostBytes = 96 << 10;  // of sums: what matmuls leave
+constexpr int kMostCluster = 8, kMostEach = 2;
+
+// The slots of an item from token m on.
+struct Slots {
+  const float* from;
+  int count;
+};
+__host__ __device__ inline int slots_between(const Schedule& s, int item) {
+  auto owner = [&](int cell) { return ((cell + 1) * s.ctas - 1) / s.cells; };
+  const int cell = item * s.units;
+  return (owner(cell + s.units - 1) - owner(cell) + 1) * s.classes * s.lanes;
+}
+__device__ __forceinline__ Slots slots_of(const MatmulParams& p, int item, int m) {
+  return {p.partials + (size_t(item) * p.s.max_slots * p.s.slot_tokens + m) * kGroup,
+          slots_between(p.s, item)};
+}
+
+// By warp 0: `tokens` tokens of every slot, one slot behind the other.
+__device__ __forceinline__ void copy_slots(const MatmulParams& p, const Slots& slots, int tokens,
+                                           float* to, uint64_t* barrier) {
+  const size_t stride = size_t(p.s.slot_tokens) * kGroup;
+  for (int k = threadIdx.x; k < slots.count; k += 32)
+    mbar::bulk_copy(to + k * tokens * kGroup, slots.from + k * stride, tokens * kGroupBytes,
+                    barrier);
+}
+
+// The thread's four numbers of the sums, in the order of the slots, kTogether at a time.
+template <int kTogether>
+__device__ __forceinline__ float4 add_slots(const float* sums, int count, int tokens, int token) {
+  const float4* at = reinterpret_cast<const float4*>(sums + token * kGroup) + threadIdx.x;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll kTogether
+  for (int k = 0; k < count; ++k, at += tokens * (kGroup / 4)) {
+    const float4 v = *at;
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t round2(float a, float b) {
+  const T pair[2] = {from_float<T>(a), from_float<T>(b)};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+
+// Sums times scales (and those of int8), as pairs of results.
+template <typename T>
+__device__ __forceinline__ uint2 scaled(float4 v, uint2 scales, float more) {
+  const float2 a = unpack2(scales.x, T()), b = unpack2(scales.y, T());
+  return make_uint2(round2<T>(v.x * a.x * more, v.y * a.y * more),
+                    round2<T>(v.z * b.x * more, v.w * b.y * more));
+}
+// What int8 multiplies to a token of a part; 1 in exact.
+__device__ __forceinline__ float int8_scale(const MatmulParams& p, int part, int token) {
+  return p.x_scales == nullptr
+             ? 1.f
+             : __ldg(reinterpret_cast<const float*>(p.aux) + part) * __ldcg(p.x_scales + token);
+}
+template <typename T>
+__device__ __forceinline__ uint2 load_four(const void* p, int n) {
+  return load_cached8(static_cast<const T*>(p) + n);
+}
+
+// Numbers n .. n + 3 (n a multiple of 4) of token m.
+template <typename T>
+__device__ __forceinline__ void store_four(const SumTarget& to, size_t width, int m, int n,
+                                           uint2 v) {
+  if (to.image == 0) {
+    *reinterpret_cast<uint2*>(static_cast<T*>(to.y) + m * width + n) = v;
+    return;
+  }
+  uint32_t* at = static_cast<uint32_t*>(to.y) +
+                 ((n / 32 * 4 + n % 8 / 2) * to.image + m) * 4 + n % 32 / 8;
+  at[0] = v.x;
+  at[4 * to.image] = v.y;
+}
+
+__device__ __forceinline__ void begin(uint64_t* barrier) {
+  if (threadIdx.x == 0) {
+    mbar::init(barrier, 1);
+    mbar::init_fence();
+  }
+  grid_dependents_start();
+}
+
+__device__ __forceinline__ void store_cluster(const float* p, int rank, float v) {
+  uint32_t at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(smem_address(p)), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// `bytes` from `base` on shall be in L2 soon.
+__device__ __forceinline__ void fetch(const char* base, size_t bytes) {
+  for (size_t i = threadIdx.x * 128; i < bytes; i += kSumThreads * 128)
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(base + i));
+}
+
+// Grid: (C, tokens and what fetches), clusters of C; a block has kEach groups of 512 rows.
+template <typename T, int kEach>
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(kEach))
+sum_norm_kernel(const __grid_constant__ SumNormParams p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) float sums[];
+  __shared__ float squares[kMostCluster * kSumWarps];
+  __shared__ uint64_t barrier;
+  const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
+  const MatmulParams& product = p.product;
+  if (m >= product.tokens) {
+    grid_dependents_start();
+    const int i = (m - product.tokens) * blocks + rank, b = i / p.heads, h = i % p.heads;
+    if (b >= p.batch) return;
+    const size_t bytes = size_t(*p.filled) * p.width * sizeof(T);
+    fetch(static_cast<const char*>(p.keys) + (b * p.keys_batch + h * p.keys_head) * sizeof(T),
+          bytes);
+    fetch(static_cast<const char*>(p.values) +
+              (b * p.values_batch + h * p.values_head) * sizeof(T), bytes);
+    return;
+  }
+  begin(&barrier);
+  cluster_arrive();
+  const int group = rank * kEach, column = group * kGroup + 4 * tid;
+  const int n = blocks * kEach * kGroup;
+  uint2 scales[kEach], weight[kEach];
+  Slots slots[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    scales[e] = load_four<T>(product.scales, column + e * kGroup);
+    weight[e] = load_four<T>(p.weight, column + e * kGroup);
+    slots[e] = slots_of(product, group + e, m);
+  }
+  const int second = slots[0].count * kGroup;  // where the sums of another group begin
+  cluster_wait();  // all blocks have begun
+  __syncthreads();
+  grid_dependency_wait();
+  if (tid < 32) {
+    int count = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) count += slots[e].count;
+    if (tid == 0) mbar::expect(&barrier, count * kGroupBytes);
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < kEach; ++e)
+      copy_slots(product, slots[e], 1, sums + e * second, &barrier);
+  }
+  const size_t row = size_t(m) * n + column;
+  uint2 x[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) x[e] = load_cached8(static_cast<const T*>(p.x) + row + e * kGroup);
+  const float more = int8_scale(product, 0, m);
+  mbar::wait(&barrier, 0);
+
+  float square = 0.f;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const uint2 delta =
+        scaled<T>(add_slots<4 / kEach>(sums + e * second, slots[e].count, 1, 0), scales[e], more);
+    x[e] = make_uint2(add2(x[e].x, delta.x, T()), add2(x[e].y, delta.y, T()));
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.sum) + row + e * kGroup) = x[e];
+    const float2 a = unpack2(x[e].x, T()), b = unpack2(x[e].y, T());
+    square += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
+  if (tid % 32 < blocks) store_cluster(squares + rank * kSumWarps + tid / 32, tid % 32, square);
+  cluster_arrive();
+  cluster_wait();
+  float total = 0.f;
+  for (int i = 0; i < blocks * kSumWarps; ++i) total += squares[i];
+  const float norm = rsqrtf(total / n + p.eps);
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const float2 a = unpack2(x[e].x, T()), b = unpack2(x[e].y, T());
+    const uint2 y = make_uint2(mul2(weight[e].x, round2<T>(a.x * norm, a.y * norm), T()),
+                               mul2(weight[e].y, round2<T>(b.x * norm, b.y * norm), T()));
+    store_four<T>(p.to, n, m, column + e * kGroup, y);
+  }
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t swiglu2(uint32_t gate, uint32_t up) {
+  const float2 g = unpack2(gate, T());
+  return mul2(round2<T>(__fdividef(g.x, 1.f + __expf(-g.x)), __fdividef(g.y, 1.f + __expf(-g.y))),
+              up, T());
+}
+
+// Grid: (n / 512, tokens / each).
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(1))
+sum_swiglu_kernel(const __grid_constant__ SumSwigluParams p, int each) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) float sums[];
+  __shared__ uint64_t barrier;
+  const int tid = threadIdx.x, groups = gridDim.x, group = blockIdx.x, m0 = blockIdx.y * each;
+  const MatmulParams& product = p.product;
+  begin(&barrier);
+  const int column = group * kGroup + 4 * tid, n = groups * kGroup;
+  const int tokens = min(each, product.tokens - m0);
+  const uint2 low_scales = load_four<T>(product.scales, column);
+  const uint2 high_scales = load_four<T>(product.scales, n + column);
+  const Slots low = slots_of(product, group, m0), high = slots_of(product, groups + group, m0);
+  float* const high_sums = sums + low.count * tokens * kGroup;
+  __syncthreads();
+  grid_dependency_wait();
+  if (tid < 32) {
+    if (tid == 0) mbar::expect(&barrier, (low.count + high.count) * tokens * kGroupBytes);
+    __syncwarp();
+    copy_slots(product, low, tokens, sums, &barrier);
+    copy_slots(product, high, tokens, high_sums, &barrier);
+  }
+  mbar::wait(&barrier, 0);
+  for (int t = 0; t < tokens; ++t) {
+    const uint2 a = scaled<T>(add_slots<2>(sums, low.count, tokens, t), low_scales,
+                              int8_scale(product, 0, m0 + t));
+    const uint2 b = scaled<T>(add_slots<2>(high_sums, high.count, tokens, t), high_scales,
+                              int8_scale(product, 1, m0 + t));
+    const uint2 gate = p.up_first ? b : a, up = p.up_first ? a : b;
+    store_four<T>(p.to, n, m0 + t, column,
+                  make_uint2(swiglu2<T>(gate.x, up.x), swiglu2<T>(gate.y, up.y)));
+  }
+#endif
+}
+
+// Grid: (N / 512, tokens / each).
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(1))
+sum_rows_kernel(const __grid_constant__ MatmulParams p, int each) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) float sums[];
+  __shared__ uint64_t barrier;
+  const int tid = threadIdx.x, group = blockIdx.x, m0 = blockIdx.y * each;
+  begin(&barrier);
+  const int column = group * kGroup + 4 * tid, part = p.a.part_of(group * kGroup);
+  const int tokens = min(each, p.tokens - m0);
+  const uint2 scales = load_four<T>(p.scales, column);
+  uint2 bias = make_uint2(0, 0);
+  if (p.bias != nullptr) bias = load_four<T>(p.bias, column);
+  const Slots slots = slots_of(p, group, m0);
+  __syncthreads();
+  grid_dependency_wait();
+  if (tid < 32) {
+    if (tid == 0) mbar::expect(&barrier, slots.count * tokens * kGroupBytes);
+    __syncwarp();
+    copy_slots(p, slots, tokens, sums, &barrier);
+  }
+  mbar::wait(&barrier, 0);
+  const float2 s0 = unpack2(scales.x, T()), s1 = unpack2(scales.y, T());
+  const float2 b0 = unpack2(bias.x, T()), b1 = unpack2(bias.y, T());
+  for (int t = 0; t < tokens; ++t) {
+    const float4 v = add_slots<4>(sums, slots.count, tokens, t);
+    const float more = int8_scale(p, part, m0 + t);
+    const uint2 y = make_uint2(
+        round2<T>(v.x * s0.x * more + b0.x, v.y * s0.y * more + b0.y),
+        round2<T>(v.z * s1.x * more + b1.x, v.w * s1.y * more + b1.y));
+    store_four<T>({p.y, 0}, p.a.out_groups(), m0 + t, column, y);
+  }
+#endif
+}
+
+// Most slots that `count` neighbouring groups, `apart` groups apart, have together.
+int most_slots(const MatmulParams& p, int count, int apart) {
+  const int groups = p.a.out_groups() / kGroup;
+  int most = 0;
+  for (int g = 0; g + (count - 1) * apart < groups; ++g) {
+    int slots = 0;
+    for (int i = 0; i < count; ++i) slots += slots_between(p.s, g + i * apart);
+    most = std::max(most, slots);
+  }
+  return most;
+}
+
+// Tokens of a block: about a block an SM, as far as shared memory goes.
+int tokens_each(const MatmulParams& p, int groups, int slots, int sms) {
+  const int wanted = ceil_div(groups * p.tokens, sms);
+  return std::max(1, std::min({wanted, kMostBytes / (slots * kGroupBytes), p.tokens}));
+}
+
+// Groups that a block of sum_norm_kernel has.
+int norm_each(const MatmulParams& p) {
+  return p.a.out_groups() / kGroup > kMostCluster ? kMostEach : 1;
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, std::atomic<unsigned long long>* done, int cluster, dim3 grid,
+                   int smem, cudaStream_t stream, Args... args) {
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = allow_smem(kernel, done, device, kMostBytes);
+  if (e != cudaSuccess) return e;
+  return enqueue_clusters(cluster, kernel, grid, kSumThreads, smem, stream, args...);
+}
+
+cudaError_t sms_of(int* sms) {
+  int device = 0;
+  DeviceInfo info;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = device_info(device, &info);
+  *sms = info.sms;
+  return e;
+}
+
+template <typename T, int kEach>
+cudaError_t sum_norm(const SumNormParams& p, cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  const int blocks = p.product.a.out_groups() / (kGroup * kEach);
+  const int fetches = p.keys == nullptr ? 0 : ceil_div(p.batch * p.heads, blocks);
+  int slots = most_slots(p.product, kEach, 1);
+  return launch(sum_norm_kernel<T, kEach>, &done, blocks, dim3(blocks, p.product.tokens + fetches),
+                slots * kGroupBytes, stream, p);
+}
+
+template <typename T>
+cudaError_t sum_swiglu(const SumSwigluParams& p, cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  int sms = 0;
+  const cudaError_t e = sms_of(&sms);
+  if (e != cudaSuccess) return e;
+  const int groups = p.product.a.rows_of(0) / kGroup;
+  const int slots = most_slots(p.product, 2, groups);
+  const int each = tokens_each(p.product, groups, slots, sms);
+  return launch(sum_swiglu_kernel<T>, &done, 1, dim3(groups, ceil_div(p.product.tokens, each)),
+                slots * each * kGroupBytes, stream, p, each);
+}
+
+template <typename T>
+cudaError_t sum_rows(const MatmulParams& p, cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  int sms = 0;
+  const cudaError_t e = sms_of(&sms);
+  if (e != cudaSuccess) return e;
+  const int groups = p.a.out_groups() / kGroup, slots = most_slots(p, 1, 1);
+  const int each = tokens_each(p, groups, slots, sms);
+  return launch(sum_rows_kernel<T>, &done, 1, dim3(groups, ceil_div(p.tokens, each)),
+                slots * each * kGroupBytes, stream, p, each);
+}
+
+}  // namespace
+
+bool takes_sums(const LaunchConfig& c, const MatmulParams& p, const DeviceInfo& device) {
+  if (c.token_tile == 0 || c.body == Body::kGather || c.dtype == DType::kFloat32 ||
+      device.arch < 90 || p.a.out_group != 1)
+    return false;
+  const Schedule& s = p.s;
+  if (s.passes != 1 || s.whole != 0 || s.group_rows != kGroup || p.tokens > c.token_tile)
+    return false;
+  for (int i = 0; i < p.a.parts; ++i)
+    if (p.a.rows_of(i) % kGroup != 0) return false;
+  return most_slots(p, 1, 1) * kGroupBytes <= kMostBytes;
+}
+
+bool takes_sum_norm(const MatmulParams& p) {
+  const int groups = p.a.out_groups() / kGroup, each = norm_each(p);
+  return p.a.parts == 1 && groups <= kMostCluster * kMostEach && groups % each == 0 &&
+         most_slots(p, each, 1) * kGroupBytes <= kMostBytes;
+}
+
+bool takes_sum_swiglu(const MatmulParams& p) {
+  return p.a.parts == 2 && p.a.rows_of(0) == p.a.rows_of(1) &&
+         most_slots(p, 2, p.a.rows_of(0) / kGroup) * kGroupBytes <= kMostBytes;
+}
+
+cudaError_t launch_sum_norm(DType type, const SumNormParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  const bool half = type == DType::kFloat16;
+  if (norm_each(p.product) == 1)
+    return half ? sum_norm<__half, 1>(p, stream) : sum_norm<__nv_bfloat16, 1>(p, stream);
+  return half ? sum_norm<__half, 2>(p, stream) : sum_norm<__nv_bfloat16, 2>(p, stream);
+}
+
+cudaError_t launch_sum_swiglu(DType type, const SumSwigluParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  return type == DType::kFloat16 ? sum_swiglu<__half>(p, stream)
+                                 : sum_swiglu<__nv_bfloat16>(p, stream);
+}
+
+cudaError_t launch_sum_rows(DType type, const MatmulParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  return type == DType::kFloat16 ? sum_rows<__half>(p, stream) : sum_rows<__nv_bfloat16>(p, stream);
+}
+
+}  // namespace aqlm
