@@ -123,13 +123,23 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// `bytes` from `base` on shall be in L2 soon.
-__device__ __forceinline__ void fetch(const char* base, size_t bytes) {
-  for (size_t i = threadIdx.x * 128; i < bytes; i += kSumThreads * 128)
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(base + i));
+// Keys and values begin to move to L2, a share of them by each thread of the grid.
+template <typename T>
+__device__ __forceinline__ void fetch(const SumNormParams& p) {
+  const int threads = gridDim.x * gridDim.y * kSumThreads;
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * kSumThreads + threadIdx.x;
+  const int lines = int((*p.filled * p.width * int(sizeof(T)) + 127) / 128);  // of a head
+  for (int i = thread; i < p.batch * p.heads * lines; i += threads) {
+    const int head = i / lines, b = head / p.heads, h = head - b * p.heads;
+    const long long at = (i - head * lines) * 128ll;
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(p.keys) + at +
+                 (b * p.keys_batch + h * p.keys_head) * int(sizeof(T))));
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(p.values) + at +
+                 (b * p.values_batch + h * p.values_head) * int(sizeof(T))));
+  }
 }
 
-// Grid: (C, tokens and what fetches), clusters of C; a block has kEach groups of 512 rows.
+// Grid: (C, tokens), clusters of C; a block has kEach groups of 512 rows.
 template <typename T, int kEach>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(kEach))
 sum_norm_kernel(const __grid_constant__ SumNormParams p) {
@@ -139,17 +149,6 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   __shared__ uint64_t barrier;
   const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
   const MatmulParams& product = p.product;
-  if (m >= product.tokens) {
-    grid_dependents_start();
-    const int i = (m - product.tokens) * blocks + rank, b = i / p.heads, h = i % p.heads;
-    if (b >= p.batch) return;
-    const size_t bytes = size_t(*p.filled) * p.width * sizeof(T);
-    fetch(static_cast<const char*>(p.keys) + (b * p.keys_batch + h * p.keys_head) * sizeof(T),
-          bytes);
-    fetch(static_cast<const char*>(p.values) +
-              (b * p.values_batch + h * p.values_head) * sizeof(T), bytes);
-    return;
-  }
   begin(&barrier);
   cluster_arrive();
   const int group = rank * kEach, column = group * kGroup + 4 * tid;
@@ -163,6 +162,7 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
     slots[e] = slots_of(product, group + e, m);
   }
   const int second = slots[0].count * kGroup;  // where the sums of another group begin
+  if (p.keys != nullptr) fetch<T>(p);
   cluster_wait();  // all blocks have begun
   __syncthreads();
   grid_dependency_wait();
@@ -198,8 +198,9 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   if (tid % 32 < blocks) store_cluster(squares + rank * kSumWarps + tid / 32, tid % 32, square);
   cluster_arrive();
   cluster_wait();
-  float total = 0.f;
-  for (int i = 0; i < blocks * kSumWarps; ++i) total += squares[i];
+  float total = tid % 32 < blocks * kSumWarps ? squares[tid % 32] : 0.f;  // at most 32
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
   const float norm = rsqrtf(total / n + p.eps);
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
@@ -337,9 +338,8 @@ template <typename T, int kEach>
 cudaError_t sum_norm(const SumNormParams& p, cudaStream_t stream) {
   static std::atomic<unsigned long long> done{0};
   const int blocks = p.product.a.out_groups() / (kGroup * kEach);
-  const int fetches = p.keys == nullptr ? 0 : ceil_div(p.batch * p.heads, blocks);
-  int slots = most_slots(p.product, kEach, 1);
-  return launch(sum_norm_kernel<T, kEach>, &done, blocks, dim3(blocks, p.product.tokens + fetches),
+  const int slots = most_slots(p.product, kEach, 1);
+  return launch(sum_norm_kernel<T, kEach>, &done, blocks, dim3(blocks, p.product.tokens),
                 slots * kGroupBytes, stream, p);
 }
 
