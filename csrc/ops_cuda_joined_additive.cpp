@@ -14,12 +14,16 @@ namespace {
 
 using namespace aqlm_ops;
 
-// A matmul that is scheduled; `ready` once its tensors are set and its partial sums have room.
+// An image's code: its tokens, and whether it is of int8. Shapes [K / 32, 4, tokens, 8] of 16 bits;
+// [K / 32 + 1, 2, tokens, 2, 16] of uint8, with the tokens' float scales in the last step.
+constexpr int kInt8Image = 1 << 16;
+
+// A matmul that is scheduled.
 struct Product {
   aqlm::LaunchConfig config;
   aqlm::MatmulParams p;
   bool joins;  // the kernels of sum_joined.h add its sums
-  int image;   // tokens of the image that it takes for x; 0: rows only
+  int image;   // code of the image that it takes for x; 0: rows only
 };
 
 Product schedule(const Tensor& packed, const Tensor& codebooks, const Tensor& scales, int64_t K,
@@ -37,23 +41,29 @@ Product schedule(const Tensor& packed, const Tensor& codebooks, const Tensor& sc
   aqlm::make_schedule(q.config, device, &q.p);
   q.joins = aqlm::takes_sums(q.config, q.p, device);
   q.image = aqlm::image_tokens(q.config, q.p);
+  if (q.image && q.config.precision == aqlm::Precision::kInt8) q.image |= kInt8Image;
   return q;
 }
 
-// Contiguous values of z's dtype and device at a 16-byte address.
-const void* values_of(const Tensor& t, int64_t count, const Tensor& z, const char* name) {
-  CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == z.scalar_type() &&
-            t.get_device_index() == z.get_device_index() &&
+// Contiguous values of the dtype and device of `like` at a 16-byte address.
+const void* values_of(const Tensor& t, int64_t count, const Tensor& like, const char* name) {
+  CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == like.scalar_type() &&
+            t.get_device_index() == like.get_device_index() &&
             reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0,
-        name, " must be ", count, " contiguous values of z's dtype and device, 16-byte aligned; got ",
-        t.numel());
+        name, " must be ", count, " contiguous values of the weights' dtype and device, 16-byte"
+        " aligned; got ", t.numel());
   return t.const_data_ptr();
 }
 
-// In-features of z, [M, K] or an image [K / 32, 4, tokens, 8].
+// In-features of z: rows [M, K] or an image.
 int64_t width_of(const Tensor& z) {
-  CHECK(z.dim() == 2 || z.dim() == 4, "z must be [M, K] or an image [K / 32, 4, tokens, 8]");
-  return z.dim() == 2 ? z.size(1) : z.size(0) * 32;
+  CHECK(z.dim() == 2 || z.dim() == 4 || z.dim() == 5, "z must be [M, K] or an image; it has ",
+        z.dim(), " dimensions");
+  return z.dim() == 2 ? z.size(1) : (z.size(0) - (z.dim() == 5)) * 32;
+}
+float* scales_of(const Tensor& image) {
+  uint8_t* const at = static_cast<uint8_t*>(const_cast<void*>(image.const_data_ptr()));
+  return reinterpret_cast<float*>(at + (image.size(0) - 1) * image.size(2) * 64);
 }
 
 // Launches the matmul up to its partial sums. The workspace must live until what reads them is
@@ -62,17 +72,18 @@ int64_t width_of(const Tensor& z) {
                             const Tensor& codebooks, const Tensor& scales, const Tensor& aux,
                             cudaStream_t stream) {
   aqlm::MatmulParams& p = q.p;
-  CHECK(z.scalar_type() == codebooks.scalar_type() &&
+  const bool image = z.dim() != 2, int8 = z.dim() == 5;
+  CHECK(z.scalar_type() == (int8 ? ScalarType::Byte : codebooks.scalar_type()) &&
             z.get_device_index() == packed.get_device_index(),
-        "z must have the codebooks' dtype and device");
+        "z must have the codebooks' dtype (an int8 image: uint8) and device");
   CHECK(q.joins, "the matmul of ", p.tokens, " tokens is not joined: see additive_joins");
-  const bool image = z.dim() == 4;
   const int64_t K = p.a.in_features();
   if (image) {
-    CHECK(q.image > 0 && z.size(2) == q.image, "z is an image of ", z.size(2),
-          " tokens, the matmul takes one of ", q.image, " (0: none)");
-    p.x_fragments = static_cast<uint8_t*>(
-        const_cast<void*>(values_of(z, K * q.image, z, "z")));
+    const int64_t code = z.size(2) | (int8 ? kInt8Image : 0);
+    CHECK(code == q.image, "z is an image with code ", code, ", the matmul takes one of ", q.image,
+          " (0: none)");
+    const int64_t count = int8 ? (K + 32) * 2 * z.size(2) : K * z.size(2);
+    p.x_fragments = static_cast<uint8_t*>(const_cast<void*>(values_of(z, count, z, "z")));
   } else {
     CHECK(z.size(0) == p.tokens, "z has ", z.size(0), " rows for ", p.tokens, " tokens");
     p.x = values_of(z, p.tokens * K, z, "z");
@@ -86,7 +97,8 @@ int64_t width_of(const Tensor& z) {
   p.partials = reinterpret_cast<float*>(at);
   at += padded(w.partials);
   if (!image) p.x_fragments = at;
-  if (w.x_scales) p.x_scales = reinterpret_cast<float*>(at + padded(w.x_fragments));
+  if (w.x_scales)
+    p.x_scales = int8 ? scales_of(z) : reinterpret_cast<float*>(at + padded(w.x_fragments));
   const bool split = q.config.body == aqlm::Body::kSplit ||
                      q.config.body == aqlm::Body::kSplitWgmma;
   const bool prepared = split || q.config.precision == aqlm::Precision::kInt8;
@@ -98,22 +110,28 @@ int64_t width_of(const Tensor& z) {
   p.packed = packed.const_data_ptr<uint8_t>();
   p.codebooks = codebooks.const_data_ptr();
   p.aux = static_cast<const uint8_t*>(aux.const_data_ptr());
-  p.scales = values_of(scales, p.a.out_groups(), z, "scales");
+  p.scales = values_of(scales, p.a.out_groups(), codebooks, "scales");
   check_cuda(aqlm::launch_partials(q.config, p, stream), "additive_matmul");
   return workspace;
 }
 
 // What the next matmul reads: rows [M, n], or an image.
-Tensor target(const Tensor& like, int64_t tokens, int64_t n, int64_t image, aqlm::SumTarget* to) {
-  CHECK(image == 0 || (image >= tokens && image % 8 == 0 && n % 32 == 0), "image=", image,
+Tensor target(const Tensor& codebooks, int64_t tokens, int64_t n, int64_t code,
+              aqlm::SumTarget* to) {
+  const int64_t image = code & ~kInt8Image;
+  CHECK(code == 0 || (image >= tokens && image % 8 == 0 && n % 32 == 0), "image=", code,
         " is no image of ", tokens, " tokens of ", n);
-  Tensor y = image ? fresh(like, {n / 32, 4, image, 8}) : fresh(like, {tokens, n});
+  const bool int8 = code & kInt8Image;
+  Tensor y = int8    ? fresh(codebooks, {n / 32 + 1, 2, image, 2, 16}, ScalarType::Byte)
+             : image ? fresh(codebooks, {n / 32, 4, image, 8})
+                     : fresh(codebooks, {tokens, n});
   to->y = y.mutable_data_ptr();
   to->image = static_cast<int>(image);
+  to->scales = int8 ? scales_of(y) : nullptr;
   return y;
 }
 
-// -1: not joined with `then`; else the tokens of the image that it takes for x, 0 where none.
+// -1: not joined with `then`; else the code of the image that it takes for x, 0 where none.
 int64_t joins(const Tensor& packed, const Tensor& codebooks, const Tensor& scales, int64_t K,
               const std::vector<int64_t>& partitions, const std::string& precision, int64_t tokens,
               const std::string& then) {
@@ -121,9 +139,12 @@ int64_t joins(const Tensor& packed, const Tensor& codebooks, const Tensor& scale
   const Product q = schedule(packed, codebooks, scales, K, partitions, precision, tokens);
   CHECK(then == "norm" || then == "swiglu" || then == "rows", "then='", then,
         "' is none of norm, swiglu, rows");
-  const bool shape = then == "norm"     ? q.joins && aqlm::takes_sum_norm(q.p)
-                     : then == "swiglu" ? q.joins && aqlm::takes_sum_swiglu(q.p)
-                                        : q.joins;
+  const bool int8 = q.image & kInt8Image;
+  const bool shape =
+      then == "norm"     ? q.joins && aqlm::takes_sum_norm(q.p)
+      : then == "swiglu" ? q.joins && aqlm::takes_sum_swiglu(q.p) &&
+                               (!int8 || aqlm::takes_int8_image(q.p))
+                         : q.joins;
   return shape ? q.image : -1;
 }
 
@@ -142,14 +163,14 @@ std::tuple<Tensor, Tensor> matmul_norm(
         " tokens is not joined with a norm: see additive_joins");
   CHECK(N == q.p.a.out_features(), "x has ", N, " columns, the matmul ", q.p.a.out_features());
   aqlm::SumNormParams n = {};
-  n.x = values_of(x, M * N, z, "x");
-  n.weight = values_of(weight, N, z, "weight");
+  n.x = values_of(x, M * N, codebooks, "x");
+  n.weight = values_of(weight, N, codebooks, "weight");
   n.eps = static_cast<float>(eps);
   if (keys) {
     CHECK(values && filled && keys->dim() == 4 && values->dim() == 4 &&
-              keys->scalar_type() == z.scalar_type() && values->scalar_type() == z.scalar_type() &&
+              keys->scalar_type() == x.scalar_type() && values->scalar_type() == x.scalar_type() &&
               filled->scalar_type() == ScalarType::Long,
-          "keys and values [B, Hkv, L, D] of z's dtype come with filled, int64");
+          "keys and values [B, Hkv, L, D] of x's dtype come with filled, int64");
     n.keys = keys->const_data_ptr();
     n.values = values->const_data_ptr();
     n.filled = reinterpret_cast<const long long*>(filled->const_data_ptr());
@@ -163,7 +184,7 @@ std::tuple<Tensor, Tensor> matmul_norm(
   }
   Tensor sum = fresh(x, {M, N});
   n.sum = sum.mutable_data_ptr();
-  Tensor y = target(x, M, N, image, &n.to);
+  Tensor y = target(codebooks, M, N, image, &n.to);
   cudaStream_t stream = current_stream(z.get_device_index());
   const Tensor workspace = launch(q, z, packed, codebooks, scales, aux, stream);
   n.product = q.p;
@@ -181,7 +202,8 @@ Tensor matmul_swiglu(const Tensor& z, const Tensor& packed, const Tensor& codebo
         " tokens are not joined with SwiGLU: see additive_joins");
   aqlm::SumSwigluParams s = {};
   s.up_first = up_first;
-  Tensor y = target(z, tokens, q.p.a.out_features() / 2, image, &s.to);
+  CHECK(!(image & kInt8Image) || aqlm::takes_int8_image(q.p), "no int8 image of so many numbers");
+  Tensor y = target(codebooks, tokens, q.p.a.out_features() / 2, image, &s.to);
   cudaStream_t stream = current_stream(z.get_device_index());
   const Tensor workspace = launch(q, z, packed, codebooks, scales, aux, stream);
   s.product = q.p;
@@ -196,8 +218,8 @@ Tensor matmul_rows(const Tensor& z, const Tensor& packed, const Tensor& codebook
   DeviceGuard guard(z.get_device_index());
   Product q = schedule(packed, codebooks, scales, width_of(z), partitions, precision, tokens);
   const int64_t N = q.p.a.out_features();
-  if (bias) q.p.bias = values_of(*bias, N, z, "bias");
-  Tensor y = fresh(z, {tokens, N});
+  if (bias) q.p.bias = values_of(*bias, N, codebooks, "bias");
+  Tensor y = fresh(codebooks, {tokens, N});
   q.p.y = y.mutable_data_ptr();
   cudaStream_t stream = current_stream(z.get_device_index());
   const Tensor workspace = launch(q, z, packed, codebooks, scales, aux, stream);

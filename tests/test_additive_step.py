@@ -57,12 +57,37 @@ class Product:
 
     def inputs(self, z, image):
         """z as rows, and as the image that the matmul takes."""
+        if image & joined.INT8 and image > 0:
+            return [z, int8_image_of(z, image & ~joined.INT8)]
         return [z, *([ops.image_of(z, image)] if image > 0 else [])]
+
+    def targets(self, M):
+        """Images that an operator may make."""
+        if self.device == "cpu" or self.precision == "exact":
+            return [32, 32]
+        return [32, joined.INT8 + (16 if M <= 16 else 32)] * 2
 
 
 def is_image_of(image, rows):
     M, n = rows.shape
-    return list(image.shape) == [n // 32, 4, 32, 8] and torch.equal(joined.rows_of(image, M), rows)
+    if image.dim() == 4:
+        assert list(image.shape) == [n // 32, 4, 32, 8]
+        return torch.equal(joined.rows_of(image, M), rows)
+    peak = rows.float().abs().amax(1, keepdim=True)
+    return bool(((joined.rows_of(image, M) - rows.float()).abs() <= peak * 2e-5).all())
+
+
+def int8_image_of(x, tokens):
+    M, K = x.shape
+    padded = F.pad(x.float(), (0, 0, 0, tokens - M), value=1.0)
+    scales = padded.abs().amax(1) / 32639
+    q = (padded / scales[:, None]).round().to(torch.int32)
+    high = (q + 128) >> 8
+    both = torch.stack([high, q - 256 * high]).to(torch.int8).view(2, tokens, K // 32, 4, 2, 4)
+    image = torch.zeros(K // 32 + 1, 2, tokens, 2, 16, dtype=torch.uint8, device=x.device)
+    image[:-1] = both.permute(2, 4, 1, 0, 3, 5).reshape(K // 32, 2, tokens, 2, 16).view(torch.uint8)
+    image[-1].flatten()[: 4 * tokens] = scales.view(torch.uint8)
+    return image
 
 
 TOKENS = (1, 2, 5, 9, 16, 17, 32)
@@ -96,8 +121,8 @@ def test_matmul_with_the_norm_after_it(device, dtype, scheme, precision, N, K):
             exact = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
             error = (y.double() - exact).norm() / exact.norm()
             assert error <= (2e-3 if dtype == torch.float16 else 1.6e-2), f"{error:.1e}"
-            for _ in range(2):
-                again, made = run(weight, EPS, 32, None, None, None)
+            for target in product.targets(M):
+                again, made = run(weight, EPS, target, None, None, None)
                 assert torch.equal(again, total) and is_image_of(made, y)
     assert taken or "16" in scheme or N > K, "no number of tokens is joined"
 
@@ -124,8 +149,8 @@ def test_matmul_of_gate_and_up_with_swiglu(device, dtype, scheme, precision, n, 
                 y = run(M, up_first, 0)
                 error = (y.double() - exact).norm() / exact.norm()
                 assert error <= 2 * LIMITS[precision][dtype], f"{error:.1e}"
-                for _ in range(2):
-                    assert is_image_of(run(M, up_first, 32), y)
+                for target in product.targets(M):
+                    assert is_image_of(run(M, up_first, target), y)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,6 +177,12 @@ def test_matmul_of_q_k_and_v(device, dtype, scheme, precision, partitions, K):
 
 def test_images_are_what_their_text_says():
     x = torch.arange(3 * 64.0).view(3, 64)
+    bytes = int8_image_of(x, 16)
+    s, h, m, t, e = 1, 1, 2, 3, 1
+    low, high = (bytes[s, h, m, b, 4 * t + e].view(torch.int8).item() for b in (1, 0))
+    scale = bytes[-1].flatten().view(torch.float32)[m].item()
+    assert abs((256 * high + low) * scale - x[m, 32 * s + 8 * t + 4 * h + e].item()) < 0.003
+    assert (joined.rows_of(bytes, 3) - x).abs().max() < 0.003
     image = ops.image_of(x, 8)
     s, c, m, t, e = 1, 2, 2, 3, 1
     assert image[s, c, m, 2 * t + e] == x[m, 32 * s + 8 * t + 2 * c + e]

@@ -2,7 +2,10 @@
 
 z is x [M, K], or an image of it [K / 32, 4, T, 8], T >= M tokens wide, as a matmul of the tensor
 cores reads it: ``image[s, c, m, 2 t + e] = x[m, 32 s + 8 t + 2 c + e]`` (csrc/cuda/wgmma.cuh).
-Operators return rows, or with ``image`` = T an image; what is past M in it is not defined. The
+Operators return rows, or with ``image`` = T an image; what is past M in it is not defined. With
+``image`` = T + INT8 it is that of an int8 matmul, uint8 [K / 32 + 1, 2, T, 2, 16]:
+``image[s, h, m, b, 4 t + e]`` = high (b = 0) and low byte of element 32 s + 8 t + 4 h + e of token
+m, and in the last step the float scales of the tokens (csrc/cuda/wgmma_int8.cuh); on CUDA only. The
 product is rounded to z's dtype as ``ops.additive_matmul`` rounds it, the rest as the operators of
 ``ops`` do.
 
@@ -12,7 +15,7 @@ product is rounded to z's dtype as ``ops.additive_matmul`` rounds it, the rest a
     (``up_first``: up is the first)
     additive_matmul_rows: the product itself
     additive_joins: whether these take a matmul of so many tokens, before ``then`` = "norm",
-    "swiglu" or "rows": -1 if not, else T of the image that it takes for z (0: rows only)
+    "swiglu" or "rows": -1 if not, else ``image`` of what it takes for z (0: rows only)
 
 CUDA operators of ``_cuda``, for GPUs of sm_90 and later; elsewhere the operators that they join,
 and ``additive_joins`` is -1. Inference only.
@@ -26,6 +29,9 @@ from ..ops import additive_matmul
 from ..ops.additive import check_matmul
 from ..ops.library import OperandError, define
 from .ops import add_rms_norm, check_fetch, check_image, check_rows, image_of, swiglu
+
+INT8 = 1 << 16
+"""Added to the tokens of an int8 image."""
 
 _MATMUL = "Tensor z, Tensor packed, Tensor codebooks, Tensor scales"
 _SCHEMAS = (
@@ -42,31 +48,41 @@ _SCHEMAS = (
 
 
 def rows_of(z: torch.Tensor, M: int) -> torch.Tensor:
-    """x [M, K] of itself or of its image."""
+    """x [M, K] of itself or of its image (int8: float32)."""
     if z.dim() == 2:
         return z
     steps, tokens = z.shape[0], z.shape[2]
-    rows = z.view(steps, 4, tokens, 4, 2).permute(2, 0, 3, 1, 4).reshape(tokens, steps * 32)
-    return rows[:M]
+    if z.dim() == 4:
+        rows = z.view(steps, 4, tokens, 4, 2).permute(2, 0, 3, 1, 4)
+        return rows.reshape(tokens, steps * 32)[:M]
+    scales = z[-1].flatten().view(torch.float32)[:M, None]
+    bytes = z[:-1].view(torch.int8).view(steps - 1, 2, tokens, 2, 4, 4)[:, :, :M].float()
+    high, low = bytes.permute(3, 2, 0, 4, 1, 5).reshape(2, M, (steps - 1) * 32)
+    return (256 * high + low) * scales
 
 
 def _check(z, codebooks, scales, bias, partitions, tokens: int, image: int, n: int) -> None:
-    if z.dim() not in (2, 4) or (z.dim() == 4 and list(z.shape[1::2]) != [4, 8]):
-        raise OperandError(f"z is {list(z.shape)}, expected [M, K] or [K / 32, 4, T, 8]")
+    ends = {4: [4, 8], 5: [2, 2, 16]}
+    if z.dim() != 2 and ends.get(z.dim()) != [*z.shape[1:2], *z.shape[3:]]:
+        raise OperandError(f"z is {list(z.shape)}, expected [M, K] or an image")
     rows = z.shape[0] if z.dim() == 2 else z.shape[2]
     if rows < tokens or (z.dim() == 2 and rows > tokens):
         raise OperandError(f"z is {list(z.shape)}, with {rows} tokens instead of {tokens}")
-    K = z.shape[1] if z.dim() == 2 else 32 * z.shape[0]
-    check_matmul(z.new_empty((0, K)), codebooks, scales, bias, partitions)
+    K = z.shape[1] if z.dim() == 2 else 32 * (z.shape[0] - (z.dim() == 5))
+    check_matmul(codebooks.new_empty((0, K)), codebooks, scales, bias, partitions)
     if image:
-        check_image(tokens, n, image)
+        check_image(tokens, n, image & ~INT8)
 
 
-def _made(x, tokens: int, n: int, image: int):
-    return x.new_empty((n // 32, 4, image, 8) if image else (tokens, n))
+def _made(like, tokens: int, n: int, image: int):
+    if image & INT8:
+        return like.new_empty((n // 32 + 1, 2, image & ~INT8, 2, 16), dtype=torch.uint8)
+    return like.new_empty((n // 32, 4, image, 8) if image else (tokens, n))
 
 
 def _placed(y, image: int):
+    if image & INT8:
+        raise OperandError(f"image={image}: int8 images are made on CUDA devices only")
     return image_of(y, image) if image else y
 
 
@@ -74,9 +90,10 @@ def _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values
     check_rows(x, weight)
     M, N = x.shape
     _check(z, codebooks, scales, None, partitions, M, image, N)
-    if sum(partitions) != N or z.dtype != x.dtype:
+    if sum(partitions) != N or codebooks.dtype != x.dtype:
         raise OperandError(
-            f"a product {z.dtype} [{M}, {sum(partitions)}] beside x {x.dtype} {list(x.shape)}"
+            f"a product {codebooks.dtype} [{M}, {sum(partitions)}] beside x {x.dtype}"
+            f" {list(x.shape)}"
         )
     if keys is not None:
         check_fetch(keys, values, filled)
@@ -95,7 +112,7 @@ def _joins(packed, codebooks, scales, in_features, partitions, precision, tokens
 def _norm(z, packed, codebooks, scales, aux, partitions, precision, x, weight, eps, image, keys,
           values, filled):  # fmt: skip
     _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values, filled)
-    z = rows_of(z, x.shape[0])
+    z = rows_of(z, x.shape[0]).to(x.dtype)
     product = additive_matmul(z, packed, codebooks, scales, None, aux, partitions, precision)
     total, y = add_rms_norm(x, product, weight, eps)
     return total, _placed(y, image)
@@ -109,7 +126,7 @@ def _norm_fake(z, packed, codebooks, scales, aux, partitions, precision, x, weig
 
 def _swiglu(z, packed, codebooks, scales, aux, partitions, precision, tokens, up_first, image):
     _check_swiglu(z, codebooks, scales, partitions, tokens, image)
-    z = rows_of(z, tokens)
+    z = rows_of(z, tokens).to(codebooks.dtype)
     product = additive_matmul(z, packed, codebooks, scales, None, aux, partitions, precision)
     low, high = product.split(partitions[0], 1)
     return _placed(swiglu(high, low) if up_first else swiglu(low, high), image)
@@ -118,18 +135,18 @@ def _swiglu(z, packed, codebooks, scales, aux, partitions, precision, tokens, up
 def _swiglu_fake(z, packed, codebooks, scales, aux, partitions, precision, tokens, up_first,
                  image):  # fmt: skip
     _check_swiglu(z, codebooks, scales, partitions, tokens, image)
-    return _made(z, tokens, partitions[0], image)
+    return _made(codebooks, tokens, partitions[0], image)
 
 
 def _rows(z, packed, codebooks, scales, bias, aux, partitions, precision, tokens):
     _check(z, codebooks, scales, bias, partitions, tokens, 0, sum(partitions))
-    z = rows_of(z, tokens)
+    z = rows_of(z, tokens).to(codebooks.dtype)
     return additive_matmul(z, packed, codebooks, scales, bias, aux, partitions, precision)
 
 
 def _rows_fake(z, packed, codebooks, scales, bias, aux, partitions, precision, tokens):
     _check(z, codebooks, scales, bias, partitions, tokens, 0, sum(partitions))
-    return z.new_empty((tokens, sum(partitions)))
+    return codebooks.new_empty((tokens, sum(partitions)))
 
 
 define(

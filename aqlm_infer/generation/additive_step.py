@@ -14,6 +14,7 @@ from torch import nn
 from ..formats import AdditiveFormat
 from ..layers import QuantLinear
 from .additive_ops import (
+    INT8,
     additive_joins,
     additive_matmul_norm,
     additive_matmul_rows,
@@ -26,8 +27,8 @@ Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class AdditiveBlock:
-    """The matmuls of a block for ``tokens`` rows; ``image``: tokens of the image that each takes
-    for its input, 0 for rows."""
+    """The matmuls of a block for ``tokens`` rows; ``image`` of each: what it takes for its input,
+    as ``additive_joins`` says it."""
 
     def __init__(self, block, tokens: int):
         whole = block.gate_up.layers
@@ -37,6 +38,8 @@ class AdditiveBlock:
         self.down = _Matmul(block.down, "norm", tokens)
         self.up_first = isinstance(whole[0], StackedPart) and whole[0].index > 0
         self.norm = block.norm
+        self.attended = 0 if self.o.image >= INT8 else self.o.image
+        """The image that attention makes: an int8 one has a scale that no head knows."""
 
     def joins(self) -> bool:
         """Whether every matmul is one of the joined operators."""

@@ -130,7 +130,7 @@ class LlamaStep:
             self.joined, self.blocks, layers, self.norms[1:], after, [*layers[1:], None],
             strict=True,
         ):  # fmt: skip
-            z = attend(own.attention, layer, block.products(y), block.o.image)
+            z = attend(own.attention, layer, block.products(y), block.attended)
             x, y = block(x, z, norm, following, self._fetched(next_layer, _MOST_FETCHED_BESIDE))
         return self.model.lm_head(y)[:, None]
 

@@ -295,7 +295,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, bool reduce,
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
   cudaError_t e = cudaSuccess;
   const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
-  if ((split || int8) && c.token_tile > 1) e = launch_fragments<T>(c, p, stream);
+  if ((split || int8) && c.token_tile > 1 && p.x != nullptr) e = launch_fragments<T>(c, p, stream);
   if (e != cudaSuccess) return e;
   if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
   else if (c.body == Body::kColumns) e = launch_columns<T>(c, p, stream);
@@ -312,8 +312,9 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, bool reduce,
 }  // namespace
 
 int image_tokens(const LaunchConfig& c, const MatmulParams& p) {
-  const bool whole = p.s.x_steps * 32 == p.a.in_features();
-  return c.body == Body::kWgmma && p.s.passes == 1 && whole ? c.token_tile : 0;
+  const int K = p.a.in_features(), vectors = 4 * (p.a.codebooks == 1 ? 2 : 1);  // of a unit
+  if (c.body == Body::kWgmmaInt8) return K % (8 * vectors) == 0 ? c.token_tile : 0;
+  return c.body == Body::kWgmma && p.s.passes == 1 && p.s.x_steps * 32 == K ? c.token_tile : 0;
 }
 
 cudaError_t launch_partials(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {

@@ -89,7 +89,8 @@ Workspace workspace_of(const LaunchConfig& config, const MatmulParams& p);
 cudaError_t launch_matmul(const LaunchConfig& config, const MatmulParams& p, cudaStream_t stream);
 
 // The matmul up to its partial sums, which a kernel of the caller's adds (sum_joined.cu). Where
-// image_tokens is not 0, x may be null: x_fragments then is an image of it, so many tokens wide.
+// image_tokens is not 0, x may be null: x_fragments then is an image of it, so many tokens wide (of
+// int8, with its x_scales, where that is the config's precision).
 cudaError_t launch_partials(const LaunchConfig& config, const MatmulParams& p,
                             cudaStream_t stream);
 int image_tokens(const LaunchConfig& config, const MatmulParams& p);

@@ -16,6 +16,7 @@
 #include <atomic>
 
 #include "enqueue.cuh"
+#include "fragments.cuh"
 #include "mbarrier.cuh"
 #include "streamk.cuh"
 
@@ -123,6 +124,35 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// The same numbers as int8 columns 2 m and 2 m + 1, x = scale * (256 * high + low).
+template <typename T>
+__device__ __forceinline__ void store_int8(const SumTarget& to, int m, int n, uint2 v,
+                                           float inverse) {
+  const float2 a = unpack2(v.x, T()), b = unpack2(v.y, T());
+  const float y[4] = {a.x, a.y, b.x, b.y};
+  uint32_t high = 0, low = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int q = __float2int_rn(fminf(fmaxf(y[i] * inverse, -kActivationMax), kActivationMax));
+    const int h = (q + 128) >> 8;
+    high |= uint32_t(h & 255) << (8 * i);
+    low |= uint32_t((q - 256 * h) & 255) << (8 * i);
+  }
+  uint32_t* at = static_cast<uint32_t*>(to.y) +
+                 ((n / 32 * 2 + n % 8 / 4) * to.image + m) * 8 + n % 32 / 8;
+  at[0] = high;
+  at[4] = low;
+}
+template <typename T>
+__device__ __forceinline__ float peak_of(uint2 v) {
+  const float2 a = unpack2(v.x, T()), b = unpack2(v.y, T());
+  return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
+}
+// Of values that are not negative: their bits are in the same order.
+__device__ __forceinline__ float warp_peak(float v) {
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v)));
+}
+
 // Keys and values begin to move to L2, a share of them by each thread of the grid.
 template <typename T>
 __device__ __forceinline__ void fetch(const SumNormParams& p) {
@@ -140,12 +170,13 @@ __device__ __forceinline__ void fetch(const SumNormParams& p) {
 }
 
 // Grid: (C, tokens), clusters of C; a block has kEach groups of 512 rows.
-template <typename T, int kEach>
-__global__ void __launch_bounds__(kSumThreads, sum_blocks(kEach))
+template <typename T, int kEach, bool kInt8>
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(kInt8 ? 2 : kEach))
 sum_norm_kernel(const __grid_constant__ SumNormParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) float sums[];
   __shared__ float squares[kMostCluster * kSumWarps];
+  __shared__ float peaks[kInt8 ? kMostCluster * kSumWarps : 1];
   __shared__ uint64_t barrier;
   const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
   const MatmulParams& product = p.product;
@@ -183,7 +214,7 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   const float more = int8_scale(product, 0, m);
   mbar::wait(&barrier, 0);
 
-  float square = 0.f;
+  float square = 0.f, peak = 0.f;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const uint2 delta =
@@ -192,22 +223,38 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
     *reinterpret_cast<uint2*>(static_cast<T*>(p.sum) + row + e * kGroup) = x[e];
     const float2 a = unpack2(x[e].x, T()), b = unpack2(x[e].y, T());
     square += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
+    if constexpr (kInt8) {
+      const float2 c = unpack2(weight[e].x, T()), d = unpack2(weight[e].y, T());
+      peak = fmaxf(peak, fmaxf(fmaxf(fabsf(a.x * c.x), fabsf(a.y * c.y)),
+                               fmaxf(fabsf(b.x * d.x), fabsf(b.y * d.y))));
+    }
   }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
   if (tid % 32 < blocks) store_cluster(squares + rank * kSumWarps + tid / 32, tid % 32, square);
+  if constexpr (kInt8) {
+    peak = warp_peak(peak);
+    if (tid % 32 < blocks) store_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak);
+  }
   cluster_arrive();
   cluster_wait();
   float total = tid % 32 < blocks * kSumWarps ? squares[tid % 32] : 0.f;  // at most 32
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
   const float norm = rsqrtf(total / n + p.eps);
+  float inverse = 0.f;
+  if constexpr (kInt8) {  // the largest result, or a little more: two roundings follow
+    peak = warp_peak(tid % 32 < blocks * kSumWarps ? peaks[tid % 32] : 0.f) * norm * 1.008f;
+    inverse = peak > 0.f ? kActivationMax / peak : 0.f;
+    if (rank == 0 && tid == 0) p.to.scales[m] = peak / kActivationMax;
+  }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const float2 a = unpack2(x[e].x, T()), b = unpack2(x[e].y, T());
     const uint2 y = make_uint2(mul2(weight[e].x, round2<T>(a.x * norm, a.y * norm), T()),
                                mul2(weight[e].y, round2<T>(b.x * norm, b.y * norm), T()));
-    store_four<T>(p.to, n, m, column + e * kGroup, y);
+    if constexpr (kInt8) store_int8<T>(p.to, m, column + e * kGroup, y, inverse);
+    else store_four<T>(p.to, n, m, column + e * kGroup, y);
   }
 #endif
 }
@@ -253,6 +300,67 @@ sum_swiglu_kernel(const __grid_constant__ SumSwigluParams p, int each) {
     store_four<T>(p.to, n, m0 + t, column,
                   make_uint2(swiglu2<T>(gate.x, up.x), swiglu2<T>(gate.y, up.y)));
   }
+#endif
+}
+
+// The same to an int8 image, whose scale is that of a whole token. Grid: (C, tokens), clusters of C;
+// a block has `each` groups of a half.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads, sum_blocks(2))
+sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) float sums[];
+  __shared__ float peaks[kMostCluster * kSumWarps];
+  __shared__ uint64_t barrier;
+  const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
+  const int groups = blocks * each, first = rank * each, n = groups * kGroup;
+  const MatmulParams& product = p.product;
+  begin(&barrier);
+  cluster_arrive();
+  int count = 0;
+  for (int e = 0; e < each; ++e)
+    count += slots_of(product, first + e, m).count + slots_of(product, groups + first + e, m).count;
+  cluster_wait();
+  __syncthreads();
+  grid_dependency_wait();
+  if (tid < 32) {
+    if (tid == 0) mbar::expect(&barrier, count * kGroupBytes);
+    __syncwarp();
+    float* to = sums;
+    for (int e = 0; e < 2 * each; ++e) {
+      const Slots slots = slots_of(product, first + e / 2 + e % 2 * groups, m);
+      copy_slots(product, slots, 1, to, &barrier);
+      to += slots.count * kGroup;
+    }
+  }
+  const float low_more = int8_scale(product, 0, m), high_more = int8_scale(product, 1, m);
+  mbar::wait(&barrier, 0);
+  float peak = 0.f;
+  float* from = sums;
+  uint2* const made = reinterpret_cast<uint2*>(sums) + 2 * tid;  // over sums that only it has read
+  for (int e = 0; e < each; ++e) {
+    const int column = (first + e) * kGroup + 4 * tid;
+    const int low = slots_of(product, first + e, m).count;
+    const int high = slots_of(product, groups + first + e, m).count;
+    const uint2 a = scaled<T>(add_slots<2>(from, low, 1, 0), load_four<T>(product.scales, column),
+                              low_more);
+    const uint2 b = scaled<T>(add_slots<2>(from + low * kGroup, high, 1, 0),
+                              load_four<T>(product.scales, n + column), high_more);
+    const uint2 gate = p.up_first ? b : a, up = p.up_first ? a : b;
+    const uint2 y = make_uint2(swiglu2<T>(gate.x, up.x), swiglu2<T>(gate.y, up.y));
+    peak = fmaxf(peak, peak_of<T>(y));
+    made[e * 2 * kSumThreads] = y;
+    from += (low + high) * kGroup;
+  }
+  peak = warp_peak(peak);
+  if (tid % 32 < blocks) store_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak);
+  cluster_arrive();
+  cluster_wait();
+  peak = warp_peak(tid % 32 < blocks * kSumWarps ? peaks[tid % 32] : 0.f);
+  const float inverse = peak > 0.f ? kActivationMax / peak : 0.f;
+  if (rank == 0 && tid == 0) p.to.scales[m] = peak / kActivationMax;
+  for (int e = 0; e < each; ++e)
+    store_int8<T>(p.to, m, (first + e) * kGroup + 4 * tid, made[e * 2 * kSumThreads], inverse);
 #endif
 }
 
@@ -334,17 +442,47 @@ cudaError_t sms_of(int* sms) {
   return e;
 }
 
-template <typename T, int kEach>
+template <typename T, int kEach, bool kInt8>
 cudaError_t sum_norm(const SumNormParams& p, cudaStream_t stream) {
   static std::atomic<unsigned long long> done{0};
   const int blocks = p.product.a.out_groups() / (kGroup * kEach);
   const int slots = most_slots(p.product, kEach, 1);
-  return launch(sum_norm_kernel<T, kEach>, &done, blocks, dim3(blocks, p.product.tokens),
+  return launch(sum_norm_kernel<T, kEach, kInt8>, &done, blocks, dim3(blocks, p.product.tokens),
                 slots * kGroupBytes, stream, p);
 }
 
 template <typename T>
+cudaError_t sum_norm(const SumNormParams& p, cudaStream_t stream) {
+  const bool int8 = p.to.scales != nullptr;
+  if (norm_each(p.product) == 1)
+    return int8 ? sum_norm<T, 1, true>(p, stream) : sum_norm<T, 1, false>(p, stream);
+  return int8 ? sum_norm<T, 2, true>(p, stream) : sum_norm<T, 2, false>(p, stream);
+}
+
+// Blocks that share a token of SwiGLU's int8 image: the most of which each has as many groups.
+int int8_cluster(const MatmulParams& p) {
+  const int groups = p.a.rows_of(0) / kGroup;
+  int blocks = std::min(groups, kMostCluster);
+  while (groups % blocks != 0) --blocks;
+  return blocks;
+}
+int int8_slots(const MatmulParams& p) {
+  const int groups = p.a.rows_of(0) / kGroup;
+  return groups / int8_cluster(p) * most_slots(p, 2, groups);
+}
+
+template <typename T>
+cudaError_t sum_swiglu_int8(const SumSwigluParams& p, cudaStream_t stream) {
+  static std::atomic<unsigned long long> done{0};
+  const int blocks = int8_cluster(p.product);
+  return launch(sum_swiglu_int8_kernel<T>, &done, blocks, dim3(blocks, p.product.tokens),
+                int8_slots(p.product) * kGroupBytes, stream, p,
+                p.product.a.rows_of(0) / kGroup / blocks);
+}
+
+template <typename T>
 cudaError_t sum_swiglu(const SumSwigluParams& p, cudaStream_t stream) {
+  if (p.to.scales != nullptr) return sum_swiglu_int8<T>(p, stream);
   static std::atomic<unsigned long long> done{0};
   int sms = 0;
   const cudaError_t e = sms_of(&sms);
@@ -393,12 +531,11 @@ bool takes_sum_swiglu(const MatmulParams& p) {
          most_slots(p, 2, p.a.rows_of(0) / kGroup) * kGroupBytes <= kMostBytes;
 }
 
+bool takes_int8_image(const MatmulParams& p) { return int8_slots(p) * kGroupBytes <= kMostBytes; }
+
 cudaError_t launch_sum_norm(DType type, const SumNormParams& p, cudaStream_t stream) {
   cudaGetLastError();
-  const bool half = type == DType::kFloat16;
-  if (norm_each(p.product) == 1)
-    return half ? sum_norm<__half, 1>(p, stream) : sum_norm<__nv_bfloat16, 1>(p, stream);
-  return half ? sum_norm<__half, 2>(p, stream) : sum_norm<__nv_bfloat16, 2>(p, stream);
+  return type == DType::kFloat16 ? sum_norm<__half>(p, stream) : sum_norm<__nv_bfloat16>(p, stream);
 }
 
 cudaError_t launch_sum_swiglu(DType type, const SumSwigluParams& p, cudaStream_t stream) {

@@ -6,11 +6,12 @@
 
 namespace aqlm {
 
-// Where a result [tokens, n] goes: rows, or, `image` tokens wide (a multiple of 32), the image of
-// it that the next matmul reads (wgmma.cuh). Tokens of the image past `tokens` are not written.
+// Where a result [tokens, n] goes: rows, or an image of it that the next matmul reads (wgmma.cuh;
+// int8: wgmma_int8.cuh), `image` tokens wide. Tokens of the image past `tokens` are not written.
 struct SumTarget {
   void* y;
-  int image;  // 0: rows
+  int image;      // 0: rows
+  float* scales;  // [tokens] of the int8 image; null: 16 bits
 };
 
 // sum = x + product, y = weight * sum / rms(sum); n = 512, 1024, .. 4096 or 8 * 1024, one part. The
@@ -43,6 +44,7 @@ struct SumSwigluParams {
 bool takes_sums(const LaunchConfig& c, const MatmulParams& p, const DeviceInfo& device);
 bool takes_sum_norm(const MatmulParams& p);
 bool takes_sum_swiglu(const MatmulParams& p);
+bool takes_int8_image(const MatmulParams& p);  // SwiGLU's result as one
 
 cudaError_t launch_sum_norm(DType type, const SumNormParams& p, cudaStream_t stream);
 cudaError_t launch_sum_swiglu(DType type, const SumSwigluParams& p, cudaStream_t stream);
