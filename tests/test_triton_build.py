@@ -63,7 +63,7 @@ CASES = {
                             "CHUNK": 4096}),
         (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
-        (scalar._first_dot, {"BITS": 4, "C": 4, "GROUPED": True, "ZEROS": True, "ASM": True,
+        (scalar._first_dot, {"BITS": 4, "C": 4, "SHARE": 1, "GROUPED": True, "ZEROS": True, "ASM": True,
                              "BLOCK_N": 64, "BLOCK_M": 32}),
         (first._spread, {"FIELDS": True, "STEP": 4, "CHUNK": 128, "BLOCK_M": 32}),
         (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,

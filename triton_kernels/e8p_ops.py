@@ -18,7 +18,7 @@ from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_
 from . import e8p as bodies
 from . import first, tuning
 from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, partial_sums, split
+from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
 
 PREPARED = 1024  # inputs of a program
@@ -118,7 +118,7 @@ class _Weight:
         if config["body"] == "integer_dot":
             block_m = tuning.token_part(config, M)
             tokens = triton.cdiv(M, block_m)
-        each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
+        each, splits = share(groups // block_g, tiles * tokens, config)
         partial = partial_sums(splits, x, self.N, y)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)

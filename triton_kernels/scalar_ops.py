@@ -16,7 +16,7 @@ from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_
 from . import first, tuning
 from . import scalar as bodies
 from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, partial_sums, split
+from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
 
 PLANES = {2: 8, 3: 16, 4: 4, 8: 2}  # of a block
@@ -122,7 +122,7 @@ class _Weight:
             tokens = triton.cdiv(M, block_m)
         at_once = 1 if self.grouped or body in ("integer_dot", "first_dot") else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
+        each, splits = share(self.blocks // at_once, tiles * tokens, config)
         partial = partial_sums(splits, x, self.N, y)
         options = {
             "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
@@ -205,8 +205,9 @@ class _Weight:
             BLOCK_M=block_m,
         )  # fmt: skip
         wrap_triton(bodies._first_dot)[grid](
-            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.K,
-            self.blocks, per_split, self.G, one_of(x.dtype), C=C, ASM=has_dp4a(x), **options,
+            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.blocks,
+            per_split, self.K // self.G, one_of(x.dtype), C=C, SHARE=self.G // (PLANE * C),
+            ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:
