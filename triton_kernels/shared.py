@@ -70,11 +70,12 @@ def _share(table_ptr, to, COPIES: tl.constexpr):
 
 
 @triton.jit
-def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
-    """Copy a table of entries of four words to the shared address ``to``. Zeros."""
+def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr, STRIDE: tl.constexpr):
+    """Copy a table of entries of four words to the shared address ``to``, the copies of an entry
+    STRIDE bytes after those of the one before. Zeros."""
     e = tl.arange(0, ENTRIES * COPIES)
     w0, w1, w2, w3 = _load4(table_ptr + e // COPIES * 8, False)
-    return _store4(to + e * 16, w0, w1, w2, w3)
+    return _store4(to + e // COPIES * STRIDE + e % COPIES * 16, w0, w1, w2, w3)
 
 
 @triton.jit
