@@ -14,7 +14,7 @@ from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
 from . import first, tuning, words
-from .fields import has_dp4a
+from .fields import dot_precision, has_dp4a
 from .partial import finish, share, slots, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
@@ -148,7 +148,7 @@ class _Part:
             x, self.codes, self.codebooks, partial, M, self.N, self.in_groups, self.out_groups,
             x.stride(0), each * block_g, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
             BLOCK_G=block_g, BLOCK_M=tuning.token_rows(config, M),
-            NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype,
+            NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype, PRECISION=dot_precision(x),
             **tuning.launch_options(config),
         )  # fmt: skip
         return partial

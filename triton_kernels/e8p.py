@@ -464,8 +464,8 @@ def _tile(word, one, EXACT: tl.constexpr, TYPE: tl.constexpr, R: tl.constexpr, P
 @triton.jit
 def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K, groups, x_stride,
          per_split, residual, one, BITS: tl.constexpr, EXACT: tl.constexpr, SHARED: tl.constexpr,
-         FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-         BLOCK_M: tl.constexpr):  # fmt: skip
+         FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+         BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups, in the rotated basis, up to BLOCK_M tokens.
 
     sums[m] is the sum of x over K. EXACT: nibbles are converted, for float32. FIRST: the weight is
@@ -498,18 +498,18 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K,
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G, 1))
         tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
         if FIRST:
-            total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+            total = tl.dot(tile, tl.trans(x), total, input_precision=PRECISION)
         else:
-            total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+            total = tl.dot(x, tl.trans(tile), total, input_precision=PRECISION)
         code = next_code
         if BITS > 2:
             next_code = _codes(rest_ptr, ahead, g, row, N, BLOCK_G)
             word = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G, 1))
             tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
             if FIRST:
-                total2 = tl.dot(tile, tl.trans(x), total2, input_precision="ieee")
+                total2 = tl.dot(tile, tl.trans(x), total2, input_precision=PRECISION)
             else:
-                total2 = tl.dot(x, tl.trans(tile), total2, input_precision="ieee")
+                total2 = tl.dot(x, tl.trans(tile), total2, input_precision=PRECISION)
             code2 = next_code
     if EXACT:
         center = ZERO * 1.0

@@ -15,7 +15,7 @@ from ..ops.library import OperandError
 from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
 from . import first, tuning
 from . import scalar as bodies
-from .fields import exact_type, has_dp4a, one_of
+from .fields import dot_precision, exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
 
@@ -205,9 +205,8 @@ class _Weight:
             BLOCK_M=block_m,
         )  # fmt: skip
         wrap_triton(bodies._first_dot)[grid](
-            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.blocks,
-            per_split, self.K // self.G, one_of(x.dtype), C=C, SHARE=self.G // (PLANE * C),
-            ASM=has_dp4a(x), **options,
+            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.K,
+            self.blocks, per_split, self.G, one_of(x.dtype), C=C, ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:
@@ -231,7 +230,7 @@ class _Weight:
             x, self.words, self.scales, self.zeros, group_sums(x, self.G), partial, M, self.N,
             self.K, x.stride(0), self.blocks, per_split, self.G, one_of(x.dtype), C=C,
             EVEN=self.blocks * PLANES[bits] * PLANE == self.K,
-            EXACT=exact_type(x.dtype, bits), **options,
+            EXACT=exact_type(x.dtype, bits), PRECISION=dot_precision(x), **options,
         )  # fmt: skip
 
     def _dequantized(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
