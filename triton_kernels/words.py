@@ -283,24 +283,16 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
     rows a warp, so that codes are read from 8 places.
     """
     LANES: tl.constexpr = 4 * WARPS  # of a step's group
-    STRIDE: tl.constexpr = 16 * COPIES * B
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        stored = _share4(books_ptr, base, ENTRIES, COPIES, STRIDE)
-        for b in tl.static_range(1, B):
-            first_of_b = base + 16 * COPIES * b
-            stored += _share4(books_ptr + b * (8 * ENTRIES), first_of_b, ENTRIES, COPIES, STRIDE)
-        base = _ready(base, stored)
+        base = _ready(base, _share4(books_ptr, base, B * ENTRIES, COPIES, 16 * COPIES))
     lane = tl.arange(0, LANES)[None, :, None]
     g = tl.arange(0, 8)[None, None, :]
     r = tl.arange(0, ROWS)[:, None, None]
-    side = 0
     own = base
     if COPIES > 0:
         own = base + g % COPIES * 16
-        if B == 2:  # as in ``_words_dot``; (sums of more would depend on the order)
-            side = g // COPIES % B
     quad = first_row + (tl.program_id(0) * LANES + lane) * ROWS
     inside = tl.minimum(quad, N - ROWS)
     i = tl.arange(0, LANES * ROWS)
@@ -312,13 +304,12 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
         group = tl.minimum(step * 8 + g, IN - 1)
         at = codes_ptr + group * N + inside
         for b in tl.static_range(B):
-            here = (b + side) % B
             if ASM and ROWS > 1:
-                code = _code_of(_load_once(at + here * IN * N), r, ROWS, ENTRIES, ASM)
+                code = _code_of(_load_once(at + b * IN * N), r, ROWS, ENTRIES, ASM)
             else:
-                code = tl.load(at + here * IN * N + r).to(tl.int32) & (ENTRIES - 1)
-            mine = own + 16 * COPIES * here
-            word = _word(books_ptr, mine, code, here, ENTRIES, STRIDE, ASM).to(tl.float32)
+                code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
+            mine = own + 16 * ENTRIES * COPIES * b
+            word = _word(books_ptr, mine, code, b, ENTRIES, 16 * COPIES, ASM).to(tl.float32)
             if b == 0:
                 tile = word
             else:
