@@ -197,8 +197,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.group_rows = tune::kSplitRows;
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
-    s.x_steps = ceil_div(s.units, kChoiceUnits) * kChoiceUnits;
-    s.units = s.x_steps / kChoiceUnits;
+    s.units = ceil_div(s.units, tune::kSplitWgmmaCell);
+    s.x_steps = s.units * tune::kSplitWgmmaCell;
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each

@@ -94,6 +94,7 @@ constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of th
 inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
+constexpr int kSplitWgmmaCell = 8;    // units of K that are not cut: codes in flight
 
 constexpr int kLutMaxX = 24 << 10;  // staged activations of one K range, bytes
 
