@@ -7,12 +7,10 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/launch.h"
 #include "ops_cuda_common.h"
-#include "ops_cuda_held.h"
 
 namespace {
 
@@ -227,31 +225,6 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
   return y;
 }
 
-struct HeldAdditive : HeldLayer {
-  Tensor packed, codebooks, scales, aux;
-  std::optional<Tensor> bias;
-  std::vector<int64_t> partitions;
-  std::string precision;
-
-  Tensor product(const Tensor& x) const override {
-    return matmul(x, packed, codebooks, scales, bias, aux, partitions, precision);
-  }
-};
-
-int64_t hold_matmul(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
-                    const std::optional<Tensor>& bias, const Tensor& aux,
-                    const std::vector<int64_t>& partitions, const std::string& precision) {
-  auto layer = std::make_shared<HeldAdditive>();
-  layer->packed = packed;
-  layer->codebooks = codebooks;
-  layer->scales = scales;
-  layer->aux = aux;
-  layer->bias = bias;
-  layer->partitions = partitions;
-  layer->precision = precision;
-  return hold(std::move(layer));
-}
-
 // dx = dy W, W dequantized in column slices so that nothing is accumulated across slices.
 Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& codebooks,
                  const Tensor& scales, int64_t in_features,
@@ -371,7 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("additive_unpack", TORCH_BOX(&unpack));
   m.impl("additive_prepare", TORCH_BOX(&prepare));
   m.impl("additive_matmul", TORCH_BOX(&matmul));
-  m.impl("hold_additive", TORCH_BOX(&hold_matmul));
   m.impl("additive_matmul_dx", TORCH_BOX(&matmul_dx));
   m.impl("additive_dequantize", TORCH_BOX(&dequantize));
 }

@@ -61,7 +61,6 @@ def _register(storage: str, ns_per_code: float) -> None:
             additive.dequantize,
             lambda problem: _why_not(problem, storage),
             cost,
-            hold=additive.hold,
         )
     )
 

@@ -60,10 +60,6 @@ class Kernel:
     vectors): a layer computes them anew when the values have changed. ``rotate(format, x, buffers,
     values)`` transforms the input first: ``matmul`` takes its result, which layers may share.
     ``trains``: all of them together are differentiable in the values, not in x and bias alone.
-
-    ``hold(format, buffers, values, bias, partitions, precision)`` keeps a layer's operands for
-    ``ops.held_linear``, which rotates and multiplies in one call, and returns their number; None
-    for a layer that takes other calls.
     """
 
     id: str
@@ -76,7 +72,6 @@ class Kernel:
     fold: Callable[..., dict[str, torch.Tensor]] | None = None
     rotate: Callable[..., torch.Tensor] | None = None
     trains: bool = False
-    hold: Callable[..., int | None] | None = None
 
 
 @dataclass(frozen=True)

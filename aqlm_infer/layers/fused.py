@@ -27,8 +27,6 @@ class FusedPart(nn.Module):
         self._fused = (fused,)  # hidden from nn.Module, which would register it a second time
         self.rows, self.shared = rows, shared
         self.in_features, self.out_features = fused.in_features, rows.stop - rows.start
-        self._place = len(shared.sizes)
-        shared.sizes.append(self.out_features)
 
     @property
     def fused(self) -> RotatedLinear:
@@ -46,16 +44,7 @@ class FusedPart(nn.Module):
         return None if self.fused.bias is None else self.fused.bias[self.rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared = self.shared
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # A split could not be changed in place afterwards where a gradient is recorded.
-            return shared.get(x, None, lambda: self.fused(x))[..., self.rows]
-        kept, version = shared._parts, 0 if x.is_inference() else x._version
-        if kept is None or kept[0] is not x or kept[1] != version:
-            kept = x, version, self.fused(x).split_with_sizes(shared.sizes, -1)
-            if shared._open:
-                shared._parts = kept
-        return kept[2][self._place]
+        return self.shared.get(x, None, lambda: self.fused(x))[..., self.rows]
 
     def extra_repr(self) -> str:
         rows = f"{self.rows.start}:{self.rows.stop}"

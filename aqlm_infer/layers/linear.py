@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
 from ..backends import KERNELS, Kernel, Problem, select, why_not_fast
 from ..formats import Format, Tensors, parse_scheme
-from .held import Held
 
 LAYER_CLASSES: dict[type[Format], type[QuantLinear]] = {}
 """Subclasses of ``QuantLinear`` for formats that need one."""
@@ -44,9 +42,6 @@ class QuantLinear(nn.Module):
     after any in-place change of the values; a compiled graph or a captured CUDA graph reads what
     the last eager forward left.
     """
-
-    _held: Held | None = None  # its operands, kept by the backend
-    _seen: list[int] | None = None  # whose tensors these are, in the last call without them
 
     def __init__(
         self,
@@ -239,7 +234,6 @@ class QuantLinear(nn.Module):
         for name in self._buffer_names:
             delattr(self, name)
         self.kernel_id, self._buffer_names, self._folded = None, (), None
-        self._held = None
         for name, tensor in codes.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
@@ -292,47 +286,6 @@ class QuantLinear(nn.Module):
         return any(self._parameters[n].requires_grad for n in self._value_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            number = self._number(x)
-            if number is not None:
-                return self._run_held(x, number)
-        return self._compute(x)
-
-    def _number(self, x: torch.Tensor) -> int | None:
-        """What the layer's operands are held under, when they still are those and x is like them.
-
-        They are held from the second call with the same tensors on: where tensors come and go with
-        every call (offloading), holding them would keep them from going.
-        """
-        held = self._held
-        if held is None:
-            self._hold()
-        elif not held.is_of(self._parameters, self._buffers):
-            self._held = None
-        elif type(x) is torch.Tensor and x.get_device() == held.index:
-            return held.number
-        return None
-
-    def _hold(self) -> None:
-        kernel, parameters, buffers = self.kernel, self._parameters, self._buffers
-        if kernel is None or kernel.hold is None or self._slow is not None:
-            return
-        seen, self._seen = self._seen, [id(t) for t in (*parameters.values(), *buffers.values())]
-        if seen != self._seen or (kernel.fold and self._folded != self._versions()):
-            return
-        number = kernel.hold(
-            self.format, buffers, parameters, parameters["bias"], (self.out_features,),
-            self.precision,
-        )  # fmt: skip
-        if number is not None:
-            values = self._values().values() if kernel.fold else ()
-            counted = [value for value in values if not value.is_inference()]
-            self._held = Held(number, parameters, buffers, counted)
-
-    def _run_held(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        return ops.held_linear(x, number)
-
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         kernel, compiling = self.kernel, torch.compiler.is_compiling()
         trains = (torch.is_grad_enabled() or compiling) and self.trains_values
         if trains and torch.is_grad_enabled() and not (kernel is not None and kernel.trains):

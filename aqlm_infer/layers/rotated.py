@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .. import ops
 from ..formats import E8PFormat, QuipFormat
 from .linear import LAYER_CLASSES, QuantLinear
 from .shared import SharedInBlock
@@ -45,13 +44,6 @@ class RotatedLinear(QuantLinear):
             return folded
         self._share()
         return folded | {"su": self.su}
-
-    def _run_held(self, x, number):
-        if self._sharing is None or not self._sharing.shared._open:
-            return ops.held_linear(x, number)
-        su = self._buffers["su"]
-        z = self._sharing.shared.get(x, su, lambda: ops.held_rotation(x, number))
-        return ops.held_product(z, number)
 
     def _rotated(self, x, buffers, values):
         if self._sharing is None:

@@ -1,9 +1,8 @@
 """Torch operators: schemas, fakes (= the shape contract) and autograd, once for every backend.
 
 Backends register their implementations for a device key: ``backends/cpu*.py`` for CPU,
-``csrc/ops_cuda*.cpp`` for CUDA. One file a family: ``additive`` (AQLM), ``rotated`` (Hadamard,
-E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest), ``dense``: functional, all of them. ``held``
-calls layers whose operands CUDA keeps.
+``csrc/ops_cuda*.cpp`` for CUDA. All operators are functional. One file a family: ``additive``
+(AQLM), ``rotated`` (Hadamard, E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest), ``dense``.
 """
 
 from .additive import (
@@ -17,15 +16,6 @@ from .additive import (
     check_operands,
 )
 from .dense import check_matvec, dense_matvec
-from .held import (
-    held_linear,
-    held_product,
-    held_rotation,
-    hold_additive,
-    hold_e8p,
-    hold_scalar,
-    release,
-)
 from .library import LIBRARY, NAMESPACE, OperandError
 from .rotated import (
     check_e8p,
@@ -79,13 +69,6 @@ __all__ = [
     "e8p_pack",
     "e8p_unpack",
     "hadamard",
-    "held_linear",
-    "held_product",
-    "held_rotation",
-    "hold_additive",
-    "hold_e8p",
-    "hold_scalar",
-    "release",
     "scalar_dequantize",
     "scalar_matmul",
     "scalar_matmul_dx",
