@@ -96,7 +96,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     c.precision = Precision::kExact;
     if (tokens <= 8) c.token_tile = 8;
   } else if (storage == Storage::kWordTiles) {
-    bool wgmma = device.arch == 90 && tokens >= tune::split_wgmma_first(int8);
+    bool wgmma = device.arch == 90 && tokens >= tune::kSplitWgmmaFirst;
 #ifdef AQLM_TUNE
     if (g_body >= 0) wgmma = g_body == 3;
     if (g_body == 2) return c;

@@ -91,7 +91,7 @@ constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of th
 // copies, 28672 x 8192, int8 M = 8 71 us against 89, M = 16 97 against 90; exact M = 16 144 against
 // 180; one copy, exact M = 32 263 against 198), up to those where dequantize + GEMM wins (467 us at
 // M = 128).
-inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
+constexpr int kSplitWgmmaFirst = 9;
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
 constexpr int kSplitWgmmaCell = 8;    // units of K that are not cut: codes in flight
