@@ -39,7 +39,7 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
   grid_dependency_wait();
   for (int i = 4 * tid; i < length; i += 4 * threads) {
     if (i >= 4 * threads) source = rotate_locate(p, m, place(i));
-    *reinterpret_cast<float4*>(z + i) = sum_slots<float4, kSlots>(source);
+    *reinterpret_cast<float4*>(z + i) = rotate_sum<kSlots>(source);
   }
   __syncthreads();
   int bit = 3;

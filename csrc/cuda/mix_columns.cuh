@@ -7,6 +7,13 @@ namespace aqlm {
 
 constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
 
+// 4 bytes past L1 where `wanted`, else zero (as load_slot).
+__device__ __forceinline__ float load_slot1(const float* at, bool wanted) {
+  float v = 0.f;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0;\n\t@p ld.global.cg.f32 %0, [%1];}"
+               : "+f"(v) : "l"(at), "r"(uint32_t(wanted)) : "memory");
+  return v;
+}
 // A constant that is loaded where it stands, before the wait.
 __device__ __forceinline__ float load_float(const float* p) {
   return __uint_as_float(load_word(p));

@@ -184,7 +184,8 @@ mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
   cluster_barrier();  // all blocks have begun
   grid_dependency_wait();
 
-  const float2 sum = sum_slots<float2, kSlots>(source);
+  float2 sum = make_float2(0.f, 0.f);
+  add_slots2<kSlots>(source, sum.x, sum.y);
 #pragma unroll
   for (int r = 0; r < C; ++r) store_cluster(z + own * kMixNormThreads + tid, r, sum);
   const size_t at = size_t(m) * p.n + column;

@@ -30,7 +30,15 @@ mix_rows_kernel(const __grid_constant__ RotateParams p) {
   grid_dependency_wait();
 
   constexpr int kSlots = 12;
-  float sum[1] = {sum_slots<float, kSlots>(source)};
+  float sum[1] = {0.f};
+  for (int k = 0; k < source.slots; k += kSlots) {
+    float part[kSlots];
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j)
+      part[j] = load_slot1(source.from + (k + j) * source.stride, k + j < source.slots);
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) sum[0] += part[j];
+  }
   butterflies<3, 3 + kLogQ>(sum);
   z[tid] = sum[0];
   __syncthreads();

@@ -58,8 +58,8 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p) {
   prefetch_constant(source.from);
   grid_dependency_wait();
 
-  const float2 slots = sum_slots<float2, kSlots>(source);
-  float sum[2] = {slots.x, slots.y};
+  float sum[2] = {0.f, 0.f};
+  add_slots2<kSlots>(source, sum[0], sum[1]);
   butterflies<2, 2 + kLogQ>(sum);
   *reinterpret_cast<float2*>(z + source_row * kColumns + pair) = make_float2(sum[0], sum[1]);
   __syncthreads();
