@@ -151,9 +151,7 @@ int64_t joins(const Tensor& packed, const Tensor& codebooks, const Tensor& scale
 std::tuple<Tensor, Tensor> matmul_norm(
     const Tensor& z, const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
     const Tensor& aux, const std::vector<int64_t>& partitions, const std::string& precision,
-    const Tensor& x, const Tensor& weight, double eps, int64_t image,
-    const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
-    const std::optional<Tensor>& filled) {
+    const Tensor& x, const Tensor& weight, double eps, int64_t image) {
   DeviceGuard guard(z.get_device_index());
   CHECK(x.dim() == 2, "x must be [M, N]");
   const int64_t M = x.size(0), N = x.size(1);
@@ -166,22 +164,6 @@ std::tuple<Tensor, Tensor> matmul_norm(
   n.x = values_of(x, M * N, codebooks, "x");
   n.weight = values_of(weight, N, codebooks, "weight");
   n.eps = static_cast<float>(eps);
-  if (keys) {
-    CHECK(values && filled && keys->dim() == 4 && values->dim() == 4 &&
-              keys->scalar_type() == x.scalar_type() && values->scalar_type() == x.scalar_type() &&
-              filled->scalar_type() == ScalarType::Long,
-          "keys and values [B, Hkv, L, D] of x's dtype come with filled, int64");
-    n.keys = keys->const_data_ptr();
-    n.values = values->const_data_ptr();
-    n.filled = reinterpret_cast<const long long*>(filled->const_data_ptr());
-    n.batch = static_cast<int>(keys->size(0));
-    n.heads = static_cast<int>(keys->size(1));
-    n.width = static_cast<int>(keys->size(3));
-    n.keys_batch = keys->stride(0);
-    n.keys_head = keys->stride(1);
-    n.values_batch = values->stride(0);
-    n.values_head = values->stride(1);
-  }
   Tensor sum = fresh(x, {M, N});
   n.sum = sum.mutable_data_ptr();
   Tensor y = target(codebooks, M, N, image, &n.to);

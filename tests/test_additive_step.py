@@ -115,14 +115,14 @@ def test_matmul_with_the_norm_after_it(device, dtype, scheme, precision, N, K):
         z, x = product.rows(M, K, 1), product.rows(M, N, 2) * K**0.5
         for given in product.inputs(z, image):
             run = partial(joined.additive_matmul_norm, given, *product.weights, *product.last, x)
-            total, y = run(weight, EPS, 0, None, None, None)
+            total, y = run(weight, EPS, 0)
             product.close(total, x.double() + product.exact(z))
             wide = total.double()
             exact = weight.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
             error = (y.double() - exact).norm() / exact.norm()
             assert error <= (2e-3 if dtype == torch.float16 else 1.6e-2), f"{error:.1e}"
             for target in product.targets(M):
-                again, made = run(weight, EPS, target, None, None, None)
+                again, made = run(weight, EPS, target)
                 assert torch.equal(again, total) and is_image_of(made, y)
     assert taken or "16" in scheme or N > K, "no number of tokens is joined"
 
@@ -218,13 +218,12 @@ def test_operands_are_checked():
     product = Product("aqlm-2x8-g8", [512], 256, torch.float32, "cpu")
     weights, last = product.weights, product.last
     z, x, w = torch.randn(2, 256), torch.randn(3, 512), torch.ones(512)
-    none = None, None, None
     with pytest.raises(OperandError, match=r"z is \[2, 256\], with 2 tokens instead of 3"):
-        joined.additive_matmul_norm(z, *weights, *last, x, w, EPS, 0, *none)
+        joined.additive_matmul_norm(z, *weights, *last, x, w, EPS, 0)
     with pytest.raises(OperandError, match=r"beside x torch.float32 \[2, 64\]"):
-        joined.additive_matmul_norm(z, *weights, *last, x[:2, :64], w[:64], EPS, 0, *none)
+        joined.additive_matmul_norm(z, *weights, *last, x[:2, :64], w[:64], EPS, 0)
     with pytest.raises(OperandError, match="image=1 is no image of 2 tokens of 512"):
-        joined.additive_matmul_norm(z, *weights, *last, x[:2], w, EPS, 1, *none)
+        joined.additive_matmul_norm(z, *weights, *last, x[:2], w, EPS, 1)
     with pytest.raises(OperandError, match=r"partitions \[512\] are no halves"):
         joined.additive_matmul_swiglu(z, *weights, *last, 2, False, 0)
     with pytest.raises(OperandError, match=r"z is \[2, 2, 256\], expected"):
@@ -234,7 +233,7 @@ def test_operands_are_checked():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["exact", "int8"])
 @pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x8-g8", "aqlm-4x8-g8", "aqlm-1x16-g8"])
-@pytest.mark.parametrize("batch", [1, 4, 16, 20])
+@pytest.mark.parametrize("batch", [8, 16, 20])
 def test_a_step_of_joined_matmuls(scheme, precision, batch, monkeypatch):
     """Its logits are those of the step that is not joined, on the same tokens."""
     from aqlm_infer.bench.shapes import random_model
@@ -260,7 +259,10 @@ def test_a_step_of_joined_matmuls(scheme, precision, batch, monkeypatch):
         runner._slots.clear()
         plain = model.generate(ids, **options)
         assert runner._slots[0].step.body.joined is None
-    assert made == [True] or scheme == "aqlm-1x16-g8"
+    image = scheme != "aqlm-1x16-g8" and (
+        batch > 8 or (precision == "int8" and "4x8" not in scheme)
+    )
+    assert made == [image]
     for step, (a, b) in enumerate(zip(out.logits, plain.logits, strict=True)):
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < 2e-2, f"step {step}: {error:.1e}"

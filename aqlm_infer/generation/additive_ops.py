@@ -9,8 +9,7 @@ m, and in the last step the float scales of the tokens (csrc/cuda/wgmma_int8.cuh
 product is rounded to z's dtype as ``ops.additive_matmul`` rounds it, the rest as the operators of
 ``ops`` do.
 
-    additive_matmul_norm: x + product [M, N], and its norm; keys, values, filled: as
-    ``add_rms_norm_fetch`` takes them, or None
+    additive_matmul_norm: x + product [M, N], and its norm
     additive_matmul_swiglu: silu(gate) * up [M, N / 2] of the product's halves, which are its parts
     (``up_first``: up is the first)
     additive_matmul_rows: the product itself
@@ -28,7 +27,7 @@ import torch
 from ..ops import additive_matmul
 from ..ops.additive import check_matmul
 from ..ops.library import OperandError, define
-from .ops import add_rms_norm, check_fetch, check_image, check_rows, image_of, swiglu
+from .ops import add_rms_norm, check_image, check_rows, image_of, swiglu
 
 INT8 = 1 << 16
 """Added to the tokens of an int8 image."""
@@ -38,7 +37,7 @@ _SCHEMAS = (
     "additive_joins(Tensor packed, Tensor codebooks, Tensor scales, int in_features,"
     " int[] partitions, str precision, int tokens, str then) -> int",
     f"additive_matmul_norm({_MATMUL}, Tensor aux, int[] partitions, str precision, Tensor x,"
-    " Tensor weight, float eps, int image, Tensor? keys, Tensor? values, Tensor? filled)"
+    " Tensor weight, float eps, int image)"
     " -> (Tensor, Tensor)",
     f"additive_matmul_swiglu({_MATMUL}, Tensor aux, int[] partitions, str precision, int tokens,"
     " bool up_first, int image) -> Tensor",
@@ -86,7 +85,7 @@ def _placed(y, image: int):
     return image_of(y, image) if image else y
 
 
-def _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values, filled) -> None:
+def _check_norm(z, codebooks, scales, partitions, x, weight, image) -> None:
     check_rows(x, weight)
     M, N = x.shape
     _check(z, codebooks, scales, None, partitions, M, image, N)
@@ -95,8 +94,6 @@ def _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values
             f"a product {codebooks.dtype} [{M}, {sum(partitions)}] beside x {x.dtype}"
             f" {list(x.shape)}"
         )
-    if keys is not None:
-        check_fetch(keys, values, filled)
 
 
 def _check_swiglu(z, codebooks, scales, partitions, tokens, image) -> None:
@@ -109,18 +106,16 @@ def _joins(packed, codebooks, scales, in_features, partitions, precision, tokens
     return -1
 
 
-def _norm(z, packed, codebooks, scales, aux, partitions, precision, x, weight, eps, image, keys,
-          values, filled):  # fmt: skip
-    _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values, filled)
+def _norm(z, packed, codebooks, scales, aux, partitions, precision, x, weight, eps, image):
+    _check_norm(z, codebooks, scales, partitions, x, weight, image)
     z = rows_of(z, x.shape[0]).to(x.dtype)
     product = additive_matmul(z, packed, codebooks, scales, None, aux, partitions, precision)
     total, y = add_rms_norm(x, product, weight, eps)
     return total, _placed(y, image)
 
 
-def _norm_fake(z, packed, codebooks, scales, aux, partitions, precision, x, weight, eps, image,
-               keys, values, filled):  # fmt: skip
-    _check_norm(z, codebooks, scales, partitions, x, weight, image, keys, values, filled)
+def _norm_fake(z, packed, codebooks, scales, aux, partitions, precision, x, weight, eps, image):
+    _check_norm(z, codebooks, scales, partitions, x, weight, image)
     return x.new_empty(x.shape), _made(x, *x.shape, image)
 
 

@@ -25,9 +25,6 @@ _MOST_FETCHED = 4 << 20
 """Bytes of a layer's keys and values up to which they are fetched into a GPU's L2 while the matmul
 before their attention runs: 1 MB gains 0.6 us a layer, 17 MB cost the norm twice what they gain."""
 
-_MOST_FETCHED_BESIDE = 32 << 20
-"""The same where the norm waits beside the matmul before it (additive_step). Not measured."""
-
 _ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on the position alone, so that they can be tabulated."""
 
@@ -110,28 +107,23 @@ class LlamaStep:
         self.cache.lengths.fill_(T)
         return logits
 
-    def _fetched(self, layer, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """What the norm before a layer fetches of its keys and values."""
-        few = layer is not None and 2 * layer.keys.nbytes <= most
-        return (layer.keys, layer.values, self.cache.lengths[:1]) if few else None
-
     def _norm_before(self, layer) -> Callable:
         """add_rms_norm, which also fetches the layer's keys and values."""
-        fetched = self._fetched(layer, _MOST_FETCHED)
-        if fetched is None:
-            return ops.add_rms_norm
-        return lambda *given: ops.add_rms_norm_fetch(*given, *fetched)
+
+        def norm(*given):
+            return ops.add_rms_norm_fetch(*given, layer.keys, layer.values, self.cache.lengths[:1])
+
+        return norm if 2 * layer.keys.nbytes <= _MOST_FETCHED else ops.add_rms_norm
 
     def _joined_logits(self, tokens, attend) -> torch.Tensor:
         layers, table = self.cache.layers, self.model.model.embed_tokens.weight
         x, y = ops.embed_norm(tokens.reshape(-1), table, *_norm(self.norms[0]))
         after = [*self.joined[1:], None]
-        for block, own, layer, norm, following, next_layer in zip(
-            self.joined, self.blocks, layers, self.norms[1:], after, [*layers[1:], None],
-            strict=True,
-        ):  # fmt: skip
+        for block, own, layer, norm, following in zip(
+            self.joined, self.blocks, layers, self.norms[1:], after, strict=True
+        ):
             z = attend(own.attention, layer, block.products(y), block.attended)
-            x, y = block(x, z, norm, following, self._fetched(next_layer, _MOST_FETCHED_BESIDE))
+            x, y = block(x, z, norm, following)
         return self.model.lm_head(y)[:, None]
 
     def _logits(self, tokens, attend, operators, fetches: bool = False) -> torch.Tensor:

@@ -133,22 +133,6 @@ __device__ __forceinline__ float peak_of(uint2 v) {
   const float2 a = unpack2(v.x, T()), b = unpack2(v.y, T());
   return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
 }
-// Keys and values begin to move to L2, a share of them by each thread of the grid.
-template <typename T>
-__device__ __forceinline__ void fetch(const SumNormParams& p) {
-  const int threads = gridDim.x * gridDim.y * kSumThreads;
-  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * kSumThreads + threadIdx.x;
-  const int lines = int((*p.filled * p.width * int(sizeof(T)) + 127) / 128);  // of a head
-  for (int i = thread; i < p.batch * p.heads * lines; i += threads) {
-    const int head = i / lines, b = head / p.heads, h = head - b * p.heads;
-    const long long at = (i - head * lines) * 128ll;
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(p.keys) + at +
-                 (b * p.keys_batch + h * p.keys_head) * int(sizeof(T))));
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const char*>(p.values) + at +
-                 (b * p.values_batch + h * p.values_head) * int(sizeof(T))));
-  }
-}
-
 // Grid: (C, tokens), clusters of C; a block has kEach groups of 512 rows.
 template <typename T, int kEach, bool kInt8>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(kInt8 ? 2 : kEach))
@@ -173,7 +157,6 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
     slots[e] = slots_of(product, group + e, m);
   }
   const int second = slots[0].count * kGroup;  // where the sums of another group begin
-  if (p.keys != nullptr) fetch<T>(p);
   cluster_wait();  // all blocks have begun
   __syncthreads();
   grid_dependency_wait();

@@ -24,12 +24,6 @@ struct SumNormParams {
   void* sum;           // [tokens, n]
   SumTarget to;
   float eps;
-  // Keys and values [batch, heads, .., width] of `type` of which positions below *filled begin to
-  // move to L2; null: none.
-  const void *keys, *values;
-  const long long* filled;
-  long long keys_batch, keys_head, values_batch, values_head;  // strides in elements
-  int batch, heads, width;
 };
 
 // y = silu(gate) * up of the two halves (parts) of the product, each rounded.
