@@ -50,8 +50,7 @@ bool matmul_norm(const aqlm::RotatedWeight& w, const Tensor& z, const std::optio
   aqlm::schedule_rotated(config, info, &p);
   const bool owned = config.share == aqlm::Share::kOwned;
   p.local_bits = owned ? 5 : aqlm::local_bits_of(config, p.s, r, info);  // 5: a block's 32 rows
-  if (owned ? n.tokens != 1
-            : p.local_bits != 9 || info.arch < 90 || !aqlm::takes_mix_norm(p.s, n.n))
+  if (owned ? n.tokens != 1 : p.s.group_rows != 512 || p.local_bits != 9 || info.arch < 90)
     return false;
   const Tensor workspace = launch_product(config, z, n.type, &p, stream);
   aqlm::MixNormParams m = {};

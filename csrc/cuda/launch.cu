@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "bodies.h"
+#include "enqueue.cuh"
 #include "tune.h"
 
 namespace aqlm {
@@ -160,7 +161,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     } else if (wgmma) {
       c.body = Body::kWgmma;
       c.precision = Precision::kExact;
-      c.token_tile = round_up_tile(tokens, 32, 4);
+      c.token_tile = round_up_tile(tokens, 16, 8);
       // A rest of up to 64 tokens is cheaper in a call of its own.
       const int most = std::max(1, tune::wgmma_tokens(a.codebooks, cells) / c.token_tile);
       if (tokens > c.token_tile) c.passes = std::min((tokens + 63) / c.token_tile, most);
@@ -319,8 +320,10 @@ int image_tokens(const LaunchConfig& c, const MatmulParams& p) {
 
 cudaError_t launch_partials(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   cudaGetLastError();
-  if (c.dtype == DType::kFloat16) return dispatch<__half>(c, p, false, stream);
-  if (c.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(c, p, false, stream);
+  LaunchConfig beside = c;
+  beside.carveout = kCarveoutBeside;
+  if (c.dtype == DType::kFloat16) return dispatch<__half>(beside, p, false, stream);
+  if (c.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(beside, p, false, stream);
   return cudaErrorInvalidValue;
 }
 

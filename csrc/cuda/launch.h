@@ -66,6 +66,7 @@ struct LaunchConfig {
   int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
+  int carveout = 0;  // enqueue.cuh; of kWgmma and kWgmmaInt8
 };
 
 // Limits of the device that schedules depend on; read once per device.

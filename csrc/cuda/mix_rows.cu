@@ -49,67 +49,8 @@ mix_rows_kernel(const __grid_constant__ RotateParams p) {
   static_cast<T*>(p.y)[size_t(m) * p.r.n + at] = from_float<T>(out * scale);
 }
 
-// The same for some tokens, of a slice of columns. Grid: (512 / 64, tokens).
-constexpr int kWidth = 64;
-AQLM_HD constexpr int slice_bytes(int factor, int log_q, int most) {
-  return ((factor << log_q) * (most + 1) * kWidth + factor * factor) * 4;
-}
-template <typename T, int F, int kLogQ>
-__global__ void __launch_bounds__(kSliceThreads, 2)
-mix_rows_slice_kernel(const __grid_constant__ RotateParams p, int most) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int Q = 1 << kLogQ, kRows = F * Q, kGroups = kSliceThreads / kWidth / Q;
-  constexpr int kEach = F / kGroups;  // rows of a thread
-  static_assert(F % kGroups == 0);
-  extern __shared__ __align__(128) float slots[];
-  __shared__ Slice<kRows, kWidth> slice;
-  float* const z = slots + kRows * most * kWidth;
-  float* const signs = z + kRows * kWidth;
-  const int tid = threadIdx.x, m = blockIdx.y, first = blockIdx.x * kWidth;
-  const int column = tid % kWidth, group = tid / kWidth, q = group % Q, a = group / Q * kEach;
-  if (tid == 0) slice.slots = slots, slice.most = most;
-  const RotateSource source = slice.begin(p, m, first);
-  grid_dependents_start();
-  load_signs<F, false>(p.r.h, signs);
-  float scale[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    scale[i] = p.gain * load_float(static_cast<const float*>(p.post) + ((a + i) * Q + q) * kRow +
-                                   first + column);
-  __syncthreads();
-  grid_dependency_wait();
-  slice.bring(source);
-  for (int i = tid; i < kRows * kWidth; i += kSliceThreads) z[i] = slice.sum(i / kWidth, column);
-  __syncthreads();
-  float out[kEach] = {};
-  mix_factor<F>(signs, a, [&](int k) {
-    const float* const at = z + k * Q * kWidth + column;
-    if constexpr (Q == 1) return at[0];
-    return q == 0 ? at[0] + at[kWidth] : at[0] - at[kWidth];
-  }, out);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    static_cast<T*>(p.y)[size_t(m) * p.r.n + ((a + i) * Q + q) * kRow + first + column] =
-        from_float<T>(out[i] * scale[i]);
-#endif
-}
-
 template <typename T, int F, int kLogQ>
 cudaError_t mix(const RotateParams& p, cudaStream_t stream) {
-  int device = 0;
-  DeviceInfo info;
-  cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = device_info(device, &info);
-  if (e != cudaSuccess) return e;
-  const int most = most_slots(p.s), smem = slice_bytes(F, kLogQ, most);
-  if (p.tokens >= kSliceFirst && info.arch >= 90 && smem <= kSliceMost) {
-    static std::atomic<unsigned long long> done{0};
-    auto kernel = mix_rows_slice_kernel<T, F, kLogQ>;
-    e = allow_smem(kernel, &done, device, kSliceMost);
-    return e == cudaSuccess ? enqueue(kernel, dim3(kRow / kWidth, p.tokens), kSliceThreads, smem,
-                                      stream, p, most)
-                            : e;
-  }
   return enqueue(mix_rows_kernel<T, F, kLogQ>, dim3(kRow / kColumns, p.tokens),
                  (F << kLogQ) * kColumns, 0, stream, p);
 }

@@ -88,94 +88,6 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p) {
   p.columns[size_t(m) * n + at] = out * p.gain;
 }
 
-// The same for some tokens, of a slice of columns: a thread makes seven numbers of one column, so
-// that it reads a value of it once for all, and signs of H_28 are the same for a warp.
-// Grid: (512 / width, tokens).
-AQLM_HD constexpr int slice_width(int log_q) { return 128 >> log_q; }
-AQLM_HD constexpr int slice_bytes(int log_q, int most) {
-  return ((28 << log_q) * (most + 1) + (28 << log_q) / 2) * slice_width(log_q) * 4 + 2 * 28 * 28 * 4;
-}
-template <typename T, int kLogQ>
-__global__ void __launch_bounds__(kSliceThreads, 2)
-mix_swiglu_slice_kernel(const __grid_constant__ MixSwigluParams p, int most) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int F = 28, Q = 1 << kLogQ, kRows = F * Q, kHalf = kRows / 2;
-  constexpr int kWidth = slice_width(kLogQ), kEach = F / 4;
-  static_assert(kSliceThreads == kWidth * 2 * Q);
-  extern __shared__ __align__(128) float slots[];
-  __shared__ Slice<kRows, kWidth> slice;
-  float* const z = slots + kRows * most * kWidth;
-  float* const s = z + kRows * kWidth;
-  float* const signs = s + kHalf * kWidth;
-  float* const turned = signs + F * F;
-  const int tid = threadIdx.x, m = blockIdx.y, first = blockIdx.x * kWidth;
-  const int column = tid % kWidth, group = tid / kWidth, q = group % Q, a = group / Q * kEach;
-  if (tid == 0) slice.slots = slots, slice.most = most;
-  const RotateSource source = slice.begin(p.product, m, first);
-  grid_dependents_start();
-  load_signs<F, false>(p.product.r.h, signs);
-  load_signs<F, true>(p.h, turned);
-  const int n = kHalf * kRow;
-  const float* sv = static_cast<const float*>(p.product.post);
-  float low_scale[kEach], high_scale[kEach], su[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = ((a + i) * Q + q) * kRow + first + column;
-    low_scale[i] = p.product.gain * load_float(sv + at);
-    high_scale[i] = p.product.gain * load_float(sv + n + at);
-    su[i] = load_float(p.su + at);
-  }
-  __syncthreads();
-  grid_dependency_wait();
-  slice.bring(source);
-
-  for (int i = tid; i < F * kWidth; i += kSliceThreads) {
-    const int k = i / kWidth;
-    float v[Q];
-#pragma unroll
-    for (int j = 0; j < Q; ++j) v[j] = slice.sum(k * Q + j, column);
-#pragma unroll
-    for (int b = 1; b < Q; b *= 2)
-#pragma unroll
-      for (int j = 0; j < Q; ++j)
-        if ((j & b) == 0) {
-          const float sum = v[j] + v[j + b], difference = v[j] - v[j + b];
-          v[j] = sum;
-          v[j + b] = difference;
-        }
-#pragma unroll
-    for (int j = 0; j < Q; ++j) z[(k * Q + j) * kWidth + column] = v[j];
-  }
-  __syncthreads();
-
-  float low[kEach] = {}, high[kEach] = {};
-  auto value = [&](int k) { return z[(k * Q + q) * kWidth + column]; };
-  mix_factor<F>(signs, a, value, low);
-  mix_factor<F>(signs, a + F / 2, value, high);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const float l = rounded<T>(low[i] * low_scale[i]), h = rounded<T>(high[i] * high_scale[i]);
-    const float gate = p.up_first ? h : l, up = p.up_first ? l : h;
-    const float silu = rounded<T>(__fdividef(gate, 1.f + __expf(-gate)));
-    s[((a + i) * Q + q) * kWidth + column] = su[i] * rounded<T>(silu * up);
-  }
-  __syncthreads();
-
-  // Row b * Q / 2 + c of the result's rotation.
-  constexpr int kC = Q / 2;
-  const int c = group % kC, b = group / kC * kEach;
-  float out[kEach] = {};
-  mix_factor<F>(turned, b, [&](int k) {
-    const float* const at = s + k * kC * kWidth + column;
-    if constexpr (kC == 1) return at[0];
-    return c == 0 ? at[0] + at[kWidth] : at[0] - at[kWidth];
-  }, out);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    p.columns[size_t(m) * n + ((b + i) * kC + c) * kRow + first + column] = out[i] * p.gain;
-#endif
-}
-
 // S_512 of rows. Grid: (n / 512, tokens); 128 threads, four neighbours each.
 constexpr int kRowThreads = kRow / 4;
 template <typename T>
@@ -205,39 +117,21 @@ int log_q_of(const Rotation& r) {
   return bits - kLocalBits;
 }
 
-template <typename T, int kLogQ>
-cudaError_t mix_columns(const MixSwigluParams& p, cudaStream_t stream) {
-  int device = 0;
-  DeviceInfo info;
-  cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = device_info(device, &info);
-  if (e != cudaSuccess) return e;
-  constexpr int F = 28;
-  const int most = most_slots(p.product.s), smem = slice_bytes(kLogQ, most);
-  if (p.product.tokens < kSliceFirst || info.arch < 90 || smem > kSliceMost)
-    return enqueue(mix_swiglu_kernel<T, F, kLogQ>, dim3(kRow / kColumns, p.product.tokens),
-                   (F << kLogQ) * 4, 0, stream, p);
-  static std::atomic<unsigned long long> done{0};
-  auto kernel = mix_swiglu_slice_kernel<T, kLogQ>;
-  e = allow_smem(kernel, &done, device, kSliceMost);
-  if (e != cudaSuccess) return e;
-  return enqueue(kernel, dim3(kRow / slice_width(kLogQ), p.product.tokens), kSliceThreads, smem,
-                 stream, p, most);
-}
-
-template <typename T, int kLogQ>
+template <typename T, int F, int kLogQ>
 cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
-  const cudaError_t e = mix_columns<T, kLogQ>(p, stream);
-  return e != cudaSuccess ? e
-                          : enqueue(rotate_rows_kernel<T>,
-                                    dim3((28 << kLogQ) / 2, p.product.tokens), kRowThreads, 0,
-                                    stream, static_cast<const float*>(p.columns),
-                                    static_cast<T*>(p.y));
+  const dim3 grid(kRow / kColumns, p.product.tokens);
+  const dim3 rows((F << kLogQ) / 2, p.product.tokens);
+  cudaError_t e =
+      enqueue(mix_swiglu_kernel<T, F, kLogQ>, grid, (F << kLogQ) * 4, 0, stream, p);
+  if (e == cudaSuccess)
+    e = enqueue(rotate_rows_kernel<T>, rows, kRowThreads, 0, stream,
+                static_cast<const float*>(p.columns), static_cast<T*>(p.y));
+  return e;
 }
 
 template <typename T>
 cudaError_t mix_any(const MixSwigluParams& p, cudaStream_t stream) {
-  return log_q_of(p.product.r) == 1 ? mix<T, 1>(p, stream) : mix<T, 2>(p, stream);
+  return log_q_of(p.product.r) == 1 ? mix<T, 28, 1>(p, stream) : mix<T, 28, 2>(p, stream);
 }
 
 }  // namespace

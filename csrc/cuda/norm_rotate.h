@@ -41,7 +41,6 @@ struct MixNormParams {
   float eps, gain;
 };
 inline bool takes_mix_norm(int n) { return n == 1024 || n == 2048 || n == 4096; }
-bool takes_mix_norm(const RotatedSchedule& s, int n);  // its partial sums
 
 cudaError_t launch_mix_norm(const MixNormParams& p, cudaStream_t stream);
 

@@ -39,7 +39,7 @@ cudaError_t launch(Kernel kernel, std::atomic<unsigned long long>* done, int clu
   cudaError_t e = cudaGetDevice(&device);
   if (e == cudaSuccess) e = allow_smem(kernel, done, device, kMostBytes);
   if (e != cudaSuccess) return e;
-  return enqueue_clusters(cluster, kernel, grid, kSumThreads, smem, stream, args...);
+  return enqueue_placed({cluster, kCarveoutBeside}, kernel, grid, kSumThreads, smem, stream, args...);
 }
 
 cudaError_t sms_of(int* sms) {
@@ -77,7 +77,7 @@ int int8_cluster(const MatmulParams& p) {
 }
 int int8_slots(const MatmulParams& p) {
   const int groups = p.a.rows_of(0) / kGroup;
-  return groups / int8_cluster(p) * most_slots(p, 2, groups);
+  return groups / int8_cluster(p) * (most_slots(p, 2, groups) + 1);  // and its factors
 }
 
 template <typename T>

@@ -63,6 +63,11 @@ __device__ __forceinline__ float4 add_slots(const float* sums, int count, int to
   return sum;
 }
 
+// Maximum over the warp of values that are not negative: their bits are in the same order.
+__device__ __forceinline__ float largest_of_warp(float v) {
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v)));
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t round2(float a, float b) {
   const T pair[2] = {from_float<T>(a), from_float<T>(b)};
@@ -272,28 +277,34 @@ template <typename T>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(2))
 sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) float sums[];
+  extern __shared__ __align__(128) float shared[];
   __shared__ float peaks[kMostCluster * kSumWarps];
+  __shared__ Slots slots[kSumThreads];
   __shared__ uint64_t barrier;
   const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
   const int groups = blocks * each, first = rank * each, n = groups * kGroup;
   const MatmulParams& product = p.product;
   begin(&barrier);
   cluster_arrive();
-  int count = 0;
-  for (int e = 0; e < each; ++e)
-    count += slots_of(product, first + e, m).count + slots_of(product, groups + first + e, m).count;
+  float* const sums = shared + each * kGroup;
+  uint2* const factors = reinterpret_cast<uint2*>(shared) + 2 * tid;  // of this thread
+  for (int e = 0; e < 2 * each; ++e)
+    factors[e / 2 * 2 * kSumThreads + e % 2] =
+        load_four<T>(product.scales, (first + e / 2) * kGroup + e % 2 * n + 4 * tid);
+  // Group e / 2, half e % 2 (divisions of 150 cycles: a thread for each, before the wait).
+  if (tid < 2 * each) slots[tid] = slots_of(product, first + tid / 2 + tid % 2 * groups, m);
   cluster_wait();
   __syncthreads();
   grid_dependency_wait();
   if (tid < 32) {
+    int count = 0;
+    for (int e = 0; e < 2 * each; ++e) count += slots[e].count;
     if (tid == 0) mbar::expect(&barrier, count * kGroupBytes);
     __syncwarp();
     float* to = sums;
     for (int e = 0; e < 2 * each; ++e) {
-      const Slots slots = slots_of(product, first + e / 2 + e % 2 * groups, m);
-      copy_slots(product, slots, 1, to, &barrier);
-      to += slots.count * kGroup;
+      copy_slots(product, slots[e], 1, to, &barrier);
+      to += slots[e].count * kGroup;
     }
   }
   const float low_more = int8_scale(product, 0, m), high_more = int8_scale(product, 1, m);
@@ -302,13 +313,11 @@ sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
   float* from = sums;
   uint2* const made = reinterpret_cast<uint2*>(sums) + 2 * tid;  // over sums that only it has read
   for (int e = 0; e < each; ++e) {
-    const int column = (first + e) * kGroup + 4 * tid;
-    const int low = slots_of(product, first + e, m).count;
-    const int high = slots_of(product, groups + first + e, m).count;
-    const uint2 a = scaled<T>(add_slots<2>(from, low, 1, 0), load_four<T>(product.scales, column),
-                              low_more);
-    const uint2 b = scaled<T>(add_slots<2>(from + low * kGroup, high, 1, 0),
-                              load_four<T>(product.scales, n + column), high_more);
+    const int low = slots[2 * e].count, high = slots[2 * e + 1].count;
+    const uint2* const scales = factors + e * 2 * kSumThreads;
+    const uint2 a = scaled<T>(add_slots<2>(from, low, 1, 0), scales[0], low_more);
+    const uint2 b =
+        scaled<T>(add_slots<2>(from + low * kGroup, high, 1, 0), scales[1], high_more);
     const uint2 gate = p.up_first ? b : a, up = p.up_first ? a : b;
     const uint2 y = make_uint2(swiglu2<T>(gate.x, up.x), swiglu2<T>(gate.y, up.y));
     peak = fmaxf(peak, peak_of<T>(y));

@@ -29,6 +29,9 @@ constexpr int kWg8Warps = 8;   // that multiply
 constexpr int kWg8Stages = 8;  // units in flight
 constexpr int kWg8BookBytes = 256 * 256;
 
+// Threads that the registers are divided by: up to 16 tokens a launch has 128 for a thread instead of
+// 168, which leaves room for the kernel that adds its sums (sum_joined.cuh).
+AQLM_HD constexpr int wg8_bound(int columns) { return (kWg8Warps + (columns == 32 ? 5 : 4)) * 32; }
 AQLM_HD constexpr int wg8_steps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a unit
 AQLM_HD constexpr int wg8_x_bytes(int codebooks, int columns) {
   return wg8_steps(codebooks) * columns * 32;
@@ -50,7 +53,7 @@ __device__ __forceinline__ uint32_t table_word(uint32_t at) {
 
 // kColumns: of the MMA, two a token (32 or 64).
 template <typename T, int B, int kColumns>
-__global__ void __launch_bounds__((kWg8Warps + 4) * 32, 1)
+__global__ void __launch_bounds__(wg8_bound(kColumns), 1)
 wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kTiles = kBlockRows / 16;
@@ -100,7 +103,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<240>();
+    registers_up<kColumns == 32 ? 176 : 240>();
     const int g = lane / 4, t = lane % 4;
     const uint32_t column = (smem_address(smem) & 0xffff0000) | lane * 4;
     if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();

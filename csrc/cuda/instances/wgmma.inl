@@ -12,7 +12,7 @@ namespace aqlm {
 namespace {  // the two dtypes must not share these names
 
 template <int B, int kTokens>
-cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
+cudaError_t wgmma_pass(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.s.x_steps, 8), ceil_div(kTokens, 32), p.s.passes);
   if (p.x != nullptr) {
     const cudaError_t e = enqueue(x_image_kernel<AQLM_T>, grid, 256, 0, stream, p, kTokens);
@@ -20,31 +20,34 @@ cudaError_t wgmma_pass(const MatmulParams& p, cudaStream_t stream) {
   }
   constexpr int kSmem = wg_smem(B, kTokens), kThreads = (wg_warps(B, kTokens) + 4) * 32;
   auto kernel = wgmma_kernel<AQLM_T, B, kTokens>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, kThreads, kSmem, stream, p);
+  return AQLM_ENQUEUE_PLACED((Placement{1, c.carveout}), kernel, kSmem, p.s.grid, kThreads, kSmem,
+                             stream, p);
 }
 
 template <int B>
 cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
-    case 32: return wgmma_pass<B, 32>(p, stream);
-    case 64: return wgmma_pass<B, 64>(p, stream);
-    case 128: return wgmma_pass<B, 128>(p, stream);
+    case 16: return wgmma_pass<B, 16>(c, p, stream);
+    case 32: return wgmma_pass<B, 32>(c, p, stream);
+    case 64: return wgmma_pass<B, 64>(c, p, stream);
+    case 128: return wgmma_pass<B, 128>(c, p, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 template <int B, int kTokens>
-cudaError_t wgmma_int8_pass(const MatmulParams& p, cudaStream_t stream) {
+cudaError_t wgmma_int8_pass(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = wg8_smem(B, 2 * kTokens);
   auto kernel = wgmma_int8_kernel<AQLM_T, B, 2 * kTokens>;
-  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kWg8Warps + 4) * 32, kSmem, stream, p);
+  return AQLM_ENQUEUE_PLACED((Placement{1, c.carveout}), kernel, kSmem, p.s.grid,
+                             (kWg8Warps + 4) * 32, kSmem, stream, p);
 }
 
 template <int B>
 cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
-    case 16: return wgmma_int8_pass<B, 16>(p, stream);
-    case 32: return wgmma_int8_pass<B, 32>(p, stream);
+    case 16: return wgmma_int8_pass<B, 16>(c, p, stream);
+    case 32: return wgmma_int8_pass<B, 32>(c, p, stream);
   }
   return cudaErrorInvalidValue;
 }
