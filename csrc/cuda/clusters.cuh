@@ -1,5 +1,5 @@
-// Blocks of a cluster: stores to each other's shared memory, and the barrier after which they can be
-// read. Hopper and later: nothing before.
+// Blocks of a cluster: stores to each other's shared memory, and the barrier after which they can
+// be read. Hopper and later: nothing before.
 #pragma once
 
 #include "ptx.cuh"

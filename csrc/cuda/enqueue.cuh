@@ -27,15 +27,11 @@ extern bool dependent_launch;
 constexpr bool dependent_launch = true;
 #endif
 
-// `cluster`: of so many blocks along x (above 1: Hopper and later). `carveout`: percent of an SM's L1
-// that shall be shared memory; 0: the driver's choice, which is what this kernel alone needs.
+// `cluster`: of so many blocks along x (above 1: Hopper and later). `carveout`: percent of an SM's
+// L1 that shall be shared memory; 0: the driver's choice, which is what this kernel alone needs.
 struct Placement {
   int cluster, carveout;
 };
-// Of kernels that wait beside each other on an SM. In a step of 2x8, B = 16, kernels that the driver
-// placed waited until SMs were empty: 2842 us, 2750 with this (int8 2747, 2624; H200, 2026-11-29).
-constexpr int kCarveoutBeside = 100;
-
 // Enqueues with programmatic dependent launch where the device has it: the kernel's prologue
 // overlaps the previous kernel's tail. Every kernel launched so calls grid_dependency_wait.
 template <typename... Params, typename... Args>

@@ -6,7 +6,6 @@
 #include <cuda_fp16.h>
 
 #include "bodies.h"
-#include "enqueue.cuh"
 #include "tune.h"
 
 namespace aqlm {
@@ -321,7 +320,7 @@ int image_tokens(const LaunchConfig& c, const MatmulParams& p) {
 cudaError_t launch_partials(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   cudaGetLastError();
   LaunchConfig beside = c;
-  beside.carveout = kCarveoutBeside;
+  beside.carveout = carveout_beside(p.a, c.precision == Precision::kInt8);
   if (c.dtype == DType::kFloat16) return dispatch<__half>(beside, p, false, stream);
   if (c.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(beside, p, false, stream);
   return cudaErrorInvalidValue;

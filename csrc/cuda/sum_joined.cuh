@@ -178,7 +178,8 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   const size_t row = size_t(m) * n + column;
   uint2 x[kEach];
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) x[e] = load_cached8(static_cast<const T*>(p.x) + row + e * kGroup);
+  for (int e = 0; e < kEach; ++e)
+    x[e] = load_cached8(static_cast<const T*>(p.x) + row + e * kGroup);
   const float more = int8_scale(product, 0, m);
   mbar::wait(&barrier, 0);
 
@@ -271,8 +272,8 @@ sum_swiglu_kernel(const __grid_constant__ SumSwigluParams p, int each) {
 #endif
 }
 
-// The same to an int8 image, whose scale is that of a whole token. Grid: (C, tokens), clusters of C;
-// a block has `each` groups of a half.
+// The same to an int8 image, whose scale is that of a whole token. A block has `each` groups of a
+// half. Grid: (C, tokens), clusters of C.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(2))
 sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {

@@ -29,8 +29,8 @@ constexpr int kWg8Warps = 8;   // that multiply
 constexpr int kWg8Stages = 8;  // units in flight
 constexpr int kWg8BookBytes = 256 * 256;
 
-// Threads that the registers are divided by: up to 16 tokens a launch has 128 for a thread instead of
-// 168, which leaves room for the kernel that adds its sums (sum_joined.cuh).
+// Threads that the registers are divided by: up to 16 tokens a launch has 128 for a thread instead
+// of 168, which leaves room for the kernel that adds its sums (sum_joined.cuh).
 AQLM_HD constexpr int wg8_bound(int columns) { return (kWg8Warps + (columns == 32 ? 5 : 4)) * 32; }
 AQLM_HD constexpr int wg8_steps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a unit
 AQLM_HD constexpr int wg8_x_bytes(int codebooks, int columns) {
