@@ -14,7 +14,7 @@
 //
 // Codebooks are added in 16 bits (the rounding of a dequantized weight; B = 1: exact): of four, one
 // MMA instead of two, and x is read once.
-// H200, 2x8 28672 x 8192, 2026-11-28: M = 32 65 us, 64 83; M = 16 62 with 32 columns (14336 x 4096
+// H200, 2x8 28672 x 8192, 2026-11-28: M = 32 65 us, 64 83; M = 16 62 with 32 columns (4096 x 14336
 // and 4096 x 4096: 21.4 and 11.9; with 16, 2026-11-29, 18.9 and 10.9: docs/notes/cuda.md).
 // Architecture sm_90a only.
 #pragma once
