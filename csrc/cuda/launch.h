@@ -16,7 +16,7 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
   kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
-  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9
+  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9, kMmaRing = 10
 };
 
 // Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item

@@ -29,7 +29,7 @@ constexpr int kWgStages = 8;  // cells in flight: one unit, of four codebooks tw
 // Warps that multiply: 16 with half a row block each where registers allow (2x8, M = 16: 62.3 us
 // against 65.7 with 8).
 AQLM_HD constexpr int wg_warps(int codebooks, int tokens) {
-  return codebooks <= 2 && tokens == 32 ? 16 : 8;
+  return codebooks <= 2 && tokens <= 32 ? 16 : 8;
 }
 AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a cell
 AQLM_HD constexpr int wg_units(int codebooks) { return codebooks == 4 ? 2 : 1; }
@@ -126,7 +126,7 @@ __device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& p
     }
 }
 
-// kTokens: columns of the MMA (32, 64 or 128).
+// kTokens: columns of the MMA (16, 32, 64 or 128).
 template <typename T, int B, int kTokens>
 __global__ void __launch_bounds__((wg_warps(B, kTokens) + 4) * 32, 1)
 wgmma_kernel(const __grid_constant__ MatmulParams p) {
