@@ -36,7 +36,7 @@ Product schedule(const Tensor& packed, const Tensor& codebooks, const Tensor& sc
   aqlm::DeviceInfo device;
   check_cuda(aqlm::device_info(packed.get_device_index(), &device), "device_info");
   q.config = aqlm::choose(q.p.a, q.p.tokens, dtype_of(codebooks, "codebooks"),
-                          precision_of(precision), device);
+                          precision_of(precision), device, true);
   if (q.config.token_tile == 0 || q.p.tokens > q.config.token_tile) return q;
   aqlm::make_schedule(q.config, device, &q.p);
   q.joins = aqlm::takes_sums(q.config, q.p, device);

@@ -16,7 +16,7 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
   kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
-  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9
+  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9, kMmaRing = 10
 };
 
 // Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item
@@ -83,8 +83,10 @@ struct Workspace {
 };
 
 // Picks the body and its schedule for M tokens (see tune.h); token_tile 0 means "dequantize".
+// `image`: of those that read an image of x where there is one (a decode step, 2x8 of 16 tokens:
+// 2597 us with images; rows leave the sums of the matmul before no room beside the body).
 LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precision,
-                    const DeviceInfo& device);
+                    const DeviceInfo& device, bool image = false);
 void make_schedule(const LaunchConfig& config, const DeviceInfo& device, MatmulParams* p);
 Workspace workspace_of(const LaunchConfig& config, const MatmulParams& p);
 cudaError_t launch_matmul(const LaunchConfig& config, const MatmulParams& p, cudaStream_t stream);

@@ -14,7 +14,7 @@
 //
 // The entries of a unit are loaded when the MMAs of the last but one have finished, and by loads:
 // ptxas moves register copies to before the wait for the MMAs that still read those registers.
-// H200, 2026-11-28, 28672 x 8192, 2x8: M = 8 41.9 us, 16 43.1, 32 57.0; 1x8: M = 16 27.0.
+// H200, 2026-11-29, 28672 x 8192, 2x8: M = 8 36.5 us, 16 41.6, 32 57.0; 1x8: M = 16 25.5.
 // Architecture sm_90a only.
 #pragma once
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t table_word(uint32_t at) {
   return v;
 }
 
-// kColumns: of the MMA, two a token (32 or 64).
+// kColumns: of the MMA, two a token (16, 32 or 64).
 template <typename T, int B, int kColumns>
 __global__ void __launch_bounds__(wg8_bound(kColumns), 1)
 wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {

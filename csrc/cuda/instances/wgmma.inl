@@ -1,6 +1,8 @@
-// Instantiates cuda.additive.{wgmma, wgmma_int8, wgmma_long, wgmma_wide, split_wgmma} for AQLM_T.
+// Instantiates cuda.additive.{mma_ring, wgmma, wgmma_int8, wgmma_long, wgmma_wide, split_wgmma} for
+// AQLM_T.
 #include "../bodies.h"
 #include "../enqueue.cuh"
+#include "../mma_ring.cuh"
 #include "../split_wgmma.cuh"
 #include "../wgmma.cuh"
 #include "../wgmma_int8.cuh"
@@ -35,6 +37,13 @@ cudaError_t wgmma_books(const LaunchConfig& c, const MatmulParams& p, cudaStream
   return cudaErrorInvalidValue;
 }
 
+template <int B>
+cudaError_t mma_ring(const MatmulParams& p, cudaStream_t stream) {
+  constexpr int kSmem = ring_smem(B);
+  auto kernel = mma_ring_kernel<AQLM_T, B>;
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.grid, (kRingWarps + 4) * 32, kSmem, stream, p);
+}
+
 template <int B, int kTokens>
 cudaError_t wgmma_int8_pass(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   constexpr int kSmem = wg8_smem(B, 2 * kTokens);
@@ -46,6 +55,7 @@ cudaError_t wgmma_int8_pass(const LaunchConfig& c, const MatmulParams& p, cudaSt
 template <int B>
 cudaError_t wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.token_tile) {
+    case 8: return wgmma_int8_pass<B, 8>(c, p, stream);
     case 16: return wgmma_int8_pass<B, 16>(c, p, stream);
     case 32: return wgmma_int8_pass<B, 32>(c, p, stream);
   }
@@ -92,6 +102,12 @@ cudaError_t launch_wgmma<AQLM_T>(const LaunchConfig& c, const MatmulParams& p,
     case 4: return wgmma_books<4>(c, p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <>
+cudaError_t launch_mma_ring<AQLM_T>(const LaunchConfig&, const MatmulParams& p,
+                                    cudaStream_t stream) {
+  return p.a.codebooks == 1 ? mma_ring<1>(p, stream) : mma_ring<2>(p, stream);
 }
 
 template <>
