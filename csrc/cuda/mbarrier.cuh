@@ -18,6 +18,11 @@ __device__ __forceinline__ void init_fence() {
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem_address(barrier)) : "memory");
 }
+// Arrives, an arrival that was counted at `init`, when this thread's copies so far are done.
+__device__ __forceinline__ void arrive_copied(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               :: "r"(smem_address(barrier)) : "memory");
+}
 // Arrives and announces bytes that copies will deliver.
 __device__ __forceinline__ void expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"

@@ -97,6 +97,37 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
+// The body whose blocks hold all their x (rotated_resident.cuh), 5 .. 16 tokens: warps, bytes of
+// exchanged rows.
+constexpr int kResidentWarps = 16, kResidentExchange = 2 * 4 * kResidentWarps * kCellRows * 4;
+AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles, bool grouped) {
+  return tiles == 4 && !grouped && coding == Coding::kE8p && bits == 2;
+}
+// slots: steps of x of a block.
+inline int rotated_resident_smem(Coding coding, int bits, int slots, int tokens, Share share) {
+  const int step = 2 * 4 * 512;
+  return rotated_tables(coding, bits) + slots * step + kResidentExchange +
+         (share == Share::kLocal ? 2 * slots * tokens * 8 + (kResidentWarps + tokens) * 4
+                                 : slots * 8);
+}
+
+// The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and slots
+// of a pair's codes.
+constexpr int kPairWarps = 16;
+AQLM_HD constexpr bool rotated_pairs(int tiles, bool grouped) { return tiles == 16 && !grouped; }
+AQLM_HD constexpr int rotated_pair_cells(Coding coding, int bits) {
+  return rotated_planes(coding, bits) == 2 ? 1 : 2;
+}
+AQLM_HD constexpr int rotated_pair_stages(Coding coding, int bits) {
+  return coding == Coding::kE8p && bits == 3 ? 3 : 4;
+}
+AQLM_HD constexpr int rotated_pair_smem(Coding coding, int bits) {
+  const int pairs = kPairWarps / 2, cells = rotated_pair_cells(coding, bits);
+  const int step = cells * kCellRows * kCellColumns / 8 * bits;
+  const int x = cells * rotated_planes(coding, bits) * 16 * 512;
+  return rotated_tables(coding, bits) + rotated_pair_stages(coding, bits) * (x + 16 + pairs * (step + 8)) + 3 * kPairWarps * 64 * 4;
+}
+
 // The body of float16 operands (rotated_half.cuh), up to 64 tokens: warps, stages of x, steps of codes
 // in a warp's ring.
 AQLM_HD constexpr int rotated_half_warps(int tiles) { return tiles == 16 ? 12 : 16; }
@@ -136,8 +167,8 @@ struct RotatedShape {
 // (14336 x 4096) 15.4 against 17.0 us, 55 (28672 x 8192) 39.2 against 36.7.
 constexpr int kLocalCells = 32;
 
-// Cells of x that one CTA stages itself.
-inline int local_cells(const RotatedSchedule& s) {
+// Units of x that one CTA stages itself.
+inline int local_units(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
@@ -148,7 +179,7 @@ AQLM_HD constexpr int rotated_held(Coding coding, int bits, int tiles) {
 // Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
   if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  const int slots = local_cells(s);
+  const int slots = local_units(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
          (std::max(slots, warps) + tokens) * 4 +
          (tiles == 1 ? 2 : 1) * tokens * warps * kCellRows * 4;

@@ -6,6 +6,8 @@
 #include "../rotated_half.cuh"
 #include "../rotated_mma.cuh"
 #include "../rotated_owned.cuh"
+#include "../rotated_pairs.cuh"
+#include "../rotated_resident.cuh"
 #include "../rotated_wgmma.cuh"
 
 namespace aqlm {
@@ -63,6 +65,24 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
+template <Share kShare>
+cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_resident_kernel<AQLM_CODING, AQLM_BITS, kShare>;
+  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, tune::local_units(p.s),
+                                               p.tokens, kShare);
+  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
+                           p);
+}
+
+template <int kTiles>
+cudaError_t matmul_pairs(const RotatedMatmul& p, cudaStream_t stream) {
+  static_assert(kTiles == 16);
+  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS>;
+  constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
+  static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
+}
+
 template <int kTiles, int kCells>
 cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   const int items = p.s.units * p.s.cells * 4;
@@ -104,10 +124,15 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (e != cudaSuccess) return e;
   }
   if (c.wgmma) {
-    if (tiles == 4) return wgmma_tiles<4, kGrouped>(p, stream);
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
-    if constexpr (kMostWg == 16) return wgmma_tiles<16, kGrouped>(p, stream);
-    return cudaErrorInvalidValue;
+    if constexpr (kMostWg == 16)
+      if (tiles == 16) return matmul_pairs<kMostWg>(p, stream);
+    if (tiles != 4) return cudaErrorInvalidValue;
+    if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4, kGrouped))
+      return c.share == Share::kLocal ? matmul_resident<Share::kLocal>(p, stream)
+                                      : matmul_resident<Share::kRing>(p, stream);
+    else
+      return wgmma_tiles<4, kGrouped>(p, stream);
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
     if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);

@@ -1,0 +1,283 @@
+// cuda.e8p, cuda.scalar on Hopper for 33 .. 64 tokens, one scale along K: as rotated_wgmma.cuh, but
+// a warp owns 16 rows, not 32, so that 16 warps have registers for 128 columns of x.
+//
+// A warp that decodes keeps no MMA going, and eight warps, two a scheduler, were as long with
+// decoding as with MMAs: half of the time the tensor cores had nothing to do. Two warps, a pair, share
+// the cells of a row block: each decodes its row tile of both.
+//
+//   x      a ring that all warps read, copied by thread 0 (rotated_rings.cuh)
+//   codes  a ring of as many slots, a pair's own: each warp copies half of a step (cp.async), half the
+//          ring ahead, and a barrier counts both. So a slot is written again only when the other has
+//          read it: it has started a copy since, half the ring after that step.
+//
+// Architecture sm_90a only.
+#pragma once
+
+#include "e8p_decode.cuh"
+#include "rotated_codes.cuh"
+#include "rotated_rings.cuh"
+#include "rotated_rows.cuh"
+#include "rotated_stage.cuh"
+#include "rotated_tune.h"
+#include "wgmma_ptx.cuh"
+
+namespace aqlm {
+
+// A pair's codes, kSlots / 2 steps ahead: cells of one row block, in the order of the block's share.
+template <int kBits, int kCells, int kSlots>
+struct PairRing {
+  static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
+  static constexpr int kStep = kCells * kCodes, kAhead = kSlots / 2;
+  static constexpr int kPairs = tune::kPairWarps / 2;
+  // What the warp copies of a step: of two cells one, of one cell a plane.
+  static constexpr int kHalf = kCells == 2 ? kCodes : 512;
+  int row_cells, missing, blocks, units;
+  int block, wrap, left, half, lane;
+  int skipped;            // the last step of a row has no second cell: 1; -1
+  const uint8_t* from;    // the lane's
+  unsigned char *to, *own;  // the lane's in slot 0, to write and to read
+  uint64_t* full;
+
+  // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
+  __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
+                                      unsigned char* space, uint64_t* barriers, int warp, int lane)
+      : row_cells(p.w.units()), missing(p.s.units * kCells - row_cells), blocks(p.w.blocks()),
+        units(p.s.units), half(warp % 2), lane(lane) {
+    const int pair = warp / 2;
+    block = share.first / units * kPairs + pair;
+    wrap = units - share.unit0;
+    left = block < blocks ? share.count : 0;
+    skipped = half == 1 && missing > 0 ? 1 : -1;
+    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells) * kCodes +
+           half * kHalf + lane * 16;
+    to = space + pair * kSlots * kStep + half * kHalf + lane * 16;
+    own = space + pair * kSlots * kStep + half * 8 + lane * 16;
+    full = barriers + pair * kSlots;
+  }
+  // Starts copying the warp's half of the next step.
+  __device__ __forceinline__ void fetch(int slot) {
+    if (left > 0 && wrap != skipped) {
+      unsigned char* const at = to + slot * kStep;
+      if constexpr (kCells == 2) {
+#pragma unroll
+        for (int i = 0; i < kBits * 256 / 512; ++i) copy_async(at + i * 512, from + i * 512);
+        if constexpr (kBits == 3) copy_async8(at + 512 - lane * 8, from + 512 - lane * 8);
+      } else if (kBits == 3 && half == 1) {
+        copy_async8(at - lane * 8, from - lane * 8);
+      } else {
+        copy_async(at, from);
+      }
+    }
+    mbar::arrive_copied(full + slot);
+    --left;
+    from += kStep;
+    if (--wrap == 0) {
+      wrap = units;
+      from += (size_t(kPairs - 1) * row_cells - missing) * kCodes;
+      block += kPairs;
+      if (block >= blocks) left = 0;
+    }
+  }
+  // The lane's codes of a step, of the warp's row tile, as those of row tile 0.
+  __device__ __forceinline__ void read(const Ring<kSlots>& ring, ScalarCodes<kBits> (&c)[kCells]) {
+    mbar::wait(full + ring.stage, ring.phase);
+#pragma unroll
+    for (int n = 0; n < kCells; ++n) {
+      const unsigned char* const at = own + ring.stage * kStep + n * kCodes;
+#pragma unroll
+      for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j) {
+        const uint2 v = *reinterpret_cast<const uint2*>(at + j * 512);
+        c[n].a[j] = make_uint4(v.x, v.y, 0, 0);
+      }
+      if constexpr (kBits == 3)
+        c[n].b.x = *reinterpret_cast<const uint32_t*>(at + 512 - lane * 8 - half * 4);
+    }
+  }
+};
+
+template <Coding kCoding, int kBits>
+__global__ void __launch_bounds__(tune::kPairWarps * 32, 1)
+rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kE8p = kCoding == Coding::kE8p;
+  constexpr int kTiles = 16, kWarps = tune::kPairWarps, kColumns = 8 * kTiles;
+  constexpr int kCells = tune::rotated_pair_cells(kCoding, kBits);
+  constexpr int kPlanes = tune::rotated_planes(kCoding, kBits);
+  constexpr int kStages = tune::rotated_pair_stages(kCoding, kBits);
+  constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane, kStage = kCells * kX;
+  using Codes = PairRing<kBits, kCells, kStages>;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
+  unsigned char* const cells = code_space + kWarps / 2 * kStages * Codes::kStep;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, half = warp % 2;
+  const RotatedSchedule& s = p.s;
+  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
+  const BlockShare share(s);
+  const int count = share.count, unit0 = share.unit0;
+  StageRing<kStages, kStage, 0> x_ring(cells, unit0);
+  uint64_t* const code_full = x_ring.empty + kStages;
+  float* const exchange = reinterpret_cast<float*>(code_full + kWarps / 2 * kStages);
+  float* const sums = exchange + (2 * kWarps + warp) * 64;  // the warp's
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWarps / 2 * kStages; ++i) mbar::init(code_full + i, 64);
+    mbar::init_ring<kStages>(x_ring.full, x_ring.empty, kWarps);
+  }
+  grid_dependents_start();
+  __syncthreads();
+
+  const uint32_t lane_offset = lane * 4;
+  Codes codes(p, share, code_space, code_full, warp, lane);
+#pragma unroll
+  for (int i = 0; i < Codes::kAhead; ++i) codes.fetch(i);
+  if constexpr (kE8p) {
+    fill_e8p_tables<kBits>(smem, kWarps * 32);
+    __syncthreads();
+  }
+  grid_dependency_wait();
+  for (int i = 0; i < kStages - 1; ++i) x_ring.fill(p, count);
+
+  int acc[kTiles * 4] = {};
+  constexpr float kStep = 1.f / scalar_step(kBits);
+  Ring<kStages> ring;
+
+  // The compiler orders uses of `acc` by its values alone, not by the wait.
+  auto finished = [&] {
+#pragma unroll
+    for (int q = 0; q < kTiles * 4; ++q) asm volatile("" : "+r"(acc[q]) :: "memory");
+  };
+
+  int begin = 0, group = share.first / units, unit = unit0;
+  for (;;) {  // row groups
+    const int end = min(count, begin + units - unit);
+    for (int i = begin; i < end; ++i) {
+      ScalarCodes<kBits> c[kCells];
+      codes.read(ring, c);
+      codes.fetch((ring.stage + Codes::kAhead) % kStages);
+      const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        uint32_t words[kCells][4], a[kCells][2][4];
+        if constexpr (kE8p) {
+#pragma unroll
+          for (int n = 0; n < kCells; ++n)
+            e8p_words<kBits>(c[n].a[0], c[n].a[kBits == 4 ? 1 : 0], c[n].b, plane, 0, lane_offset,
+                             words[n]);
+        }
+        mma_groups_wait<0>();
+        if (plane == 0) {
+          if (i > 0) {
+            if (lane == 0) mbar::arrive(x_ring.empty + (ring.stage + kStages - 1) % kStages);
+            x_ring.fill(p, count);
+          }
+          __syncwarp();
+          mbar::wait(x_ring.full + ring.stage, ring.phase);
+        }
+        // MMAs read their A registers until they are waited for, which the compiler does not know:
+        // what writes them must depend on something that comes after the wait.
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) {
+          if constexpr (kE8p) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[n][j]));
+            e8p_expand<kBits>(words[n], plane, a[n]);
+          } else {
+#pragma unroll
+            for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j)
+              asm volatile("" : "+r"(c[n].a[j].x), "+r"(c[n].a[j].y));
+            asm volatile("" : "+r"(c[n].b.x));
+            scalar_operands<kBits>(c[n], 0, a[n]);
+          }
+        }
+        mma_fence();
+#pragma unroll
+        for (int n = 0; n < kCells; ++n) {
+          const int at = n * kX + plane * kPlane;
+          wgmma(acc, a[n][0], x + (at >> 4));
+          wgmma(acc, a[n][1], x + (at + 2 * kColumns * 16 >> 4));
+        }
+        mma_group_commit();
+      }
+      ring.advance();
+    }
+    mma_groups_wait<0>();
+    finished();
+
+    const int block = group * (kWarps / 2) + warp / 2, row = half * 16 + g;  // of the block
+    if (block < blocks) {
+      float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
+                         warp / 2 * kCellRows + row;
+      float scale[2], shift[2];  // scalar
+      if constexpr (!kE8p) {
+        RowScales rows;
+        rows.load(p.w, block, 0, 1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          scale[h] = half == 0 ? rows.scale(p.w, h) : rows.scale(p.w, 2 + h);
+          shift[h] = half == 0 ? rows.template shift<kBits>(p.w, h)
+                               : rows.template shift<kBits>(p.w, 2 + h);
+        }
+        if (p.w.zeros != nullptr) {  // sums of this row group's activations, of 64 tokens
+          float all[2] = {};
+          int at = (unit0 + begin) % units * kCells;
+          for (int i = (end - begin) * kCells; i > 0; --i) {
+            const float2* const of = p.x_sums + size_t(at) * (4 * kTiles) + lane;
+            all[0] += of[0].x;
+            all[1] += of[32].x;
+            if (++at == units * kCells) at = 0;
+          }
+          __syncwarp();
+          sums[lane] = all[0];
+          sums[lane + 32] = all[1];
+          __syncwarp();
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int m = n * 4 + t, token = min(m, tokens - 1);
+        const float x_scale = p.x_scales[token];
+        float sum = 0.f;
+        if constexpr (!kE8p) {
+          if (p.w.zeros != nullptr) sum = sums[token];
+        }
+        float v[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          v[h] = 256.f * acc[n * 4 + 2 * h] + acc[n * 4 + 2 * h + 1];
+          if constexpr (kE8p) {
+            v[h] *= x_scale * (1.f / 32.f);
+          } else {
+            v[h] = (kStep * v[h] + shift[h] * sum) * (x_scale * scale[h]);
+          }
+        }
+        if (p.local_bits > 0) {
+          transform_tile(v, p.local_bits);
+          if (p.local_bits > 4) {  // rows of the pair: buffers in turn, one barrier a tile
+            float* const ex = exchange + (n % 2 * kWarps + warp) * 64 + lane;
+            float* const other = exchange + (n % 2 * kWarps + (warp ^ 1)) * 64 + lane;
+            ex[0] = v[0];
+            ex[32] = v[1];
+            pair_sync(warp / 2);
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              v[h] = half == 0 ? v[h] + other[32 * h] : other[32 * h] - v[h];
+          }
+        }
+        if (m < tokens) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) out[m * s.group_rows + 8 * h] = v[h];
+        }
+      }
+    }
+    if (end == count) break;
+#pragma unroll
+    for (int q = 0; q < kTiles * 4; ++q) acc[q] = 0;
+    finished();
+    begin = end;
+    unit = 0;
+    ++group;
+  }
+#endif
+}
+
+}  // namespace aqlm

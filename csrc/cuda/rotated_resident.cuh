@@ -1,0 +1,267 @@
+// cuda.e8p, cuda.scalar on Hopper for 5 .. 16 tokens, one scale along K: warpgroup MMAs as in
+// rotated_wgmma.cuh, in a loop of little else than decoding.
+//
+// With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
+// through rings: the x of a block's whole range lies in shared memory, and codes come to registers.
+//
+//   Share::kLocal  the block quantizes its range of x itself
+//   Share::kRing   stage_kernel has done so; bulk copies bring the range, a barrier a step
+//
+// A warp decodes 32 x 64 cells, two a step. A row's last cell may be missing: its x is zeros.
+//
+// Architecture sm_90a only.
+#pragma once
+
+#include "e8p_decode.cuh"
+#include "rotated_codes.cuh"
+#include "rotated_rings.cuh"
+#include "rotated_rows.cuh"
+#include "rotated_stage.cuh"
+#include "rotated_tune.h"
+#include "wgmma_ptx.cuh"
+
+namespace aqlm {
+
+// A warp's codes, a step of two cells at a time: of row block `block` and on to the warp's next.
+template <int kBits, int kWarps>
+struct StepStream {
+  static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
+  int row_cells, missing, blocks, units;
+  int block, wrap, left;
+  const uint8_t* from;
+
+  __device__ __forceinline__ StepStream(const RotatedMatmul& p, const BlockShare& share, int warp,
+                                        int lane)
+      : row_cells(p.w.units()), missing(p.s.units * 2 - row_cells), blocks(p.w.blocks()),
+        units(p.s.units) {
+    block = share.first / units * kWarps + warp;
+    wrap = units - share.unit0;
+    left = block < blocks ? share.count : 0;
+    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * 2) * kCodes + lane * 16;
+  }
+  // Brings the next 4 KB to L2 (a multiple of 128 bytes: 1 KB to 2 KB a step).
+  __device__ __forceinline__ void prefetch(int lane) const {
+    if (lane * 128 < min(left, wrap) * 2 * kCodes - missing * kCodes)
+      asm volatile("prefetch.global.L2 [%0];" :: "l"(from + lane * (128 - 16)));
+  }
+  __device__ __forceinline__ void load(const uint8_t* at, ScalarCodes<kBits>& c) const {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(c.a) / 16); ++i) c.a[i] = load_stream(at + i * 512);
+    if constexpr (kBits == 3) c.b = load_stream8(at - threadIdx.x % 32 * 8 + 512);
+  }
+  // Starts loading the next step.
+  __device__ __forceinline__ void fetch(ScalarCodes<kBits> (&c)[2]) {
+    if (left > 0) {
+      load(from, c[0]);
+      if (missing == 0 || wrap > 1) load(from + kCodes, c[1]);
+    }
+    --left;
+    from += 2 * kCodes;
+    if (--wrap == 0) {
+      wrap = units;
+      from += (size_t(kWarps - 1) * row_cells - missing) * kCodes;
+      block += kWarps;
+      if (block >= blocks) left = 0;
+    }
+  }
+};
+
+template <Coding kCoding, int kBits, Share kShare>
+__global__ void __launch_bounds__(tune::kResidentWarps * 32, 1)
+rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kShare == Share::kLocal;
+  constexpr int kWarps = tune::kResidentWarps, kTiles = 4, kColumns = 8 * kTiles, kDepth = 2;
+  constexpr int kX = kColumns * kStageColumn, kStep = 2 * kX;  // bytes of x: a cell, a step
+  using Codes = ScalarCodes<kBits>;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned char* const cells = smem + tune::rotated_tables(kCoding, kBits);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const RotatedSchedule& s = p.s;
+  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
+  const BlockShare share(s);
+  const int count = share.count, unit0 = share.unit0, group0 = share.first / units;
+  // Two of [4][group_rows].
+  float* const exchange = reinterpret_cast<float*>(cells + count * kStep);
+  unsigned char* const rest = reinterpret_cast<unsigned char*>(exchange) + tune::kResidentExchange;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(rest);  // kRing
+  float2* const sums = reinterpret_cast<float2*>(rest);      // kLocal
+  float* const peaks = reinterpret_cast<float*>(sums + 2 * count * tokens);
+  float* const scales = peaks + kWarps;
+
+  // Codes: a register ring, filled ahead of the activations.
+  StepStream<kBits, kWarps> codes(p, share, warp, lane);
+  Codes ring[kDepth][2] = {};
+  grid_dependents_start();
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
+  if constexpr (!kLocal) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
+      mbar::init_fence();
+    }
+  }
+  if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  codes.prefetch(lane);  // after the tables' loads, which would wait for it
+  const int slot0 = first_slot(p, group0);
+  if (p.local_bits < 0) __trap();  // touches the last line of the parameters
+  if constexpr (!kLocal) __syncthreads();
+  grid_dependency_wait();
+  if constexpr (kLocal) {
+    stage_tokens<kE8p, kWarps, 4, true>(p, 2 * unit0, 2 * count, cells, kX,
+                                        wgmma_layout(kColumns), sums, peaks, scales);
+  } else if (threadIdx.x == 0) {
+    int unit = unit0;
+    for (int i = 0; i < count; ++i) {
+      mbar::expect(full + i, kStep);
+      mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
+      if (++unit == units) unit = 0;
+    }
+  }
+  __syncwarp();
+
+  int acc[2][kTiles * 4] = {};
+  constexpr float kUnit = 1.f / scalar_step(kBits);
+  RowScales rows;
+  const uint32_t lane_offset = lane * 4;
+  // The compiler orders uses of `acc` by its values alone, not by the wait.
+  auto finished = [&] {
+#pragma unroll
+    for (int q = 0; q < 2 * kTiles * 4; ++q)
+      asm volatile("" : "+r"((&acc[0][0])[q]) :: "memory");
+  };
+  auto combined = [&](int r, int n) {
+    const int* v = acc[r / 2] + n * 4 + r % 2 * 2;
+    return 256.f * v[0] + v[1];
+  };
+
+  const uint64_t x_begin = core_matrices(cells, kColumns * 16, 128);
+  auto step = [&](int i, Codes (&c)[2]) {
+    uint32_t words[4][4], a[4][2][4];  // of row tile i % 2, cell i / 2
+    if constexpr (kE8p) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        e8p_words<kBits>(c[i / 2].a[0], c[i / 2].a[0], c[i / 2].b, 0, i % 2, lane_offset,
+                         words[i]);
+      codes.fetch(c);
+    }
+    mma_groups_wait<0>();
+    if constexpr (!kLocal) mbar::wait(full + i, 0);
+    // MMAs read their A registers until they are waited for, which the compiler does not know:
+    // what writes them must depend on something that comes after the wait.
+    if constexpr (kE8p) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+        e8p_expand<kBits>(words[i], 0, a[i]);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        after_wait(c[n], 0u);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
+      }
+      codes.fetch(c);
+    }
+    const uint64_t x = x_begin + (i * kStep >> 4);
+    mma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = i / 2 * kX;
+      wgmma(acc[i % 2], a[i][0], x + (at >> 4));
+      wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
+    }
+    mma_group_commit();
+  };
+
+  auto swap = [&] {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Codes head = ring[0][n];
+      ring[0][n] = ring[1][n];
+      ring[1][n] = head;
+    }
+  };
+
+  int begin = 0, group = group0, unit = unit0;
+  for (;;) {  // row groups
+    const int end = min(count, begin + units - unit);
+    for (int i = begin;;) {
+      if (i == end) break;
+      step(i++, ring[0]);
+      if (i == end) {  // the next row group begins with the ring's first registers
+        swap();
+        break;
+      }
+      step(i++, ring[1]);
+    }
+    mma_groups_wait<0>();
+    finished();
+
+    const int block = group * kWarps + warp;
+    // Rows past the last block: computed for the sake of barriers, never stored.
+    const bool exists = block < blocks, exchanged = p.local_bits > 5;
+    if (exists || exchanged) {
+      float* const out = partials_of(p, group, begin == 0 ? slot0 : 0);
+      if constexpr (!kE8p) rows.load(p.w, block, 0, 1);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        if (exchanged && n * 4 >= tokens) break;
+        const int m = n * 4 + t, token = min(m, tokens - 1);
+        const float x_scale = kLocal ? scales[token] : p.x_scales[token];
+        float sum = 0.f;
+        if constexpr (!kE8p) {
+          if (p.w.zeros != nullptr) {
+            for (int i = 2 * begin + g; i < 2 * end; i += 8) {
+              if constexpr (kLocal) {
+                sum += sums[i * tokens + token].x;
+              } else {
+                sum += p.x_sums[size_t((2 * unit0 + i) % (2 * units)) * (4 * kTiles) + token].x;
+              }
+            }
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+          }
+        }
+        float v[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          if constexpr (kE8p) {
+            v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
+          } else {
+            v[r] = kUnit * combined(r, n) + rows.template shift<kBits>(p.w, r) * sum;
+            v[r] *= x_scale * rows.scale(p.w, r);
+          }
+        }
+        if (p.local_bits > 0) transform_rows(v, p.local_bits);
+        if (exchanged) {
+          // Two buffers in turn: one barrier a tile.
+          float* const ex = exchange + n % 2 * 4 * kWarps * kCellRows;
+#pragma unroll
+          for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
+          __syncthreads();
+          transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
+                                  out + n * 4 * s.group_rows, blocks - group * kWarps, warp);
+        } else if (m < tokens) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            out[m * s.group_rows + warp * kCellRows + r * 8 + g] = v[r];
+        }
+      }
+      if (exchanged) __syncthreads();  // the next row group begins with buffer 0
+    }
+    if (end == count) break;
+#pragma unroll
+    for (int q = 0; q < 2 * kTiles * 4; ++q) (&acc[0][0])[q] = 0;
+    finished();
+    begin = end;
+    unit = 0;
+    ++group;
+  }
+#endif
+}
+
+}  // namespace aqlm
