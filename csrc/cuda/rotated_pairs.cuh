@@ -31,8 +31,8 @@ struct PairRing {
   static constexpr int kPairs = tune::kPairWarps / 2;
   // What the warp copies of a step: of two cells one, of one cell a plane.
   static constexpr int kHalf = kCells == 2 ? kCodes : 512;
-  int row_cells, missing, blocks, units;
-  int block, wrap, left, half, lane;
+  int row_cells, missing, units;
+  int wrap, left, half, lane;
   int skipped;            // the last step of a row has no second cell: 1; -1
   const uint8_t* from;    // the lane's
   unsigned char *to, *own;  // the lane's in slot 0, to write and to read
@@ -41,12 +41,12 @@ struct PairRing {
   // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
   __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
                                       unsigned char* space, uint64_t* barriers, int warp, int lane)
-      : row_cells(p.w.units()), missing(p.s.units * kCells - row_cells), blocks(p.w.blocks()),
+      : row_cells(p.w.units()), missing(p.s.units * kCells - row_cells),
         units(p.s.units), half(warp % 2), lane(lane) {
     const int pair = warp / 2;
-    block = share.first / units * kPairs + pair;
+    const int block = share.first / units * kPairs + pair;
     wrap = units - share.unit0;
-    left = block < blocks ? share.count : 0;
+    left = steps_of_warp(p, share, kPairs, pair);
     skipped = half == 1 && missing > 0 ? 1 : -1;
     from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells) * kCodes +
            half * kHalf + lane * 16;
@@ -74,8 +74,6 @@ struct PairRing {
     if (--wrap == 0) {
       wrap = units;
       from += (size_t(kPairs - 1) * row_cells - missing) * kCodes;
-      block += kPairs;
-      if (block >= blocks) left = 0;
     }
   }
   // The lane's codes of a step, of the warp's row tile, as those of row tile 0.
@@ -118,7 +116,6 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   StageRing<kStages, kStage, 0> x_ring(cells, unit0);
   uint64_t* const code_full = x_ring.empty + kStages;
   float* const exchange = reinterpret_cast<float*>(code_full + kWarps / 2 * kStages);
-  float* const sums = exchange + (2 * kWarps + warp) * 64;  // the warp's
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWarps / 2 * kStages; ++i) mbar::init(code_full + i, 64);
     mbar::init_ring<kStages>(x_ring.full, x_ring.empty, kWarps);
@@ -207,7 +204,8 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     if (block < blocks) {
       float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
                          warp / 2 * kCellRows + row;
-      float scale[2], shift[2];  // scalar
+      float* const sums = exchange + (2 * kWarps + warp) * 64;  // scalar: the warp's
+      float scale[2], shift[2];
       if constexpr (!kE8p) {
         RowScales rows;
         rows.load(p.w, block, 0, 1);
@@ -232,9 +230,11 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           __syncwarp();
         }
       }
+      int first = t;  // token of tile 0, and no addresses of all tokens held through the loop
+      asm volatile("" : "+r"(first));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const int m = n * 4 + t, token = min(m, tokens - 1);
+        const int m = n * 4 + first, token = min(m, tokens - 1);
         const float x_scale = p.x_scales[token];
         float sum = 0.f;
         if constexpr (!kE8p) {

@@ -26,17 +26,16 @@ namespace aqlm {
 template <int kBits, int kWarps>
 struct StepStream {
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
-  int row_cells, missing, blocks, units;
-  int block, wrap, left;
+  int row_cells, missing, units;
+  int wrap, left;
   const uint8_t* from;
 
   __device__ __forceinline__ StepStream(const RotatedMatmul& p, const BlockShare& share, int warp,
                                         int lane)
-      : row_cells(p.w.units()), missing(p.s.units * 2 - row_cells), blocks(p.w.blocks()),
-        units(p.s.units) {
-    block = share.first / units * kWarps + warp;
+      : row_cells(p.w.units()), missing(p.s.units * 2 - row_cells), units(p.s.units) {
+    const int block = share.first / units * kWarps + warp;
     wrap = units - share.unit0;
-    left = block < blocks ? share.count : 0;
+    left = steps_of_warp(p, share, kWarps, warp);
     from = p.w.packed + (size_t(block) * row_cells + share.unit0 * 2) * kCodes + lane * 16;
   }
   // Brings the next 4 KB to L2 (a multiple of 128 bytes: 1 KB to 2 KB a step).
@@ -60,8 +59,6 @@ struct StepStream {
     if (--wrap == 0) {
       wrap = units;
       from += (size_t(kWarps - 1) * row_cells - missing) * kCodes;
-      block += kWarps;
-      if (block >= blocks) left = 0;
     }
   }
 };
@@ -207,10 +204,12 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     if (exists || exchanged) {
       float* const out = partials_of(p, group, begin == 0 ? slot0 : 0);
       if constexpr (!kE8p) rows.load(p.w, block, 0, 1);
+      int first = t;  // token of tile 0, and no addresses of all tokens held through the loop
+      asm volatile("" : "+r"(first));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         if (exchanged && n * 4 >= tokens) break;
-        const int m = n * 4 + t, token = min(m, tokens - 1);
+        const int m = n * 4 + first, token = min(m, tokens - 1);
         const float x_scale = kLocal ? scales[token] : p.x_scales[token];
         float sum = 0.f;
         if constexpr (!kE8p) {
@@ -241,7 +240,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
           // Two buffers in turn: one barrier a tile.
           float* const ex = exchange + n % 2 * 4 * kWarps * kCellRows;
 #pragma unroll
-          for (int r = 0; r < 4; ++r) ex[(t * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
+          for (int r = 0; r < 4; ++r) ex[(first * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
           __syncthreads();
           transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
                                   out + n * 4 * s.group_rows, blocks - group * kWarps, warp);

@@ -18,6 +18,13 @@ struct BlockShare {
   }
 };
 
+// Steps of a block's share in which row block `own` of `each` in a row group exists: from the first on.
+__device__ __forceinline__ int steps_of_warp(const RotatedMatmul& p, const BlockShare& share,
+                                             int each, int own) {
+  const int groups = (p.w.blocks() - own + each - 1) / each;
+  return min(share.count, groups * p.s.units - share.first);
+}
+
 // Staged x: thread 0 copies it, kX bytes of cells and kSums bytes of their sums a step, into stages
 // that all warps read and give back.
 template <int kStages, int kX, int kSums>
