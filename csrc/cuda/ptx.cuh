@@ -135,6 +135,13 @@ __device__ __forceinline__ void proxy_fence() {
 #endif
 }
 
+// threadIdx.x read anew, so that nothing derived from it waits in registers through a loop before.
+__device__ __forceinline__ int thread_again() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 // Programmatic dependent launch: let the next kernel's blocks start (they wait before reading).
 __device__ __forceinline__ void grid_dependents_start() {
 #if __CUDA_ARCH__ >= 900

@@ -108,7 +108,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = code_space + kWarps / 2 * kStages * Codes::kStep;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, half = warp % 2;
+  const int lane = threadIdx.x % 32;
   const RotatedSchedule& s = p.s;
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
   const BlockShare share(s);
@@ -150,7 +150,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int i = begin; i < end; ++i) {
       ScalarCodes<kBits> c[kCells];
       codes.read(ring, c);
-      codes.fetch((ring.stage + Codes::kAhead) % kStages);
+      codes.fetch(ring.after(Codes::kAhead));
       const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
@@ -164,7 +164,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         mma_groups_wait<0>();
         if (plane == 0) {
           if (i > 0) {
-            if (lane == 0) mbar::arrive(x_ring.empty + (ring.stage + kStages - 1) % kStages);
+            if (lane == 0) mbar::arrive(x_ring.empty + ring.after(kStages - 1));
             x_ring.fill(p, count);
           }
           __syncwarp();
@@ -200,11 +200,12 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     mma_groups_wait<0>();
     finished();
 
-    const int block = group * (kWarps / 2) + warp / 2, row = half * 16 + g;  // of the block
+    const int thread = thread_again(), own = thread / 32, at = thread % 32, half = own % 2;
+    const int block = group * (kWarps / 2) + own / 2, row = half * 16 + at / 4;  // of the block
     if (block < blocks) {
       float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
-                         warp / 2 * kCellRows + row;
-      float* const sums = exchange + (2 * kWarps + warp) * 64;  // scalar: the warp's
+                         own / 2 * kCellRows + row;
+      float* const sums = exchange + (2 * kWarps + own) * 64;  // scalar: the warp's
       float scale[2], shift[2];
       if constexpr (!kE8p) {
         RowScales rows;
@@ -217,24 +218,22 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         if (p.w.zeros != nullptr) {  // sums of this row group's activations, of 64 tokens
           float all[2] = {};
-          int at = (unit0 + begin) % units * kCells;
+          int cell = (unit0 + begin) % units * kCells;
           for (int i = (end - begin) * kCells; i > 0; --i) {
-            const float2* const of = p.x_sums + size_t(at) * (4 * kTiles) + lane;
+            const float2* const of = p.x_sums + size_t(cell) * (4 * kTiles) + at;
             all[0] += of[0].x;
             all[1] += of[32].x;
-            if (++at == units * kCells) at = 0;
+            if (++cell == units * kCells) cell = 0;
           }
           __syncwarp();
-          sums[lane] = all[0];
-          sums[lane + 32] = all[1];
+          sums[at] = all[0];
+          sums[at + 32] = all[1];
           __syncwarp();
         }
       }
-      int first = t;  // token of tile 0, and no addresses of all tokens held through the loop
-      asm volatile("" : "+r"(first));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const int m = n * 4 + first, token = min(m, tokens - 1);
+        const int m = n * 4 + at % 4, token = min(m, tokens - 1);
         const float x_scale = p.x_scales[token];
         float sum = 0.f;
         if constexpr (!kE8p) {
@@ -253,11 +252,11 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         if (p.local_bits > 0) {
           transform_tile(v, p.local_bits);
           if (p.local_bits > 4) {  // rows of the pair: buffers in turn, one barrier a tile
-            float* const ex = exchange + (n % 2 * kWarps + warp) * 64 + lane;
-            float* const other = exchange + (n % 2 * kWarps + (warp ^ 1)) * 64 + lane;
+            float* const ex = exchange + (n % 2 * kWarps + own) * 64 + at;
+            float* const other = exchange + (n % 2 * kWarps + (own ^ 1)) * 64 + at;
             ex[0] = v[0];
             ex[32] = v[1];
-            pair_sync(warp / 2);
+            pair_sync(own / 2);
 #pragma unroll
             for (int h = 0; h < 2; ++h)
               v[h] = half == 0 ? v[h] + other[32 * h] : other[32 * h] - v[h];

@@ -79,9 +79,8 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0, group0 = share.first / units;
-  // Two of [4][group_rows].
-  float* const exchange = reinterpret_cast<float*>(cells + count * kStep);
-  unsigned char* const rest = reinterpret_cast<unsigned char*>(exchange) + tune::kResidentExchange;
+  float* const exchange = reinterpret_cast<float*>(cells + count * kStep);  // [token][warp][row]
+  float* const rest = exchange + tokens * kWarps * kCellRows;
   uint64_t* const full = reinterpret_cast<uint64_t*>(rest);  // kRing
   float2* const sums = reinterpret_cast<float2*>(rest);      // kLocal
   float* const peaks = reinterpret_cast<float*>(sums + 2 * count * tokens);
@@ -208,7 +207,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       asm volatile("" : "+r"(first));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (exchanged && n * 4 >= tokens) break;
+        if (n * 4 >= tokens) break;
         const int m = n * 4 + first, token = min(m, tokens - 1);
         const float x_scale = kLocal ? scales[token] : p.x_scales[token];
         float sum = 0.f;
@@ -236,21 +235,18 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
           }
         }
         if (p.local_bits > 0) transform_rows(v, p.local_bits);
-        if (exchanged) {
-          // Two buffers in turn: one barrier a tile.
-          float* const ex = exchange + n % 2 * 4 * kWarps * kCellRows;
+        if (m < tokens) {
+          float* const to = (exchanged ? exchange : out) + (m * kWarps + warp) * kCellRows + g;
 #pragma unroll
-          for (int r = 0; r < 4; ++r) ex[(first * kWarps + warp) * kCellRows + r * 8 + g] = v[r];
-          __syncthreads();
-          transform_warps<kWarps>(ex, min(4, tokens - n * 4), p.local_bits - 5,
-                                  out + n * 4 * s.group_rows, blocks - group * kWarps, warp);
-        } else if (m < tokens) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r)
-            out[m * s.group_rows + warp * kCellRows + r * 8 + g] = v[r];
+          for (int r = 0; r < 4; ++r) to[r * 8] = v[r];
         }
       }
-      if (exchanged) __syncthreads();  // the next row group begins with buffer 0
+      if (exchanged) {
+        __syncthreads();
+        transform_warps<kWarps>(exchange, tokens, p.local_bits - 5, out, blocks - group * kWarps,
+                                warp);
+        if (end < count) __syncthreads();  // the next row group writes there
+      }
     }
     if (end == count) break;
 #pragma unroll

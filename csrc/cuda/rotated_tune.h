@@ -97,16 +97,16 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
-// The body whose blocks hold all their x (rotated_resident.cuh), 5 .. 16 tokens: warps, bytes of
-// exchanged rows.
-constexpr int kResidentWarps = 16, kResidentExchange = 2 * 4 * kResidentWarps * kCellRows * 4;
+// The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps.
+constexpr int kResidentWarps = 16;
 AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles, bool grouped) {
   return tiles == 4 && !grouped && coding == Coding::kE8p && bits == 2;
 }
 // slots: steps of x of a block.
 inline int rotated_resident_smem(Coding coding, int bits, int slots, int tokens, Share share) {
   const int step = 2 * 4 * 512;
-  return rotated_tables(coding, bits) + slots * step + kResidentExchange +
+  return rotated_tables(coding, bits) + slots * step +
+         tokens * kResidentWarps * kCellRows * 4 +
          (share == Share::kLocal ? 2 * slots * tokens * 8 + (kResidentWarps + tokens) * 4
                                  : slots * 8);
 }
