@@ -233,6 +233,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
       }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        asm volatile("" ::: "memory");  // no loads of later tiles yet: registers
         const int m = n * 4 + at % 4, token = min(m, tokens - 1);
         const float x_scale = p.x_scales[token];
         float sum = 0.f;

@@ -107,12 +107,11 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   if constexpr (kLocal) {
     stage_tokens<kE8p, kWarps, 4, true>(p, 2 * unit0, 2 * count, cells, kX,
                                         wgmma_layout(kColumns), sums, peaks, scales);
-  } else if (threadIdx.x == 0) {
-    int unit = unit0;
-    for (int i = 0; i < count; ++i) {
+  } else if (lane == 0) {
+    for (int i = warp; i < count; i += kWarps) {
+      const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
       mbar::expect(full + i, kStep);
       mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
-      if (++unit == units) unit = 0;
     }
   }
   __syncwarp();
