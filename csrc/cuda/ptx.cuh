@@ -128,13 +128,6 @@ __device__ __forceinline__ void mma_16832(int (&c)[4], const uint32_t (&a)[4], u
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Orders this thread's writes to shared memory before reads by warpgroup MMAs (after a barrier).
-__device__ __forceinline__ void proxy_fence() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // threadIdx.x read anew, so that nothing derived from it waits in registers through a loop before.
 __device__ __forceinline__ int thread_again() {
   int v;

@@ -130,15 +130,16 @@ bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const De
   p.w = w;
   p.tokens = tokens;
   schedule_rotated(c, device, &p);
-  const int slots = tune::local_units(p.s), warps = p.s.group_rows / kCellRows;
-  const int smem = c.wgmma ? tune::rotated_resident_smem(w.coding, w.bits, slots, tokens, c.share)
-                           : tune::rotated_tables(w.coding, w.bits) +
-                                 tune::staged_bytes(p.s, tokens, c.tiles, c.share, warps);
   int most = c.tiles == 4 ? tune::kLocalCells : 1 << 20;
+  if (device.arch == 90 && tune::rotated_resident(w.coding, w.bits, c.tiles))
+    most = tune::kResidentLeastCells - 1;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 1) most = 1 << 20;
 #endif
-  return slots * p.s.cells <= most && smem <= device.max_smem;
+  return tune::local_cells(p.s) <= most &&
+         tune::rotated_tables(w.coding, w.bits) +
+                 tune::staged_bytes(p.s, tokens, c.tiles, c.share, p.s.group_rows / kCellRows) <=
+             device.max_smem;
 }
 
 int grid_of(size_t items) { return static_cast<int>((items + 255) / 256); }
@@ -171,10 +172,6 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
-  c.wgmma = hopper && tune::rotated_resident(w.coding, w.bits, c.tiles, c.grouped);
-#ifdef AQLM_TUNE
-  if (g_rotated_body == 1) c.wgmma = false;
-#endif
   c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
   if (c.tiles == 1 && !c.grouped && x_type != DType::kFloat32 &&
       tune::rotated_owned(w, tokens, rotates, device))
@@ -182,7 +179,7 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
-  c.wgmma = c.wgmma || (hopper && c.share == Share::kRing && !c.half);
+  c.wgmma = hopper && c.share == Share::kRing && !c.half;
   c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
@@ -199,9 +196,9 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
-  const bool resident =
-      c.wgmma && tune::rotated_resident(p->w.coding, p->w.bits, c.tiles, c.grouped);
-  const bool pairs = c.wgmma && tune::rotated_pairs(c.tiles, c.grouped);
+  const bool resident = c.wgmma && tune::rotated_resident(p->w.coding, p->w.bits, c.tiles);
+  const bool pairs =
+      c.wgmma && tune::rotated_pairs(p->w.coding, p->w.bits, c.tiles, c.grouped);
   const int warps = c.half    ? tune::rotated_half_warps(c.tiles)
                    : resident ? tune::kResidentWarps
                    : pairs    ? tune::kPairWarps / 2
@@ -216,8 +213,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
   s.cells = c.half     ? tune::rotated_half_cells(p->w)
-            : resident ? 2
-            : pairs    ? tune::rotated_pair_cells(p->w.coding, p->w.bits)
+            : resident || pairs ? 2
             : c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped)
                       : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;
@@ -237,7 +233,7 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   auto steps = [&] { return static_cast<int>((cells + s.ctas - 1) / s.ctas); };  // of a block
   if (resident)  // no step of a row twice, and room for x
     while (steps() > s.units || tune::rotated_resident_smem(p->w.coding, p->w.bits, steps(),
-                                                            p->tokens, c.share) > device.max_smem)
+                                                            p->tokens) > device.max_smem)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }

@@ -101,8 +101,8 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   };
   if constexpr (kLocal) {
     if (kTiles > 1 || (!kGrouped && tokens > 1)) {
-      stage_tokens<kE8p, kWarps, kTiles == 1 ? 2 : 4>(p, unit0, slots, cells, cell_stride,
-                                                      mma_layout(), sums, peaks, scales);
+      stage_tokens<kE8p, kWarps, kTiles == 1 ? 2 : 4>(p, unit0, slots, cells, cell_stride, sums,
+                                                      peaks, scales);
     } else {
       for (int m = 0; m < tokens; ++m) {
         const StageRange r = {unit0, slots, 0, slots, cells + 2 * m * kStageColumn,

@@ -93,12 +93,12 @@ struct PairRing {
   }
 };
 
-template <Coding kCoding, int kBits>
+template <Coding kCoding, int kBits, int kTiles>
 __global__ void __launch_bounds__(tune::kPairWarps * 32, 1)
 rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
-  constexpr int kTiles = 16, kWarps = tune::kPairWarps, kColumns = 8 * kTiles;
+  constexpr int kWarps = tune::kPairWarps, kColumns = 8 * kTiles;
   constexpr int kCells = tune::rotated_pair_cells(kCoding, kBits);
   constexpr int kPlanes = tune::rotated_planes(kCoding, kBits);
   constexpr int kStages = tune::rotated_pair_stages(kCoding, kBits);
@@ -110,7 +110,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32;
   const RotatedSchedule& s = p.s;
-  const int units = s.units, blocks = p.w.blocks(), tokens = p.tokens;  // units: steps
+  const int units = s.units, tokens = p.tokens;  // units: steps
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0;
   StageRing<kStages, kStage, 0> x_ring(cells, unit0);
@@ -202,7 +202,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 
     const int thread = thread_again(), own = thread / 32, at = thread % 32, half = own % 2;
     const int block = group * (kWarps / 2) + own / 2, row = half * 16 + at / 4;  // of the block
-    if (block < blocks) {
+    if (block * kCellRows < p.w.N) {
       float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
                          own / 2 * kCellRows + row;
       float* const sums = exchange + (2 * kWarps + own) * 64;  // scalar: the warp's
@@ -218,12 +218,15 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         if (p.w.zeros != nullptr) {  // sums of this row group's activations, of 64 tokens
           float all[2] = {};
-          int cell = (unit0 + begin) % units * kCells;
+          int cell = begin == 0 ? unit0 : 0;
+          asm volatile("" : "+r"(cell));  // no addresses of it held through the loop
+          cell *= kCells;
+#pragma unroll 1
           for (int i = (end - begin) * kCells; i > 0; --i) {
             const float2* const of = p.x_sums + size_t(cell) * (4 * kTiles) + at;
             all[0] += of[0].x;
             all[1] += of[32].x;
-            if (++cell == units * kCells) cell = 0;
+            ++cell;
           }
           __syncwarp();
           sums[at] = all[0];

@@ -1,13 +1,10 @@
-// cuda.e8p, cuda.scalar on Hopper for 5 .. 16 tokens, one scale along K: warpgroup MMAs as in
+// cuda.e8p, cuda.scalar on Hopper for 9 .. 16 tokens, one scale along K: warpgroup MMAs as in
 // rotated_wgmma.cuh, in a loop of little else than decoding.
 //
 // With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
 // through rings: the x of a block's whole range lies in shared memory, and codes come to registers.
 //
-//   Share::kLocal  the block quantizes its range of x itself
-//   Share::kRing   stage_kernel has done so; bulk copies bring the range, a barrier a step
-//
-// A warp decodes 32 x 64 cells, two a step. A row's last cell may be missing: its x is zeros.
+// stage_kernel has quantized x; bulk copies bring a block its range, a barrier a step. A warp decodes 32 x 64 cells, two a step. A row's last cell may be missing: its x is zeros.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -63,12 +60,12 @@ struct StepStream {
   }
 };
 
-template <Coding kCoding, int kBits, Share kShare>
+template <Coding kCoding, int kBits, int kTiles>
 __global__ void __launch_bounds__(tune::kResidentWarps * 32, 1)
 rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kE8p = kCoding == Coding::kE8p, kLocal = kShare == Share::kLocal;
-  constexpr int kWarps = tune::kResidentWarps, kTiles = 4, kColumns = 8 * kTiles, kDepth = 2;
+  constexpr bool kE8p = kCoding == Coding::kE8p;
+  constexpr int kWarps = tune::kResidentWarps, kColumns = 8 * kTiles, kDepth = 2;
   constexpr int kX = kColumns * kStageColumn, kStep = 2 * kX;  // bytes of x: a cell, a step
   using Codes = ScalarCodes<kBits>;
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -80,11 +77,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0, group0 = share.first / units;
   float* const exchange = reinterpret_cast<float*>(cells + count * kStep);  // [token][warp][row]
-  float* const rest = exchange + tokens * kWarps * kCellRows;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(rest);  // kRing
-  float2* const sums = reinterpret_cast<float2*>(rest);      // kLocal
-  float* const peaks = reinterpret_cast<float*>(sums + 2 * count * tokens);
-  float* const scales = peaks + kWarps;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(exchange + tokens * kWarps * kCellRows);
 
   // Codes: a register ring, filled ahead of the activations.
   StepStream<kBits, kWarps> codes(p, share, warp, lane);
@@ -92,22 +85,17 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  if constexpr (!kLocal) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
-      mbar::init_fence();
-    }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
+    mbar::init_fence();
   }
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
   codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int slot0 = first_slot(p, group0);
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
-  if constexpr (!kLocal) __syncthreads();
+  __syncthreads();
   grid_dependency_wait();
-  if constexpr (kLocal) {
-    stage_tokens<kE8p, kWarps, 4, true>(p, 2 * unit0, 2 * count, cells, kX,
-                                        wgmma_layout(kColumns), sums, peaks, scales);
-  } else if (lane == 0) {
+  if (lane == 0) {
     for (int i = warp; i < count; i += kWarps) {
       const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
       mbar::expect(full + i, kStep);
@@ -142,7 +130,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       codes.fetch(c);
     }
     mma_groups_wait<0>();
-    if constexpr (!kLocal) mbar::wait(full + i, 0);
+    mbar::wait(full + i, 0);
     // MMAs read their A registers until they are waited for, which the compiler does not know:
     // what writes them must depend on something that comes after the wait.
     if constexpr (kE8p) {
@@ -208,16 +196,12 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       for (int n = 0; n < kTiles; ++n) {
         if (n * 4 >= tokens) break;
         const int m = n * 4 + first, token = min(m, tokens - 1);
-        const float x_scale = kLocal ? scales[token] : p.x_scales[token];
+        const float x_scale = p.x_scales[token];
         float sum = 0.f;
         if constexpr (!kE8p) {
           if (p.w.zeros != nullptr) {
             for (int i = 2 * begin + g; i < 2 * end; i += 8) {
-              if constexpr (kLocal) {
-                sum += sums[i * tokens + token].x;
-              } else {
-                sum += p.x_sums[size_t((2 * unit0 + i) % (2 * units)) * (4 * kTiles) + token].x;
-              }
+              sum += p.x_sums[size_t((2 * unit0 + i) % (2 * units)) * (4 * kTiles) + token].x;
             }
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);

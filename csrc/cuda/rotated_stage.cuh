@@ -214,13 +214,12 @@ __device__ __forceinline__ uint4 load_eight_raw(const RotatedMatmul& p, long lon
 }
 
 // The units [first, first + count) of 2 .. kWarps tokens, by all warps: those of a token share its
-// units, kBatch loads of a thread in flight at once. 16-bit values wait in their own columns,
-// which have just the room. kWgmma: for warpgroup MMAs.
-template <bool kE8p, int kWarps, int kBatch, bool kWgmma = false>
+// units, kBatch loads of a thread in flight at once. 16-bit values wait in their own cell,
+// which has just the room.
+template <bool kE8p, int kWarps, int kBatch>
 __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, int count,
-                                             uint8_t* cells, int cell_stride,
-                                             const StageLayout& layout, float2* sums, float* peaks,
-                                             float* scales) {
+                                             uint8_t* cells, int cell_stride, float2* sums,
+                                             float* peaks, float* scales) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tokens = p.tokens;
   int parts = kWarps;  // warps of a token
   while (parts * tokens > kWarps) parts /= 2;
@@ -229,7 +228,7 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
   const unsigned eight = 0xffu << (lane & 24);
   auto offset_of = [&](int slot, int* valid) {
     int unit = first + slot;
-    if (unit >= p.s.units * p.s.cells) unit -= p.s.units * p.s.cells;
+    if (unit >= p.s.units) unit -= p.s.units;
     const int k = unit * kCellColumns + eighth * 8;
     *valid = p.w.K - k;
     return m * p.x_stride + k;
@@ -238,8 +237,7 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
     if (p.x_type == DType::kFloat16) unpack8<__half>(raw, v);
     else unpack8<__nv_bfloat16>(raw, v);
   };
-  auto cell_of = [&](int slot) { return cells + slot * cell_stride + 2 * m * layout.column; };
-  const int waits = kWgmma ? eighth / 2 * layout.chunk + eighth % 2 * 16 : eighth * 16;
+  auto cell_of = [&](int slot) { return cells + slot * cell_stride + 2 * m * kStageColumn; };
   float peak = 0.f;
   for (int slot = part * 4 + lane / 8; busy && slot < count; slot += kBatch * parts * 4) {
     float v[kBatch][8];
@@ -262,7 +260,7 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int at = slot + b * parts * 4;
-        if (at < count) *reinterpret_cast<uint4*>(cell_of(at) + waits) = raw[b];
+        if (at < count) *reinterpret_cast<uint4*>(cell_of(at) + eighth * 16) = raw[b];
         unpack(raw[b], v[b]);
       }
     }
@@ -284,11 +282,11 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
       const long long offset = offset_of(slot, &valid);
       load_eight(p, offset, valid, v);
     } else {
-      unpack(*reinterpret_cast<const uint4*>(cell_of(slot) + waits), v);
+      unpack(*reinterpret_cast<const uint4*>(cell_of(slot) + eighth * 16), v);
       __syncwarp(eight);
     }
     int sum[2];
-    stage_eight<kE8p>(v, inverse, cell_of(slot), eighth, layout, sum);
+    stage_eight<kE8p>(v, inverse, cell_of(slot), eighth, mma_layout(), sum);
     int all = sum[0] + sum[1], second = sum[1];
 #pragma unroll
     for (int d = 4; d > 0; d /= 2) {
@@ -297,7 +295,6 @@ __device__ __forceinline__ void stage_tokens(const RotatedMatmul& p, int first, 
     }
     if (eighth == 0) sums[slot * tokens + m] = make_float2(all, second);
   }
-  if constexpr (kWgmma) proxy_fence();
   __syncthreads();
 }
 

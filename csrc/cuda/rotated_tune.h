@@ -97,35 +97,32 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
-// The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps.
-constexpr int kResidentWarps = 16;
-AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles, bool grouped) {
-  return tiles == 4 && !grouped && coding == Coding::kE8p && bits == 2;
+// The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps, cells of a
+// block from which on it beats a block's own staging (kLocalCells). Whole layers, H200: 28672 x 4096
+// (27 cells) 28.5 against 32.6 us, 14336 x 4096 (14) 19.5 against 21.6, 4096 x 14336 (14) 28.0 against
+// 28.7, but 6144 x 4096 (6) 13.8 against 13.5 and 4096 x 4096 (4) 13.6 against 13.1.
+constexpr int kResidentWarps = 16, kResidentLeastCells = 12;
+AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles) {
+  return tiles == 4 && coding == Coding::kE8p && bits == 2;
 }
-// slots: steps of x of a block.
-inline int rotated_resident_smem(Coding coding, int bits, int slots, int tokens, Share share) {
-  const int step = 2 * 4 * 512;
-  return rotated_tables(coding, bits) + slots * step +
-         tokens * kResidentWarps * kCellRows * 4 +
-         (share == Share::kLocal ? 2 * slots * tokens * 8 + (kResidentWarps + tokens) * 4
-                                 : slots * 8);
+// steps: of x of a block.
+AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, int tokens) {
+  return rotated_tables(coding, bits) + steps * (2 * 4 * 512 + 8) +
+         tokens * kResidentWarps * kCellRows * 4;
 }
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and slots
 // of a pair's codes.
 constexpr int kPairWarps = 16;
-AQLM_HD constexpr bool rotated_pairs(int tiles, bool grouped) { return tiles == 16 && !grouped; }
-AQLM_HD constexpr int rotated_pair_cells(Coding coding, int bits) {
-  return rotated_planes(coding, bits) == 2 ? 1 : 2;
-}
-AQLM_HD constexpr int rotated_pair_stages(Coding coding, int bits) {
-  return coding == Coding::kE8p && bits == 3 ? 3 : 4;
+// Not for two planes (E8P 28672 x 8192, 64 tokens: 3 bit 110 against 104 us, 4 bit 110 against 108).
+constexpr int kPairStages = 4;
+AQLM_HD constexpr bool rotated_pairs(Coding coding, int bits, int tiles, bool grouped) {
+  return tiles == 16 && !grouped && bits != 3 && rotated_planes(coding, bits) == 1;
 }
 AQLM_HD constexpr int rotated_pair_smem(Coding coding, int bits) {
-  const int pairs = kPairWarps / 2, cells = rotated_pair_cells(coding, bits);
-  const int step = cells * kCellRows * kCellColumns / 8 * bits;
-  const int x = cells * rotated_planes(coding, bits) * 16 * 512;
-  return rotated_tables(coding, bits) + rotated_pair_stages(coding, bits) * (x + 16 + pairs * (step + 8)) + 3 * kPairWarps * 64 * 4;
+  const int step = 2 * kCellRows * kCellColumns / 8 * bits, x = 2 * 16 * 512;
+  return rotated_tables(coding, bits) + kPairStages * (x + 16 + kPairWarps / 2 * (step + 8)) +
+         3 * kPairWarps * 64 * 4;
 }
 
 // The body of float16 operands (rotated_half.cuh), up to 64 tokens: warps, stages of x, steps of codes
@@ -167,8 +164,8 @@ struct RotatedShape {
 // (14336 x 4096) 15.4 against 17.0 us, 55 (28672 x 8192) 39.2 against 36.7.
 constexpr int kLocalCells = 32;
 
-// Units of x that one CTA stages itself.
-inline int local_units(const RotatedSchedule& s) {
+// Cells of x that one CTA stages itself.
+inline int local_cells(const RotatedSchedule& s) {
   const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
@@ -179,7 +176,7 @@ AQLM_HD constexpr int rotated_held(Coding coding, int bits, int tiles) {
 // Dynamic shared memory of the staged activations: cells, sums, peaks, scales, exchanged rows.
 inline int staged_bytes(const RotatedSchedule& s, int tokens, int tiles, Share share, int warps) {
   if (share == Share::kRing) return rotated_chunk(tiles) * kRotatedStages * tiles * 512;
-  const int slots = local_units(s);
+  const int slots = local_cells(s);
   return slots * ((tiles > 1 ? tiles * 512 : tokens * 128) + tokens * 8) +
          (std::max(slots, warps) + tokens) * 4 +
          (tiles == 1 ? 2 : 1) * tokens * warps * kCellRows * 4;

@@ -65,19 +65,18 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
-template <Share kShare>
+template <int kTiles>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_resident_kernel<AQLM_CODING, AQLM_BITS, kShare>;
-  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, tune::local_units(p.s),
-                                               p.tokens, kShare);
+  auto kernel = rotated_resident_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
+  const int steps = tune::local_cells(p.s);
+  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, steps, p.tokens);
   return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
                            p);
 }
 
 template <int kTiles>
 cudaError_t matmul_pairs(const RotatedMatmul& p, cudaStream_t stream) {
-  static_assert(kTiles == 16);
-  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS>;
+  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
   constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
   static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
@@ -124,15 +123,18 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (e != cudaSuccess) return e;
   }
   if (c.wgmma) {
+    if (tiles == 4) {
+      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4))
+        return matmul_resident<4>(p, stream);
+      else
+        return wgmma_tiles<4, kGrouped>(p, stream);
+    }
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
-    if constexpr (kMostWg == 16)
-      if (tiles == 16) return matmul_pairs<kMostWg>(p, stream);
-    if (tiles != 4) return cudaErrorInvalidValue;
-    if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4, kGrouped))
-      return c.share == Share::kLocal ? matmul_resident<Share::kLocal>(p, stream)
-                                      : matmul_resident<Share::kRing>(p, stream);
-    else
-      return wgmma_tiles<4, kGrouped>(p, stream);
+    if constexpr (tune::rotated_pairs(AQLM_CODING, AQLM_BITS, kMostWg, kGrouped))
+      return matmul_pairs<16>(p, stream);
+    else if constexpr (kMostWg == 16)
+      return wgmma_tiles<16, kGrouped>(p, stream);
+    return cudaErrorInvalidValue;
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
     if (c.wide) return matmul_tiles<1, false, Share::kLocal, tune::kWideWarps>(p, stream);
