@@ -49,9 +49,9 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2, 4), "Q": (2, 4, 8), "BOOKS": (1, 0),
-        "COPIES": (1,), "FIRST": (0, 1), "PROGRAMS": (132, 264, 396, 528, 1056),
-        "num_warps": (4,), "num_stages": (1, 2, 4),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "Q": (1, 2, 4), "BOOKS": (1, 0),
+        "COPIES": (1,), "FIRST": (0, 1), "FILL": (1,), "PROGRAMS": (264, 396, 528),
+        "num_warps": (4, 8), "num_stages": (1, 2, 4),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
@@ -66,12 +66,12 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1),
+        "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.first_dot": {
-        "BLOCK_N": (64, 128), "COPIES": (1,), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
-        "num_stages": (2,),
+        "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1), "PROGRAMS": (264, 528),
+        "num_warps": (4, 8), "num_stages": (2,),
     },
     "e8p.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
@@ -86,12 +86,12 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1,),
     },
     "scalar.integer_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "PROGRAMS": (528, 1056, 2112),
-        "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "FILL": (0, 1),
+        "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8), "num_stages": (1,),
     },
     "scalar.first_dot": {
-        "BLOCK_N": (64, 128, 256), "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8),
-        "num_stages": (2, 3),
+        "BLOCK_N": (64, 128), "FILL": (0, 1), "PROGRAMS": (264, 528), "num_warps": (4, 8),
+        "num_stages": (3,),
     },
     "scalar.dot": {
         "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
@@ -159,13 +159,13 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
                 continue
             if config.get("COPIES") and config.get("SHARED"):
                 continue
-            # Sums of words save MMAs, of which 16 tokens need few.
-            if config.get("BOOKS") == 0 and (M <= 16 or parse_scheme(scheme).num_codebooks == 1):
+            # All codebooks at once save MMAs and inputs; with one they are the same.
+            if config.get("BOOKS") == 0 and parse_scheme(scheme).num_codebooks == 1:
                 continue
             # Each warp reads all inputs.
             if body == "integer_dot" and config["BLOCK_N"] < 16 * config["num_warps"]:
                 continue
-            if body == "first_dot" and config["BLOCK_N"] // config["num_warps"] not in (16, 32):
+            if body == "first_dot" and config["BLOCK_N"] != 16 * config["num_warps"]:
                 continue
             # Inputs of the first operand's kind are loaded ahead, with tables beyond 48 KB or not.
             stages = (4 if M > 32 else 2) if config.get("FIRST") else 1
@@ -257,7 +257,7 @@ def compile_all(work: dict[tuple, list[tuple[int, list[dict]]]], jobs: int) -> N
     for (scheme, _, _), cases in work.items():
         for m, configs in cases:
             for config in [*configs, portable_body(m)]:
-                rest = tuple((k, v) for k, v in config.items() if k != "PROGRAMS")
+                rest = tuple((k, v) for k, v in config.items() if k not in ("PROGRAMS", "FILL"))
                 distinct.setdefault((scheme, token_block(m), rest), (scheme, m, config))
     context, target = get_context("fork"), driver.active.get_current_target()
     with ProcessPoolExecutor(jobs, context, compile_for, (target,)) as pool:

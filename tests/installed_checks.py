@@ -127,10 +127,10 @@ def test_the_cuda_operators_are_registered():
 
 @cuda_wheel
 def test_without_the_cpu_module_the_reference_runs_and_says_so():
-    linear = torch.nn.Linear(64, 32)
-    with pytest.warns(UserWarning, match="_cpu is not built"):
-        layer = aqlm_infer.QuantLinear.from_linear(linear, "aqlm-1x4-g8")
     x = torch.randn(3, 64)
+    with pytest.warns(UserWarning, match="_cpu is not built"):
+        layer = aqlm_infer.QuantLinear.from_linear(torch.nn.Linear(64, 32), "aqlm-1x4-g8")
+        y = layer(x)  # where there is a GPU the warning waits for a first use on the CPU
     expected = x.double() @ layer.weight.double().T + layer.bias.double()
     assert layer.kernel_id == "ref.dequant"
-    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

@@ -127,6 +127,10 @@ def test_help_of_the_program_names_every_verb(capfd):
     assert all(f" {verb} " in out for verb in ("info", "quantize", "eval", "generate", "bench"))
 
 
+def test_version(capfd):
+    assert call(capfd, "--version") == (0, f"aqlm-infer {aqlm_infer.__version__}\n", "")
+
+
 def test_help_does_not_import_transformers():
     code = "import sys, aqlm_infer.cli.app; sys.exit('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT)

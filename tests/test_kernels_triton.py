@@ -27,11 +27,13 @@ DTYPES = (torch.float16, torch.float32) if DEVICE == "cpu" else backend._DTYPES
 TOKENS = (0, 1, 2, 3, 17, 65) if DEVICE == "cpu" else (0, 1, 2, 7, 8, 9, 17, 33, 64, 65, 129)
 VARIANTS = {
     "unshared": {"COPIES": 0}, "summed": {"BOOKS": 0, "WIDTH": 2, "PROGRAMS": 5, "DEALT": 1},
-    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 6},
+    "wide": {"WIDTH": 4, "Q": 4, "PROGRAMS": 6, "FILL": 1},
     "first": {"FIRST": 1, "Q": 4, "num_stages": 4, "PROGRAMS": 6, "DEALT": 1},
 }  # fmt: skip
 if DEVICE == "cuda":  # other loads of codes, which the interpreter does not run
     VARIANTS["pair"] = {"WIDTH": 2, "Q": 2}
+    VARIANTS["sides"] = {"BOOKS": 0, "WIDTH": 2, "Q": 2, "PROGRAMS": 6, "FILL": 1}
+    VARIANTS["first sides"] = {"BOOKS": 0, "FIRST": 1, "Q": 1, "num_stages": 4, "PROGRAMS": 6}
 LARGE = [("aqlm-2x8-g8", 1030, 2048), ("aqlm-1x16-g8", 1030, 2048)]
 CASES = [c for c in LAYERS if c[1] < 100] if DEVICE == "cpu" else [*LAYERS, *LARGE]
 

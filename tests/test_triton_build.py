@@ -23,7 +23,8 @@ S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
 CASES = {
     "additive": [
         (additive._gemv, {**A, "BLOCK_N": 128, "BLOCK_G": 2}),
-        (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True}),
+        (additive._dot, {**A, "OG": 1, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16, "NATIVE": True,
+                          "PRECISION": "ieee"}),
         (words._arrange, {"TILES": 1}),
         (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
                             "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "FIRST": False,
@@ -40,7 +41,7 @@ CASES = {
         (e8p._prepare, {"BLOCK": 1024}),
         (e8p._gemv, {"BITS": 3, "BLOCK_N": 256, "BLOCK_G": 4, "SHARED": True}),
         (e8p._dot, {"BITS": 4, "EXACT": False, "BLOCK_N": 64, "BLOCK_G": 8, "BLOCK_M": 16,
-                    "SHARED": False, "FIRST": True}),
+                    "SHARED": False, "FIRST": True, "PRECISION": "ieee"}),
         (e8p._dequantize, {"BITS": 3, "BLOCK_N": 64, "BLOCK_G": 8}),
         (e8p._quantize, {"TILES": 1, "BLOCK": 128, "CHUNK_K": 4096}),
         (e8p._integers, {"BITS": 2, "SHARED": False, "COPIES": 16, "ASM": True, "BLOCK_N": 64,
@@ -56,7 +57,8 @@ CASES = {
     "scalar": [
         (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),
         (scalar._gemv, {**S, "TOGETHER": 2, "BLOCK_N": 32}),
-        (scalar._dot, {**S, "EVEN": False, "EXACT": False, "FIRST": False, "BLOCK_N": 64,
+        (scalar._dot, {**S, "EVEN": False, "EXACT": False, "FIRST": False, "PRECISION": "ieee",
+                       "BLOCK_N": 64,
                        "BLOCK_M": 32}),
         (scalar._dequantize, {"BITS": 3, "ZEROS": True, "ALIGNED": True, "BLOCK_N": 16}),
         (scalar._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILES": 2, "NB": 2,

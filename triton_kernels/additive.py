@@ -76,7 +76,7 @@ def _first_codes(codes_ptr, group, row, ok, IN, OUT, B: tl.constexpr, ENTRIES: t
 def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_split,
          B: tl.constexpr, ENTRIES: tl.constexpr, OG: tl.constexpr, G: tl.constexpr,
          GP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-         NATIVE: tl.constexpr):  # fmt: skip
+         NATIVE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups of x[m] . word sums[n].
 
     The weight is the second operand, [K, N], which Hopper's MMAs read from shared memory. As the
@@ -108,7 +108,7 @@ def _dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, OUT, x_stride, per_
         tile = _tile(codes_ptr, books_ptr, code0, code1, group - BLOCK_G, row, ok, IN, OUT, j, B,
                      ENTRIES, OG, G, GP, NATIVE)  # fmt: skip
         tile = tl.reshape(tile, (BLOCK_G * GP, BLOCK_N)).to(x_ptr.dtype.element_ty)
-        total = tl.dot(x, tile, total, input_precision="ieee")
+        total = tl.dot(x, tile, total, input_precision=PRECISION)
     at = (tl.program_id(1) * M + tokens[:, None]) * N + rows[None, :]
     tl.store(partial_ptr + at, total, mask=(rows < N)[None, :] & token_ok[:, None])
 

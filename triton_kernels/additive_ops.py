@@ -14,8 +14,8 @@ from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
 from . import first, tuning, words
-from .fields import has_dp4a
-from .partial import finish, slots, split, unit_rows
+from .fields import dot_precision, has_dp4a
+from .partial import finish, share, slots, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
@@ -78,7 +78,7 @@ class _Part:
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         block_g = config["BLOCK_G"]
         steps = triton.cdiv(self.in_groups, block_g)
-        each, splits = split(steps, config["PROGRAMS"] // tiles)
+        each, splits = share(steps, tiles, config)
         partial = torch.empty((splits, 1, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._gemv)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, self.N, self.in_groups, each * block_g,
@@ -114,10 +114,10 @@ class _Part:
             )
         programs = max(1, min(config["PROGRAMS"] * books // self.B, tiles * steps))
         if config["DEALT"]:
-            share = count = slots(tiles, steps, programs)
+            each = count = slots(tiles, steps, programs)
             grid = (programs, self.B // books)
         else:
-            share, count = split(steps, programs // tiles)
+            each, count = share(steps, tiles, {**config, "PROGRAMS": programs})
             grid = (tiles, count * self.B // books)
         partial = torch.empty(
             (count * self.B // books, M, self.N), dtype=torch.float32, device=x.device
@@ -128,7 +128,7 @@ class _Part:
         stage = 32 * config["Q"] * block_m * x.dtype.itemsize
         stages = first.stages(config["num_stages"], stage, size) if weight_first else 1
         wrap_triton(words._words_dot)[grid](
-            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, share, B=self.B,
+            inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
             ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
@@ -142,13 +142,13 @@ class _Part:
         block_g = max(config["BLOCK_K"] // self.gp, triton.cdiv(16, self.gp), 1)
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
         steps = triton.cdiv(self.in_groups, block_g)
-        each, splits = split(steps, config["PROGRAMS"] // tiles)
+        each, splits = share(steps, tiles, config)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._dot)[(tiles, splits)](
             x, self.codes, self.codebooks, partial, M, self.N, self.in_groups, self.out_groups,
             x.stride(0), each * block_g, **self.sizes, GP=self.gp, BLOCK_N=config["BLOCK_N"],
             BLOCK_G=block_g, BLOCK_M=tuning.token_rows(config, M),
-            NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype,
+            NATIVE=self.B == 2 and x.dtype == self.codebooks.dtype, PRECISION=dot_precision(x),
             **tuning.launch_options(config),
         )  # fmt: skip
         return partial
@@ -168,7 +168,7 @@ class _Part:
             ENTRIES=self.entries, G=self.g, GP=self.gp, GROUPS=groups, CHUNK=1024,
         )  # fmt: skip
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        each, splits = split(self.in_groups, config["PROGRAMS"] // tiles)
+        each, splits = share(self.in_groups, tiles, config)
         partial = torch.empty((splits, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(bodies._lookup)[(tiles, splits, M)](
             tables, self.codes, partial, M, self.N, self.in_groups, each, B=self.B,

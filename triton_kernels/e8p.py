@@ -70,9 +70,20 @@ def _words(tables_ptr, code, KIND: tl.constexpr, SHARED: tl.constexpr, SHAPE: tl
 def _tables(tables_ptr, COPIES: tl.constexpr):
     """The address of the two tables of 16-bit codes in shared memory, COPIES of each."""
     base = _declare(2048 * COPIES)
-    stored = _share(tables_ptr, base, COPIES)
-    stored += _share(tables_ptr + 256, base + 1024 * COPIES, COPIES)
+    stored = _share(tables_ptr, base, COPIES, 8 * COPIES)
+    stored += _share(tables_ptr + 256, base + 4 * COPIES, COPIES, 8 * COPIES)
     return _ready(base, stored)
+
+
+@triton.jit
+def _shared_word(base, lane, word, byte, COPIES: tl.constexpr):
+    """Nibbles of the 16-bit codes at bytes ``byte`` of words, from ``_tables``' copies. Half of a
+    warp's lanes (``lane`` counts them) look the sign up first."""
+    side = lane // COPIES % 2
+    own = base + lane % COPIES * 4
+    first, second = _byte(word, byte + 1 - side, True), _byte(word, byte + side, True)
+    found = _load(own + side * (4 * COPIES) + first * (8 * COPIES), True)
+    return found ^ _load(own + (1 - side) * (4 * COPIES) + second * (8 * COPIES), True)
 
 
 @triton.jit
@@ -80,9 +91,7 @@ def _shared_words(base, code, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK
     """``_words`` of 16-bit codes [BLOCK_N, BLOCK_G] from ``_tables``' copies."""
     lane = tl.arange(0, BLOCK_G)[None, :] // (BLOCK_G // 4)
     lane += tl.arange(0, BLOCK_N)[:, None] % 8 * 4
-    own = base + lane % COPIES * 4
-    word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
-    return word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
+    return _shared_word(base, lane, code, 0, COPIES)
 
 
 @triton.jit
@@ -281,9 +290,7 @@ def _integer_tile(tables_ptr, base, word, KIND: tl.constexpr, COPIES: tl.constex
         if COPIES > 0:
             lane = tl.reshape(tl.arange(0, 4), (1, 4, 1, 1))
             lane += tl.reshape(tl.arange(0, BLOCK_N) % 8 * 4, (BLOCK_N, 1, 1, 1))
-            own = base + lane % COPIES * 4
-            word = _load(own + magnitude * (4 * COPIES), True)
-            word = word ^ _load(own + 1024 * COPIES + sign * (4 * COPIES), True)
+            word = _shared_word(base, lane, word, 2 * i, COPIES)
         elif ASM:
             word = _load(tables_ptr + magnitude, False) ^ _load(tables_ptr + 256 + sign, False)
         else:
@@ -388,9 +395,7 @@ def _first_tile(tables_ptr, base, code, one, KIND: tl.constexpr, COPIES: tl.cons
     elif COPIES > 0:
         lane = tl.reshape(tl.arange(0, 4), (1, 4, 1, 1))
         lane += tl.reshape(tl.arange(0, BLOCK_N) % 8 * 4, (BLOCK_N, 1, 1, 1))
-        own = base + lane % COPIES * 4
-        word = _load(own + ((code >> 8) & 255) * (4 * COPIES), True)
-        word = word ^ _load(own + 1024 * COPIES + (code & 255) * (4 * COPIES), True)
+        word = _shared_word(base, lane, code, 0, COPIES)
     else:
         magnitude, sign = tables_ptr + ((code >> 8) & 255), tables_ptr + 256 + (code & 255)
         if ASM:
@@ -459,8 +464,8 @@ def _tile(word, one, EXACT: tl.constexpr, TYPE: tl.constexpr, R: tl.constexpr, P
 @triton.jit
 def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K, groups, x_stride,
          per_split, residual, one, BITS: tl.constexpr, EXACT: tl.constexpr, SHARED: tl.constexpr,
-         FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-         BLOCK_M: tl.constexpr):  # fmt: skip
+         FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+         BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's groups, in the rotated basis, up to BLOCK_M tokens.
 
     sums[m] is the sum of x over K. EXACT: nibbles are converted, for float32. FIRST: the weight is
@@ -493,18 +498,18 @@ def _dot(x_ptr, tables_ptr, codes_ptr, rest_ptr, sums_ptr, partial_ptr, M, N, K,
         word = _words(tables_ptr, code, 2, SHARED, (BLOCK_N, BLOCK_G, 1))
         tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
         if FIRST:
-            total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+            total = tl.dot(tile, tl.trans(x), total, input_precision=PRECISION)
         else:
-            total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+            total = tl.dot(x, tl.trans(tile), total, input_precision=PRECISION)
         code = next_code
         if BITS > 2:
             next_code = _codes(rest_ptr, ahead, g, row, N, BLOCK_G)
             word = _words(tables_ptr, code2, BITS - 2, SHARED, (BLOCK_N, BLOCK_G, 1))
             tile = _tile(word, one, EXACT, TYPE, BLOCK_N, BLOCK_G)
             if FIRST:
-                total2 = tl.dot(tile, tl.trans(x), total2, input_precision="ieee")
+                total2 = tl.dot(tile, tl.trans(x), total2, input_precision=PRECISION)
             else:
-                total2 = tl.dot(x, tl.trans(tile), total2, input_precision="ieee")
+                total2 = tl.dot(x, tl.trans(tile), total2, input_precision=PRECISION)
             code2 = next_code
     if EXACT:
         center = ZERO * 1.0

@@ -17,8 +17,8 @@ from ..ops.library import OperandError
 from ..ops.rotated import check_e8p, check_e8p_matmul, check_e8p_matmul_dx, e8p_gradient
 from . import e8p as bodies
 from . import first, tuning
-from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, partial_sums, split
+from .fields import dot_precision, exact_type, has_dp4a, one_of
+from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
 
 PREPARED = 1024  # inputs of a program
@@ -118,7 +118,7 @@ class _Weight:
         if config["body"] == "integer_dot":
             block_m = tuning.token_part(config, M)
             tokens = triton.cdiv(M, block_m)
-        each, splits = split(groups // block_g, config["PROGRAMS"] // (tiles * tokens))
+        each, splits = share(groups // block_g, tiles * tokens, config)
         partial = partial_sums(splits, x, self.N, y)
         options = {"BITS": self.bits, "BLOCK_N": block_n, "BLOCK_G": block_g}
         options |= tuning.launch_options(config)
@@ -168,7 +168,8 @@ class _Weight:
                 x, *weight, group_sums(x, self.K), partial, M, self.N, self.K, groups,
                 x.stride(0), each, self.residual, one_of(x.dtype),
                 EXACT=exact_type(x.dtype, 4), SHARED=bool(config["SHARED"]),
-                FIRST=bool(config["FIRST"]), BLOCK_M=tuning.token_rows(config, M), **options,
+                FIRST=bool(config["FIRST"]), PRECISION=dot_precision(x),
+                BLOCK_M=tuning.token_rows(config, M), **options,
             )  # fmt: skip
         return partial
 

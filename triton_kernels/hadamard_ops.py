@@ -11,14 +11,10 @@ from torch.library import triton_op, wrap_triton
 
 from ..ops.rotated import check_hadamard, hadamard_gradient
 from . import hadamard as bodies
+from .fields import dot_precision
 from .partial import unit_rows
 
 PIECE = 128  # the fastest digit of the index
-
-
-def _precision(x: torch.Tensor) -> str:
-    # Three tf32 products keep float32's precision; other vendors' backends have ieee alone.
-    return "tf32x3" if x.is_cuda and torch.version.hip is None else "ieee"
 
 
 def rotated(
@@ -42,7 +38,7 @@ def rotated(
     y = torch.empty((M, K), dtype=dtype or x.dtype, device=x.device)
     t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
     pieces, scale = M * (K // b), (block or K) ** -0.5
-    last, precision = q == 1, _precision(x)
+    last, precision = q == 1, dot_precision(x)
     wrap_triton(bodies._rows)[(triton.cdiv(pieces, 16),)](
         x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
         pieces, K, x.stride(0), scale if last else 1.0, B=b, BP=max(16, b), PRE=pre is not None,

@@ -479,7 +479,8 @@ def _first_dot(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M
 def _dot(x_ptr, words_ptr, scales_ptr, zeros_ptr, sums_ptr, partial_ptr, M, N, K, x_stride, blocks,
          per_split, G, one, BITS: tl.constexpr, NB: tl.constexpr, C: tl.constexpr,
          GROUPED: tl.constexpr, ZEROS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-         FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+         FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+         BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] = sum over the split's blocks, scales applied, for up to BLOCK_M tokens.
 
     C planes of NB blocks are multiplied at once; when GROUPED they share a scale and NB is 1.
@@ -538,15 +539,15 @@ def _dot(x_ptr, words_ptr, scales_ptr, zeros_ptr, sums_ptr, partial_ptr, M, N, K
                 # A group that spans several dots takes its sum of x off once, with its first.
                 center = tl.where((k0 % G == 0) & (k0 < K), center, 0.0)
                 if FIRST:
-                    part = tl.dot(tile, tl.trans(x), input_precision="ieee")
+                    part = tl.dot(tile, tl.trans(x), input_precision=PRECISION)
                     total += scale[:, None] * (part - center[:, None] * sums[None, :])
                 else:
-                    part = tl.dot(x, tl.trans(tile), input_precision="ieee")
+                    part = tl.dot(x, tl.trans(tile), input_precision=PRECISION)
                     total += scale[None, :] * (part - center[None, :] * sums[:, None])
             elif FIRST:
-                total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+                total = tl.dot(tile, tl.trans(x), total, input_precision=PRECISION)
             else:
-                total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+                total = tl.dot(x, tl.trans(tile), total, input_precision=PRECISION)
     if FIRST:
         total = tl.trans(total)
     if not GROUPED:

@@ -15,8 +15,8 @@ from ..ops.library import OperandError
 from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
 from . import first, tuning
 from . import scalar as bodies
-from .fields import exact_type, has_dp4a, one_of
-from .partial import group_sums, partial_sums, split
+from .fields import dot_precision, exact_type, has_dp4a, one_of
+from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
 
 PLANES = {2: 8, 3: 16, 4: 4, 8: 2}  # of a block
@@ -122,7 +122,7 @@ class _Weight:
             tokens = triton.cdiv(M, block_m)
         at_once = 1 if self.grouped or body in ("integer_dot", "first_dot") else AT_ONCE
         tiles = triton.cdiv(self.N, config["BLOCK_N"])
-        each, splits = split(self.blocks // at_once, config["PROGRAMS"] // (tiles * tokens))
+        each, splits = share(self.blocks // at_once, tiles * tokens, config)
         partial = partial_sums(splits, x, self.N, y)
         options = {
             "BITS": self.bits, "GROUPED": self.grouped, "ZEROS": self.has_zeros,
@@ -230,7 +230,7 @@ class _Weight:
             x, self.words, self.scales, self.zeros, group_sums(x, self.G), partial, M, self.N,
             self.K, x.stride(0), self.blocks, per_split, self.G, one_of(x.dtype), C=C,
             EVEN=self.blocks * PLANES[bits] * PLANE == self.K,
-            EXACT=exact_type(x.dtype, bits), **options,
+            EXACT=exact_type(x.dtype, bits), PRECISION=dot_precision(x), **options,
         )  # fmt: skip
 
     def _dequantized(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:

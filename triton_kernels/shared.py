@@ -12,8 +12,10 @@ has a result, and ``_ready`` adds those of all threads to the address that loads
 Loads by inline assembly are elementwise, so unlike those of ``tl.load`` they run in whatever layout
 the result is wanted, such as the operand of an MMA. NVIDIA alone.
 
-Lanes that read different words of a bank wait for each other. So a table has copies: copy c of
-word e is at word e COPIES + c, and a lane reads copy ``lane % COPIES``.
+Lanes that read different words of a bank wait for each other. So a table has copies, and a lane
+reads copy ``lane % COPIES``. The copies of entry e of one table lie beside those of entry e of the
+next one, in 128 bytes where all banks are: while some lanes read one table, the others read the
+next, and then the other way round (``side``), so that no two share a bank.
 """
 
 import triton
@@ -62,19 +64,22 @@ def _store4(at, w0, w1, w2, w3):
 
 
 @triton.jit
-def _share(table_ptr, to, COPIES: tl.constexpr):
-    """Copy a table of 256 words to the shared address ``to``; COPIES is a multiple of 4. Zeros."""
-    e = tl.arange(0, 64 * COPIES)
-    word = tl.load(table_ptr + e // (COPIES // 4))
-    return _store4(to + e * 16, word, word, word, word)
+def _share(table_ptr, to, COPIES: tl.constexpr, STRIDE: tl.constexpr):
+    """Copy a table of 256 words to the shared address ``to``, the copies of a word STRIDE bytes
+    after those of the one before; COPIES is a multiple of 4. Zeros."""
+    QUADS: tl.constexpr = COPIES // 4
+    e = tl.arange(0, 256 * QUADS)
+    word = tl.load(table_ptr + e // QUADS)
+    return _store4(to + e // QUADS * STRIDE + e % QUADS * 16, word, word, word, word)
 
 
 @triton.jit
-def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr):
-    """Copy a table of entries of four words to the shared address ``to``. Zeros."""
+def _share4(table_ptr, to, ENTRIES: tl.constexpr, COPIES: tl.constexpr, STRIDE: tl.constexpr):
+    """Copy a table of entries of four words to the shared address ``to``, the copies of an entry
+    STRIDE bytes after those of the one before. Zeros."""
     e = tl.arange(0, ENTRIES * COPIES)
     w0, w1, w2, w3 = _load4(table_ptr + e // COPIES * 8, False)
-    return _store4(to + e * 16, w0, w1, w2, w3)
+    return _store4(to + e // COPIES * STRIDE + e % COPIES * 16, w0, w1, w2, w3)
 
 
 @triton.jit

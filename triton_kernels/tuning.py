@@ -21,47 +21,49 @@ Config = dict[str, int | str]
 
 DEFAULTS: dict[str, Config] = {
     "additive.gemv": {
-        "BLOCK_N": 256, "BLOCK_G": 4, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
+        "BLOCK_N": 256, "BLOCK_G": 4, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
     },
-    "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "PROGRAMS": 2112, "num_warps": 4},
+    "additive.lookup": {"BLOCK_N": 512, "GROUPS": 8, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4},
     "additive.words_dot": {
         "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "FIRST": 0,
-        "DEALT": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+        "DEALT": 0, "FILL": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.dot": {
-        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.gemv": {
-        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "PROGRAMS": 2112, "num_warps": 4,
+        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.integers": {
-        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "COPIES": 0, "PROGRAMS": 2112, "num_warps": 4,
-        "num_stages": 1,
+        "BLOCK_N": 64, "BLOCK_G": 32, "SHARED": 1, "COPIES": 0, "FILL": 0, "PROGRAMS": 2112,
+        "num_warps": 4, "num_stages": 1,
     },
     "e8p.integer_dot": {
-        "BLOCK_M": 32, "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 1056, "num_warps": 4,
+        "BLOCK_M": 32, "BLOCK_N": 128, "COPIES": 1, "FILL": 0, "PROGRAMS": 1056, "num_warps": 4,
         "num_stages": 1,
     },
     "e8p.first_dot": {
-        "BLOCK_N": 128, "COPIES": 1, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2,
+        "BLOCK_N": 128, "COPIES": 1, "FILL": 0, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2,
     },
     "e8p.dot": {
-        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "PROGRAMS": 2112,
-        "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_G": 16, "FIRST": 1, "SHARED": 0, "FILL": 0,
+        "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
     },
-    "scalar.gemv": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
-    "scalar.integers": {"BLOCK_N": 64, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
+    "scalar.gemv": {"BLOCK_N": 64, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1},
+    "scalar.integers": {
+        "BLOCK_N": 64, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4, "num_stages": 1,
+    },
     "scalar.integer_dot": {
-        "BLOCK_M": 64, "BLOCK_N": 128, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
+        "BLOCK_M": 64, "BLOCK_N": 128, "FILL": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "scalar.first_dot": {
-        "BLOCK_N": 128, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3,
+        "BLOCK_N": 128, "FILL": 0, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3,
     },
     "scalar.dot": {
-        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "PROGRAMS": 1056, "num_warps": 4,
-        "num_stages": 1,
+        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "FIRST": 1, "FILL": 0,
+        "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
 }  # fmt: skip
 """By body, for devices and schemes without a row."""

@@ -6,7 +6,8 @@ step's groups of its rows), and its inputs lie in memory in its order (``operand
 moved. Vectors of 8, inputs and codebooks of one 16-bit type.
 
 What bounds it are accesses to shared memory, or to L1: four cycles of an SM for the words of a warp
-at least, when the lanes that read at once (8 of 16 bytes) have a copy of the codebook each.
+at least, when the lanes that read at once (8 of 16 bytes) have a copy of a codebook each: eight
+copies of one, or four of two, of which four lanes read one while the others read the other.
 """
 
 import triton
@@ -57,15 +58,16 @@ def _halves(word, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(codes_ptr, group, row, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
+def _codes(codes_ptr, group, row, side, N, IN, WIDTH: tl.constexpr, BOOKS: tl.constexpr,
            ENTRIES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
            ASM: tl.constexpr):  # fmt: skip
     """WIDTH words of the codes of ROWS neighbouring rows each, from ``row`` [.., lane, ..] on, of
-    BOOKS codebooks. Groups past K repeat the last one, and meet inputs of 0."""
+    BOOKS codebooks, from codebook ``side`` on. Groups past K repeat the last one, and meet inputs
+    of 0."""
     group = tl.minimum(group, IN - 1)
     words = ()
     for b in tl.static_range(BOOKS):
-        at = codes_ptr + (b * IN + group) * N
+        at = codes_ptr + ((b + side) % BOOKS * IN + group) * N
         if ASM and WIDE and WIDTH == 4:
             words += _load_once4(at + row)
         elif ASM and WIDE and WIDTH == 2:
@@ -101,12 +103,13 @@ def _code_of(word, r, ROWS: tl.constexpr, ENTRIES: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
-def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
+def _word(books_ptr, own, code, book, ENTRIES: tl.constexpr, STRIDE: tl.constexpr,
           ASM: tl.constexpr):  # fmt: skip
-    """A codebook's words [.., j, low, half] of codes, from shared copies where there are."""
+    """A codebook's words [.., j, low, half] of codes, from shared copies at ``own``, STRIDE bytes
+    an entry, where there are."""
     if ASM:
-        if COPIES > 0:
-            w0, w1, w2, w3 = _load4(own + code * (16 * COPIES), True)
+        if STRIDE > 0:
+            w0, w1, w2, w3 = _load4(own + code * STRIDE, True)
         else:
             w0, w1, w2, w3 = _gather4(books_ptr + (book * ENTRIES + code) * 8)
         return _halves(tl.join(tl.join(w0, w2), tl.join(w1, w3)), books_ptr.dtype.element_ty)
@@ -153,6 +156,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
     TILES: tl.constexpr = BLOCK_M // 16
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
     DOTS: tl.constexpr = ROWS // PART  # of a word
+    STRIDE: tl.constexpr = 16 * COPIES * BOOKS
     LANES: tl.constexpr = 8 * WARPS
     TILE: tl.constexpr = LANES * ROWS * WIDTH
     TURNS: tl.constexpr = PAIRS // Q  # of a step
@@ -163,19 +167,24 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        stored = _share4(books_ptr + book * (8 * ENTRIES), base, ENTRIES, COPIES)
+        stored = _share4(books_ptr + book * (8 * ENTRIES), base, ENTRIES, COPIES, STRIDE)
         for b in tl.static_range(1, BOOKS):
-            to = base + 16 * ENTRIES * COPIES * b
-            stored += _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES)
+            to = base + 16 * COPIES * b
+            stored += _share4(books_ptr + (book + b) * (8 * ENTRIES), to, ENTRIES, COPIES, STRIDE)
         base = _ready(base, stored)
     # Codes are [t, warp, lane / 4, q, r].
     t = tl.reshape(tl.arange(0, 4), (4, 1, 1, 1, 1))
     lane = tl.reshape(tl.arange(0, LANES), (1, WARPS, 8, 1, 1))
     q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
     r = tl.reshape(tl.arange(0, PART), (1, 1, 1, 1, PART))
+    # The 8 lanes that read at once: each has a copy of its own, of a codebook of its own.
+    side = 0
     own = base
     if COPIES > 0:
-        own = base + (t + lane % 2 * 4) % COPIES * 16
+        eighth = t + lane % 2 * 4
+        own = base + eighth % COPIES * 16
+        if BOOKS > 1:
+            side = eighth // COPIES % BOOKS
     codes_ptr += book * IN * N
     if FIRST:
         zero = tl.zeros((LANES * PART, TOKENS), tl.float32)
@@ -206,8 +215,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
             total += (zero,)
         # Codes are loaded one turn ahead.
         last = end * TURNS - 1
-        ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, N, IN, WIDTH, BOOKS, ENTRIES,
-                       ROWS, WIDE, ASM)  # fmt: skip
+        ahead = _codes(codes_ptr, begin * STEP + t * 8 + q, row, side, N, IN, WIDTH, BOOKS,
+                       ENTRIES, ROWS, WIDE, ASM)  # fmt: skip
         for turn in range(begin * TURNS, end * TURNS):
             x = ()
             for h in tl.static_range(HALVES):
@@ -219,14 +228,16 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
             words = ahead
             next_turn = tl.minimum(turn + 1, last)
             group = next_turn // TURNS * STEP + next_turn % TURNS * Q + t * 8 + q
-            ahead = _codes(codes_ptr, group, row, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE, ASM)
+            ahead = _codes(codes_ptr, group, row, side, N, IN, WIDTH, BOOKS, ENTRIES, ROWS, WIDE,
+                           ASM)  # fmt: skip
             sums = ()
             for i in tl.static_range(WIDTH):
                 for d in tl.static_range(DOTS):
                     for b in tl.static_range(BOOKS):
                         code = _code_of(words[b * WIDTH + i], d * PART + r, ROWS, ENTRIES, ASM)
-                        word = _word(books_ptr, own + 16 * ENTRIES * COPIES * b, code, book + b,
-                                     ENTRIES, COPIES, ASM)  # fmt: skip
+                        here = (b + side) % BOOKS
+                        word = _word(books_ptr, own + 16 * COPIES * here, code, book + here,
+                                     ENTRIES, STRIDE, ASM)  # fmt: skip
                         if b == 0:
                             tile = word
                         else:
@@ -275,7 +286,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
     base = 0
     if COPIES > 0:
         base = _declare(BYTES)
-        base = _ready(base, _share4(books_ptr, base, B * ENTRIES, COPIES))
+        base = _ready(base, _share4(books_ptr, base, B * ENTRIES, COPIES, 16 * COPIES))
     lane = tl.arange(0, LANES)[None, :, None]
     g = tl.arange(0, 8)[None, None, :]
     r = tl.arange(0, ROWS)[:, None, None]
@@ -298,7 +309,7 @@ def _dequantize(codes_ptr, books_ptr, scales_ptr, w_ptr, first_row, rows_end, K,
             else:
                 code = tl.load(at + b * IN * N + r).to(tl.int32) & (ENTRIES - 1)
             mine = own + 16 * ENTRIES * COPIES * b
-            word = _word(books_ptr, mine, code, b, ENTRIES, COPIES, ASM).to(tl.float32)
+            word = _word(books_ptr, mine, code, b, ENTRIES, 16 * COPIES, ASM).to(tl.float32)
             if b == 0:
                 tile = word
             else:

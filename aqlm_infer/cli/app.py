@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from ..version import __version__
 from . import bench, bench_generate, convert, eval, generate, info, quantize, tune
 from .options import DEBUG_VARIABLE
 
@@ -23,6 +25,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"aqlm-infer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_every_verb(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before a verb."""
+
+
 app.command("info")(info.info)
 app.command("quantize")(quantize.quantize)
 app.command("tune")(tune.tune)

@@ -107,6 +107,29 @@ def tuning(rows: list[Row]) -> str:
     return table(found.values(), columns, lines)
 
 
+def tuning_short(rows: list[Row]) -> str:
+    """One line a checkpoint: perplexity over the dense model's, at the start and by method.
+
+    Checkpoints that PV-STE was not run on are left to the full table.
+    """
+    methods = ("start", "continuous", "ste", "pv-ste")
+    found = latest([r for r in of(rows, "tuning") if r.get("test")], "model", "method")
+    pairs = {(model, name) for (model, method), row in found.items() if method == "pv-ste"
+             for name in row["test"]}  # fmt: skip
+    shown = {
+        (model, name): [found.get((model, method)) for method in methods] for model, name in pairs
+    }
+    lines = [
+        [
+            model, bits(of_methods[-1]), name,
+            *(interval(row["test"][name].get("ratio")) if row else "" for row in of_methods),
+        ]
+        for (model, name), of_methods in sorted(shown.items(), key=lambda item: item[1][-1]["bits"])
+    ]  # fmt: skip
+    used = [row for of_methods in shown.values() for row in of_methods if row]
+    return table(used, ["model", "bits", "tokens", *methods], lines)
+
+
 def tuning_step(rows: list[Row]) -> str:
     """Time and memory of a tuning step beside a plain training step of the dense model."""
     found = latest(of(rows, "tuning-step"), "model", "scheme", "method", "batch", "device")

@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "quality-short": lambda rows: models.quality(rows, "lm30"),
     "quantizers": models.quantizers,
     "tuning": models.tuning,
+    "tuning-short": models.tuning_short,
     "tuning-step": models.tuning_step,
     "others": others,
 }

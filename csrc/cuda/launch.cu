@@ -96,7 +96,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     c.precision = Precision::kExact;
     if (tokens <= 8) c.token_tile = 8;
   } else if (storage == Storage::kWordTiles) {
-    bool wgmma = device.arch == 90 && tokens >= tune::split_wgmma_first(int8);
+    bool wgmma = device.arch == 90 && tokens >= tune::kSplitWgmmaFirst;
 #ifdef AQLM_TUNE
     if (g_body >= 0) wgmma = g_body == 3;
     if (g_body == 2) return c;
@@ -197,8 +197,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.group_rows = tune::kSplitRows;
   } else if (c.body == Body::kSplitWgmma) {
     s.group_rows = tune::kSplitWgmmaRows;
-    s.x_steps = ceil_div(s.units, kChoiceUnits) * kChoiceUnits;
-    s.units = s.x_steps / kChoiceUnits;
+    s.units = ceil_div(s.units, tune::kSplitWgmmaCell);
+    s.x_steps = s.units * tune::kSplitWgmmaCell;
   } else if (c.body == Body::kWgmmaWide) {
     s.group_rows = tune::wide_group_rows(c.token_tile);
     s.classes = 2;  // four codebooks each

@@ -87,13 +87,13 @@ AQLM_HD constexpr int split_table_bytes(int arch, int entries) {
 AQLM_HD constexpr int split_x_unit(bool int8) { return int8 ? 64 : 32; }
 constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of the aligned table
 
-// Hopper, word storage: from these on the activations lie in shared memory, 64 tokens a pass (two
-// copies, 28672 x 8192, int8 M = 8 71 us against 89, M = 16 97 against 90; exact M = 16 144 against
-// 180; one copy, exact M = 32 263 against 198), up to those where dequantize + GEMM wins (467 us at
-// M = 128).
-inline int split_wgmma_first(bool int8) { return int8 ? 9 : 17; }
+// Hopper, word storage: from so many tokens on activations lie in shared memory, 64 a pass (28672 x
+// 8192, M = 9 / 16: int8 76 / 77 us, exact 128 / 135; at 8 the other body takes 71 and 124, at 16 91
+// and 144), up to those where dequantize + GEMM wins (465 us at M = 128 exact).
+constexpr int kSplitWgmmaFirst = 9;
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
 constexpr int kSplitWgmmaRows = 256;  // 16 warps: 128 registers hold 128 columns of sums
+constexpr int kSplitWgmmaCell = 8;    // units of K that are not cut: codes in flight
 
 constexpr int kLutMaxX = 24 << 10;  // staged activations of one K range, bytes
 
