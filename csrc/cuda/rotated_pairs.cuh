@@ -23,50 +23,37 @@
 
 namespace aqlm {
 
-// A pair's codes, kSlots / 2 steps ahead: cells of one row block, in the order of the block's share.
-template <int kBits, int kCells, int kSlots>
+// A pair's codes, kSlots / 2 steps ahead: two cells of one row block, in the order of the block's share.
+template <int kBits, int kSlots>
 struct PairRing {
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
-  static constexpr int kStep = kCells * kCodes, kAhead = kSlots / 2;
-  static constexpr int kPairs = tune::kPairWarps / 2;
-  // What the warp copies of a step: of two cells one, of one cell a plane.
-  static constexpr int kHalf = kCells == 2 ? kCodes : 512;
+  static constexpr int kStep = 2 * kCodes, kAhead = kSlots / 2, kPairs = tune::kPairWarps / 2;
   int row_cells, missing, units;
-  int wrap, left, half, lane;
-  int skipped;            // the last step of a row has no second cell: 1; -1
-  const uint8_t* from;    // the lane's
+  int wrap, left;
+  int skipped;              // the last step of a row has no second cell: 1; -1
+  const uint8_t* from;      // the lane's
   unsigned char *to, *own;  // the lane's in slot 0, to write and to read
   uint64_t* full;
 
   // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
   __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
                                       unsigned char* space, uint64_t* barriers, int warp, int lane)
-      : row_cells(p.w.units()), missing(p.s.units * kCells - row_cells),
-        units(p.s.units), half(warp % 2), lane(lane) {
-    const int pair = warp / 2;
+      : row_cells(p.w.units()), missing(p.s.units * 2 - row_cells), units(p.s.units) {
+    const int pair = warp / 2, half = warp % 2;
     const int block = share.first / units * kPairs + pair;
     wrap = units - share.unit0;
     left = steps_of_warp(p, share, kPairs, pair);
     skipped = half == 1 && missing > 0 ? 1 : -1;
-    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells) * kCodes +
-           half * kHalf + lane * 16;
-    to = space + pair * kSlots * kStep + half * kHalf + lane * 16;
+    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * 2 + half) * kCodes + lane * 16;
+    to = space + pair * kSlots * kStep + half * kCodes + lane * 16;
     own = space + pair * kSlots * kStep + half * 8 + lane * 16;
     full = barriers + pair * kSlots;
   }
-  // Starts copying the warp's half of the next step.
+  // Starts copying the warp's half of the next step, a cell.
   __device__ __forceinline__ void fetch(int slot) {
     if (left > 0 && wrap != skipped) {
-      unsigned char* const at = to + slot * kStep;
-      if constexpr (kCells == 2) {
 #pragma unroll
-        for (int i = 0; i < kBits * 256 / 512; ++i) copy_async(at + i * 512, from + i * 512);
-        if constexpr (kBits == 3) copy_async8(at + 512 - lane * 8, from + 512 - lane * 8);
-      } else if (kBits == 3 && half == 1) {
-        copy_async8(at - lane * 8, from - lane * 8);
-      } else {
-        copy_async(at, from);
-      }
+      for (int i = 0; i < kCodes / 512; ++i) copy_async(to + slot * kStep + i * 512, from + i * 512);
     }
     mbar::arrive_copied(full + slot);
     --left;
@@ -77,18 +64,16 @@ struct PairRing {
     }
   }
   // The lane's codes of a step, of the warp's row tile, as those of row tile 0.
-  __device__ __forceinline__ void read(const Ring<kSlots>& ring, ScalarCodes<kBits> (&c)[kCells]) {
+  __device__ __forceinline__ void read(const Ring<kSlots>& ring, ScalarCodes<kBits> (&c)[2]) {
     mbar::wait(full + ring.stage, ring.phase);
 #pragma unroll
-    for (int n = 0; n < kCells; ++n) {
-      const unsigned char* const at = own + ring.stage * kStep + n * kCodes;
+    for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j) {
-        const uint2 v = *reinterpret_cast<const uint2*>(at + j * 512);
+      for (int j = 0; j < kCodes / 512; ++j) {
+        const uint2 v =
+            *reinterpret_cast<const uint2*>(own + ring.stage * kStep + n * kCodes + j * 512);
         c[n].a[j] = make_uint4(v.x, v.y, 0, 0);
       }
-      if constexpr (kBits == 3)
-        c[n].b.x = *reinterpret_cast<const uint32_t*>(at + 512 - lane * 8 - half * 4);
     }
   }
 };
@@ -98,12 +83,9 @@ __global__ void __launch_bounds__(tune::kPairWarps * 32, 1)
 rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
-  constexpr int kWarps = tune::kPairWarps, kColumns = 8 * kTiles;
-  constexpr int kCells = tune::rotated_pair_cells(kCoding, kBits);
-  constexpr int kPlanes = tune::rotated_planes(kCoding, kBits);
-  constexpr int kStages = tune::rotated_pair_stages(kCoding, kBits);
-  constexpr int kPlane = kColumns * kStageColumn, kX = kPlanes * kPlane, kStage = kCells * kX;
-  using Codes = PairRing<kBits, kCells, kStages>;
+  constexpr int kWarps = tune::kPairWarps, kColumns = 8 * kTiles, kStages = tune::kPairStages;
+  constexpr int kX = kColumns * kStageColumn;  // bytes of a cell
+  using Codes = PairRing<kBits, kStages>;
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = code_space + kWarps / 2 * kStages * Codes::kStep;
@@ -113,7 +95,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const int units = s.units, tokens = p.tokens;  // units: steps
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0;
-  StageRing<kStages, kStage, 0> x_ring(cells, unit0);
+  StageRing<kStages, 2 * kX, 0> x_ring(cells, unit0);
   uint64_t* const code_full = x_ring.empty + kStages;
   float* const exchange = reinterpret_cast<float*>(code_full + kWarps / 2 * kStages);
   if (threadIdx.x == 0) {
@@ -148,53 +130,45 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
     for (int i = begin; i < end; ++i) {
-      ScalarCodes<kBits> c[kCells];
+      ScalarCodes<kBits> c[2];
       codes.read(ring, c);
       codes.fetch(ring.after(Codes::kAhead));
-      const uint64_t x = core_matrices(cells + ring.stage * kStage, kColumns * 16, 128);
+      const uint64_t x = core_matrices(cells + ring.stage * 2 * kX, kColumns * 16, 128);
+      uint32_t words[2][4], a[2][2][4];
+      if constexpr (kE8p) {
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        uint32_t words[kCells][4], a[kCells][2][4];
+        for (int n = 0; n < 2; ++n)
+          e8p_words<kBits>(c[n].a[0], c[n].a[0], c[n].b, 0, 0, lane_offset, words[n]);
+      }
+      mma_groups_wait<0>();
+      if (i > 0) {
+        if (lane == 0) mbar::arrive(x_ring.empty + ring.after(kStages - 1));
+        x_ring.fill(p, count);
+      }
+      __syncwarp();
+      mbar::wait(x_ring.full + ring.stage, ring.phase);
+      // MMAs read their A registers until they are waited for, which the compiler does not know:
+      // what writes them must depend on something that comes after the wait.
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
         if constexpr (kE8p) {
 #pragma unroll
-          for (int n = 0; n < kCells; ++n)
-            e8p_words<kBits>(c[n].a[0], c[n].a[kBits == 4 ? 1 : 0], c[n].b, plane, 0, lane_offset,
-                             words[n]);
-        }
-        mma_groups_wait<0>();
-        if (plane == 0) {
-          if (i > 0) {
-            if (lane == 0) mbar::arrive(x_ring.empty + ring.after(kStages - 1));
-            x_ring.fill(p, count);
-          }
-          __syncwarp();
-          mbar::wait(x_ring.full + ring.stage, ring.phase);
-        }
-        // MMAs read their A registers until they are waited for, which the compiler does not know:
-        // what writes them must depend on something that comes after the wait.
+          for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[n][j]));
+          e8p_expand<kBits>(words[n], 0, a[n]);
+        } else {
 #pragma unroll
-        for (int n = 0; n < kCells; ++n) {
-          if constexpr (kE8p) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[n][j]));
-            e8p_expand<kBits>(words[n], plane, a[n]);
-          } else {
-#pragma unroll
-            for (int j = 0; j < int(sizeof(c[n].a) / 16); ++j)
-              asm volatile("" : "+r"(c[n].a[j].x), "+r"(c[n].a[j].y));
-            asm volatile("" : "+r"(c[n].b.x));
-            scalar_operands<kBits>(c[n], 0, a[n]);
-          }
+          for (int j = 0; j < Codes::kCodes / 512; ++j)
+            asm volatile("" : "+r"(c[n].a[j].x), "+r"(c[n].a[j].y));
+          scalar_operands<kBits>(c[n], 0, a[n]);
         }
-        mma_fence();
-#pragma unroll
-        for (int n = 0; n < kCells; ++n) {
-          const int at = n * kX + plane * kPlane;
-          wgmma(acc, a[n][0], x + (at >> 4));
-          wgmma(acc, a[n][1], x + (at + 2 * kColumns * 16 >> 4));
-        }
-        mma_group_commit();
       }
+      mma_fence();
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        wgmma(acc, a[n][0], x + (n * kX >> 4));
+        wgmma(acc, a[n][1], x + (n * kX + 2 * kColumns * 16 >> 4));
+      }
+      mma_group_commit();
       ring.advance();
     }
     mma_groups_wait<0>();
@@ -220,9 +194,9 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           float all[2] = {};
           int cell = begin == 0 ? unit0 : 0;
           asm volatile("" : "+r"(cell));  // no addresses of it held through the loop
-          cell *= kCells;
+          cell *= 2;
 #pragma unroll 1
-          for (int i = (end - begin) * kCells; i > 0; --i) {
+          for (int i = (end - begin) * 2; i > 0; --i) {
             const float2* const of = p.x_sums + size_t(cell) * (4 * kTiles) + at;
             all[0] += of[0].x;
             all[1] += of[32].x;
