@@ -213,7 +213,8 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
   s.cells = c.half     ? tune::rotated_half_cells(p->w)
-            : resident || pairs ? 2
+            : resident ? 2
+            : pairs    ? tune::kPairCells
             : c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped)
                       : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;

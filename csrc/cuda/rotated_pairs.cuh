@@ -5,10 +5,12 @@
 // decoding as with MMAs: half of the time the tensor cores had nothing to do. Two warps, a pair, share
 // the cells of a row block: each decodes its row tile of both.
 //
-//   x      a ring that all warps read, copied by thread 0 (rotated_rings.cuh)
-//   codes  a ring of as many slots, a pair's own: each warp copies half of a step (cp.async), half the
-//          ring ahead, and a barrier counts both. So a slot is written again only when the other has
-//          read it: it has started a copy since, half the ring after that step.
+// A step is four cells, so that barriers and copies are paid half as often as MMAs are waited for.
+//
+//   x      a ring that all warps read (rotated_rings.cuh); warps start its copies in turn
+//   codes  a ring of as many slots, a pair's own: each warp copies two cells (cp.async) a step ahead,
+//          and a barrier counts both. So a slot is written again only when the other has read it: it
+//          has started a copy since, two steps after that one.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -23,14 +25,15 @@
 
 namespace aqlm {
 
-// A pair's codes, kSlots / 2 steps ahead: two cells of one row block, in the order of the block's share.
-template <int kBits, int kSlots>
+// A pair's codes: four cells a step, of one row block, in the order of the block's share.
+template <int kBits>
 struct PairRing {
+  static constexpr int kCells = tune::kPairCells, kSlots = tune::kPairStages;
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
-  static constexpr int kStep = 2 * kCodes, kAhead = kSlots / 2, kPairs = tune::kPairWarps / 2;
-  int row_cells, missing, units;
+  static constexpr int kStep = kCells * kCodes, kPairs = tune::kPairWarps / 2;
+  int row_cells, units;
   int wrap, left;
-  int skipped;              // the last step of a row has no second cell: 1; -1
+  int last;                 // cells of a row's last step that the warp copies
   const uint8_t* from;      // the lane's
   unsigned char *to, *own;  // the lane's in slot 0, to write and to read
   uint64_t* full;
@@ -38,40 +41,45 @@ struct PairRing {
   // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
   __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
                                       unsigned char* space, uint64_t* barriers, int warp, int lane)
-      : row_cells(p.w.units()), missing(p.s.units * 2 - row_cells), units(p.s.units) {
-    const int pair = warp / 2, half = warp % 2;
+      : row_cells(p.w.units()), units(p.s.units) {
+    const int pair = warp / 2, half = warp % 2, begin = half * kCells / 2;
     const int block = share.first / units * kPairs + pair;
     wrap = units - share.unit0;
     left = steps_of_warp(p, share, kPairs, pair);
-    skipped = half == 1 && missing > 0 ? 1 : -1;
-    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * 2 + half) * kCodes + lane * 16;
-    to = space + pair * kSlots * kStep + half * kCodes + lane * 16;
+    last = row_cells - (units - 1) * kCells - begin;
+    from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells + begin) * kCodes +
+           lane * 16;
+    to = space + pair * kSlots * kStep + begin * kCodes + lane * 16;
     own = space + pair * kSlots * kStep + half * 8 + lane * 16;
     full = barriers + pair * kSlots;
   }
-  // Starts copying the warp's half of the next step, a cell.
+  // Starts copying the warp's half of the next step.
   __device__ __forceinline__ void fetch(int slot) {
-    if (left > 0 && wrap != skipped) {
+    if (left > 0) {
 #pragma unroll
-      for (int i = 0; i < kCodes / 512; ++i) copy_async(to + slot * kStep + i * 512, from + i * 512);
+      for (int n = 0; n < kCells / 2; ++n) {
+        if (wrap == 1 && n >= last) break;
+#pragma unroll
+        for (int i = 0; i < kCodes / 512; ++i)
+          copy_async(to + slot * kStep + n * kCodes + i * 512, from + n * kCodes + i * 512);
+      }
     }
     mbar::arrive_copied(full + slot);
     --left;
     from += kStep;
     if (--wrap == 0) {
       wrap = units;
-      from += (size_t(kPairs - 1) * row_cells - missing) * kCodes;
+      from += (size_t(kPairs) * row_cells - units * kCells) * kCodes;
     }
   }
-  // The lane's codes of a step, of the warp's row tile, as those of row tile 0.
-  __device__ __forceinline__ void read(const Ring<kSlots>& ring, ScalarCodes<kBits> (&c)[2]) {
-    mbar::wait(full + ring.stage, ring.phase);
+  // The lane's codes of two cells, of the warp's row tile, as those of row tile 0.
+  __device__ __forceinline__ void read(int slot, int cell, ScalarCodes<kBits> (&c)[2]) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int j = 0; j < kCodes / 512; ++j) {
-        const uint2 v =
-            *reinterpret_cast<const uint2*>(own + ring.stage * kStep + n * kCodes + j * 512);
+        const uint2 v = *reinterpret_cast<const uint2*>(own + slot * kStep + (cell + n) * kCodes +
+                                                        j * 512);
         c[n].a[j] = make_uint4(v.x, v.y, 0, 0);
       }
     }
@@ -84,8 +92,8 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
   constexpr int kWarps = tune::kPairWarps, kColumns = 8 * kTiles, kStages = tune::kPairStages;
-  constexpr int kX = kColumns * kStageColumn;  // bytes of a cell
-  using Codes = PairRing<kBits, kStages>;
+  constexpr int kCells = tune::kPairCells, kX = kColumns * kStageColumn;  // bytes of a cell
+  using Codes = PairRing<kBits>;
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = code_space + kWarps / 2 * kStages * Codes::kStep;
@@ -95,7 +103,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const int units = s.units, tokens = p.tokens;  // units: steps
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0;
-  StageRing<kStages, 2 * kX, 0> x_ring(cells, unit0);
+  StageRing<kStages, kCells * kX, 0> x_ring(cells, unit0);
   uint64_t* const code_full = x_ring.empty + kStages;
   float* const exchange = reinterpret_cast<float*>(code_full + kWarps / 2 * kStages);
   if (threadIdx.x == 0) {
@@ -107,8 +115,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 
   const uint32_t lane_offset = lane * 4;
   Codes codes(p, share, code_space, code_full, warp, lane);
-#pragma unroll
-  for (int i = 0; i < Codes::kAhead; ++i) codes.fetch(i);
+  codes.fetch(0);
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
@@ -130,45 +137,52 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
     for (int i = begin; i < end; ++i) {
-      ScalarCodes<kBits> c[2];
-      codes.read(ring, c);
-      codes.fetch(ring.after(Codes::kAhead));
-      const uint64_t x = core_matrices(cells + ring.stage * 2 * kX, kColumns * 16, 128);
-      uint32_t words[2][4], a[2][2][4];
-      if constexpr (kE8p) {
+      mbar::wait(codes.full + ring.stage, ring.phase);
+      const uint64_t x = core_matrices(cells + ring.stage * kCells * kX, kColumns * 16, 128);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-          e8p_words<kBits>(c[n].a[0], c[n].a[0], c[n].b, 0, 0, lane_offset, words[n]);
-      }
-      mma_groups_wait<0>();
-      if (i > 0) {
-        if (lane == 0) mbar::arrive(x_ring.empty + ring.after(kStages - 1));
-        x_ring.fill(p, count);
-      }
-      __syncwarp();
-      mbar::wait(x_ring.full + ring.stage, ring.phase);
-      // MMAs read their A registers until they are waited for, which the compiler does not know:
-      // what writes them must depend on something that comes after the wait.
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int cell = 0; cell < kCells; cell += 2) {
+        ScalarCodes<kBits> c[2];
+        uint32_t words[2][4], a[2][2][4];
+        codes.read(ring.stage, cell, c);
+        if (cell == 0) codes.fetch(ring.next());
         if constexpr (kE8p) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[n][j]));
-          e8p_expand<kBits>(words[n], 0, a[n]);
-        } else {
-#pragma unroll
-          for (int j = 0; j < Codes::kCodes / 512; ++j)
-            asm volatile("" : "+r"(c[n].a[j].x), "+r"(c[n].a[j].y));
-          scalar_operands<kBits>(c[n], 0, a[n]);
+          for (int n = 0; n < 2; ++n)
+            e8p_words<kBits>(c[n].a[0], c[n].a[0], c[n].b, 0, 0, lane_offset, words[n]);
         }
-      }
-      mma_fence();
+        mma_groups_wait<0>();
+        if (cell == 0) {
+          if (i > 0) {
+            if (lane == 0) mbar::arrive(x_ring.empty + ring.previous());
+            x_ring.fill(p, count);
+          }
+          __syncwarp();
+          mbar::wait(x_ring.full + ring.stage, ring.phase);
+        }
+        // MMAs read their A registers until they are waited for, which the compiler does not know:
+        // what writes them must depend on something that comes after the wait.
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        wgmma(acc, a[n][0], x + (n * kX >> 4));
-        wgmma(acc, a[n][1], x + (n * kX + 2 * kColumns * 16 >> 4));
+        for (int n = 0; n < 2; ++n) {
+          if constexpr (kE8p) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[n][j]));
+            e8p_expand<kBits>(words[n], 0, a[n]);
+          } else {
+#pragma unroll
+            for (int j = 0; j < Codes::kCodes / 512; ++j)
+              asm volatile("" : "+r"(c[n].a[j].x), "+r"(c[n].a[j].y));
+            scalar_operands<kBits>(c[n], 0, a[n]);
+          }
+        }
+        mma_fence();
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int at = (cell + n) * kX;
+          wgmma(acc, a[n][0], x + (at >> 4));
+          wgmma(acc, a[n][1], x + (at + 2 * kColumns * 16 >> 4));
+        }
+        mma_group_commit();
       }
-      mma_group_commit();
       ring.advance();
     }
     mma_groups_wait<0>();
@@ -194,9 +208,9 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           float all[2] = {};
           int cell = begin == 0 ? unit0 : 0;
           asm volatile("" : "+r"(cell));  // no addresses of it held through the loop
-          cell *= 2;
+          cell *= kCells;
 #pragma unroll 1
-          for (int i = (end - begin) * 2; i > 0; --i) {
+          for (int i = (end - begin) * kCells; i > 0; --i) {
             const float2* const of = p.x_sums + size_t(cell) * (4 * kTiles) + at;
             all[0] += of[0].x;
             all[1] += of[32].x;

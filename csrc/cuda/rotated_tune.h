@@ -113,15 +113,14 @@ AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, 
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and slots
 // of a pair's codes.
-constexpr int kPairWarps = 16;
+constexpr int kPairWarps = 16, kPairCells = 4, kPairStages = 3;
 // Not for two planes (E8P 28672 x 8192, 64 tokens: 3 bit 110 against 104 us, 4 bit 110 against 108).
-constexpr int kPairStages = 4;
 AQLM_HD constexpr bool rotated_pairs(Coding coding, int bits, int tiles, bool grouped) {
   return tiles == 16 && !grouped && bits != 3 && rotated_planes(coding, bits) == 1;
 }
 AQLM_HD constexpr int rotated_pair_smem(Coding coding, int bits) {
-  const int step = 2 * kCellRows * kCellColumns / 8 * bits, x = 2 * 16 * 512;
-  return rotated_tables(coding, bits) + kPairStages * (x + 16 + kPairWarps / 2 * (step + 8)) +
+  const int codes = kPairWarps / 2 * (kPairCells * kCellRows * kCellColumns / 8 * bits + 8);
+  return rotated_tables(coding, bits) + kPairStages * (kPairCells * 16 * 512 + 16 + codes) +
          3 * kPairWarps * 64 * 4;
 }
 
