@@ -121,7 +121,8 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     __syncthreads();
   }
   grid_dependency_wait();
-  for (int i = 0; i < kStages - 1; ++i) x_ring.fill(p, count);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
 
   int acc[kTiles * 4] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
@@ -137,14 +138,15 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
     for (int i = begin; i < end; ++i) {
-      mbar::wait(codes.full + ring.stage, ring.phase);
-      const uint64_t x = core_matrices(cells + ring.stage * kCells * kX, kColumns * 16, 128);
+      const Ring<kStages> now = {__shfl_sync(~0u, ring.stage, 0), ring.phase};
+      mbar::wait(codes.full + now.stage, now.phase);
+      const uint64_t x = core_matrices(cells + now.stage * kCells * kX, kColumns * 16, 128);
 #pragma unroll
       for (int cell = 0; cell < kCells; cell += 2) {
         ScalarCodes<kBits> c[2];
         uint32_t words[2][4], a[2][2][4];
-        codes.read(ring.stage, cell, c);
-        if (cell == 0) codes.fetch(ring.next());
+        codes.read(now.stage, cell, c);
+        if (cell == 0) codes.fetch(now.next());
         if constexpr (kE8p) {
 #pragma unroll
           for (int n = 0; n < 2; ++n)
@@ -152,12 +154,9 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         mma_groups_wait<0>();
         if (cell == 0) {
-          if (i > 0) {
-            if (lane == 0) mbar::arrive(x_ring.empty + ring.previous());
-            x_ring.fill(p, count);
-          }
+          if (i > 0 && lane == 0) mbar::arrive(x_ring.empty + now.previous());
           __syncwarp();
-          mbar::wait(x_ring.full + ring.stage, ring.phase);
+          mbar::wait(x_ring.full + now.stage, now.phase);
         }
         // MMAs read their A registers until they are waited for, which the compiler does not know:
         // what writes them must depend on something that comes after the wait.
@@ -182,6 +181,10 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           wgmma(acc, a[n][1], x + (at + 2 * kColumns * 16 >> 4));
         }
         mma_group_commit();
+        if (cell == 0 && (i ^ warp) % kWarps == 0 && i + kStages - 1 < count) {
+          if (lane == 0) x_ring.ahead(p, now, unit + i - begin);
+          __syncwarp();
+        }
       }
       ring.advance();
     }

