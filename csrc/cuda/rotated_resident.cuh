@@ -1,10 +1,10 @@
-// cuda.e8p, cuda.scalar on Hopper for 9 .. 16 tokens, one scale along K: warpgroup MMAs as in
-// rotated_wgmma.cuh, in a loop of little else than decoding.
+// cuda.e8p at 2 bits on Hopper for 9 .. 16 tokens: warpgroup MMAs as in rotated_wgmma.cuh, in a loop
+// of little else than decoding.
 //
 // With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
 // through rings: the x of a block's whole range lies in shared memory, and codes come to registers.
-//
-// stage_kernel has quantized x; bulk copies bring a block its range, a barrier a step. A warp decodes 32 x 64 cells, two a step. A row's last cell may be missing: its x is zeros.
+// Bulk copies bring what stage_kernel has made of x, a barrier a step. A warp decodes 32 x 64 cells,
+// two a step; a row's last cell may be missing: its x is zeros.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -20,9 +20,8 @@
 namespace aqlm {
 
 // A warp's codes, a step of two cells at a time: of row block `block` and on to the warp's next.
-template <int kBits, int kWarps>
 struct StepStream {
-  static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
+  static constexpr int kCodes = kCellRows * kCellColumns / 4, kWarps = tune::kResidentWarps;
   int row_cells, missing, units;
   int wrap, left;
   const uint8_t* from;
@@ -35,21 +34,16 @@ struct StepStream {
     left = steps_of_warp(p, share, kWarps, warp);
     from = p.w.packed + (size_t(block) * row_cells + share.unit0 * 2) * kCodes + lane * 16;
   }
-  // Brings the next 4 KB to L2 (a multiple of 128 bytes: 1 KB to 2 KB a step).
+  // Brings the next 4 KB to L2.
   __device__ __forceinline__ void prefetch(int lane) const {
     if (lane * 128 < min(left, wrap) * 2 * kCodes - missing * kCodes)
       asm volatile("prefetch.global.L2 [%0];" :: "l"(from + lane * (128 - 16)));
   }
-  __device__ __forceinline__ void load(const uint8_t* at, ScalarCodes<kBits>& c) const {
-#pragma unroll
-    for (int i = 0; i < int(sizeof(c.a) / 16); ++i) c.a[i] = load_stream(at + i * 512);
-    if constexpr (kBits == 3) c.b = load_stream8(at - threadIdx.x % 32 * 8 + 512);
-  }
   // Starts loading the next step.
-  __device__ __forceinline__ void fetch(ScalarCodes<kBits> (&c)[2]) {
+  __device__ __forceinline__ void fetch(uint4 (&c)[2]) {
     if (left > 0) {
-      load(from, c[0]);
-      if (missing == 0 || wrap > 1) load(from + kCodes, c[1]);
+      c[0] = load_stream(from);
+      if (missing == 0 || wrap > 1) c[1] = load_stream(from + kCodes);
     }
     --left;
     from += 2 * kCodes;
@@ -60,16 +54,14 @@ struct StepStream {
   }
 };
 
-template <Coding kCoding, int kBits, int kTiles>
+template <int kTiles>
 __global__ void __launch_bounds__(tune::kResidentWarps * 32, 1)
 rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kE8p = kCoding == Coding::kE8p;
   constexpr int kWarps = tune::kResidentWarps, kColumns = 8 * kTiles, kDepth = 2;
   constexpr int kX = kColumns * kStageColumn, kStep = 2 * kX;  // bytes of x: a cell, a step
-  using Codes = ScalarCodes<kBits>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  unsigned char* const cells = smem + tune::rotated_tables(kCoding, kBits);
+  unsigned char* const cells = smem + tune::rotated_tables(Coding::kE8p, 2);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
@@ -80,8 +72,8 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   uint64_t* const full = reinterpret_cast<uint64_t*>(exchange + tokens * kWarps * kCellRows);
 
   // Codes: a register ring, filled ahead of the activations.
-  StepStream<kBits, kWarps> codes(p, share, warp, lane);
-  Codes ring[kDepth][2] = {};
+  StepStream codes(p, share, warp, lane);
+  uint4 ring[kDepth][2] = {};
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
@@ -89,7 +81,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
     mbar::init_fence();
   }
-  if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
+  fill_e8p_tables<2>(smem, kWarps * 32);
   codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int slot0 = first_slot(p, group0);
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
@@ -105,8 +97,6 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   __syncwarp();
 
   int acc[2][kTiles * 4] = {};
-  constexpr float kUnit = 1.f / scalar_step(kBits);
-  RowScales rows;
   const uint32_t lane_offset = lane * 4;
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
@@ -120,34 +110,21 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   };
 
   const uint64_t x_begin = core_matrices(cells, kColumns * 16, 128);
-  auto step = [&](int i, Codes (&c)[2]) {
+  auto step = [&](int i, uint4 (&c)[2]) {
     uint32_t words[4][4], a[4][2][4];  // of row tile i % 2, cell i / 2
-    if constexpr (kE8p) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        e8p_words<kBits>(c[i / 2].a[0], c[i / 2].a[0], c[i / 2].b, 0, i % 2, lane_offset,
-                         words[i]);
-      codes.fetch(c);
-    }
+    for (int i = 0; i < 4; ++i)
+      e8p_words<2>(c[i / 2], c[i / 2], make_uint2(0, 0), 0, i % 2, lane_offset, words[i]);
+    codes.fetch(c);
     mma_groups_wait<0>();
     mbar::wait(full + i, 0);
     // MMAs read their A registers until they are waited for, which the compiler does not know:
     // what writes them must depend on something that comes after the wait.
-    if constexpr (kE8p) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
-        e8p_expand<kBits>(words[i], 0, a[i]);
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        after_wait(c[n], 0u);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) scalar_operands<kBits>(c[n], m, a[2 * n + m]);
-      }
-      codes.fetch(c);
+      for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+      e8p_expand<2>(words[i], 0, a[i]);
     }
     const uint64_t x = x_begin + (i * kStep >> 4);
     mma_fence();
@@ -163,7 +140,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   auto swap = [&] {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const Codes head = ring[0][n];
+      const uint4 head = ring[0][n];
       ring[0][n] = ring[1][n];
       ring[1][n] = head;
     }
@@ -189,7 +166,6 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     const bool exists = block < blocks, exchanged = p.local_bits > 5;
     if (exists || exchanged) {
       float* const out = partials_of(p, group, begin == 0 ? slot0 : 0);
-      if constexpr (!kE8p) rows.load(p.w, block, 0, 1);
       int first = t;  // token of tile 0, and no addresses of all tokens held through the loop
       asm volatile("" : "+r"(first));
 #pragma unroll
@@ -197,26 +173,9 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
         if (n * 4 >= tokens) break;
         const int m = n * 4 + first, token = min(m, tokens - 1);
         const float x_scale = p.x_scales[token];
-        float sum = 0.f;
-        if constexpr (!kE8p) {
-          if (p.w.zeros != nullptr) {
-            for (int i = 2 * begin + g; i < 2 * end; i += 8) {
-              sum += p.x_sums[size_t((2 * unit0 + i) % (2 * units)) * (4 * kTiles) + token].x;
-            }
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-          }
-        }
         float v[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          if constexpr (kE8p) {
-            v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
-          } else {
-            v[r] = kUnit * combined(r, n) + rows.template shift<kBits>(p.w, r) * sum;
-            v[r] *= x_scale * rows.scale(p.w, r);
-          }
-        }
+        for (int r = 0; r < 4; ++r) v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
         if (p.local_bits > 0) transform_rows(v, p.local_bits);
         if (m < tokens) {
           float* const to = (exchanged ? exchange : out) + (m * kWarps + warp) * kCellRows + g;

@@ -67,7 +67,7 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
 
 template <int kTiles>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_resident_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
+  auto kernel = rotated_resident_kernel<kTiles>;
   const int steps = tune::local_cells(p.s);
   const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, steps, p.tokens);
   return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
