@@ -312,8 +312,12 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       p.gain = params.gain * (p.r.block ? 1.f / std::sqrt(static_cast<float>(p.r.block)) : 1.f);
       const bool few = p.tokens <= kFewTokens;
       const int threads = few ? 64 : kFlatThreads;  // few tokens: more SMs
-      const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), p.tokens);
-      const auto kernel = few ? rotate_flat_kernel<kFewSlots> : rotate_flat_kernel<kManySlots>;
+      const bool several = p.partials != nullptr && p.tokens > 16;
+      const int each = several ? kSumTokens : 1;
+      const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), (p.tokens + each - 1) / each);
+      const auto kernel = several ? rotate_sums_kernel
+                          : few   ? rotate_flat_kernel<kFewSlots>
+                                  : rotate_flat_kernel<kManySlots>;
       e = enqueue(kernel, grid, threads, 0, stream, p);
     } else {
       p.gain = params.gain / std::sqrt(static_cast<float>(p.r.n));
