@@ -196,7 +196,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     if (block * kCellRows < p.w.N) {
       float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
                          own / 2 * kCellRows + row;
-      float* const sums = exchange + (2 * kWarps + own) * 64;  // scalar: the warp's
+      float* const sums = exchange + 2 * kWarps * 128 + own * 64;  // scalar: the warp's
       float scale[2], shift[2];
       if constexpr (!kE8p) {
         RowScales rows;
@@ -225,41 +225,67 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           __syncwarp();
         }
       }
+      constexpr int kBatch = 4;  // tiles: their latencies overlap
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; n += kBatch) {
         asm volatile("" ::: "memory");  // no loads of later tiles yet: registers
-        const int m = n * 4 + at % 4, token = min(m, tokens - 1);
-        const float x_scale = p.x_scales[token];
-        float sum = 0.f;
-        if constexpr (!kE8p) {
-          if (p.w.zeros != nullptr) sum = sums[token];
-        }
-        float v[2];
+        if (n * 4 >= tokens) break;
+        float v[kBatch][2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          v[h] = 256.f * acc[n * 4 + 2 * h] + acc[n * 4 + 2 * h + 1];
-          if constexpr (kE8p) {
-            v[h] *= x_scale * (1.f / 32.f);
-          } else {
-            v[h] = (kStep * v[h] + shift[h] * sum) * (x_scale * scale[h]);
+        for (int j = 0; j < kBatch; ++j) {
+          const int token = min((n + j) * 4 + at % 4, tokens - 1);
+          const float x_scale = p.x_scales[token];
+          float sum = 0.f;
+          if constexpr (!kE8p) {
+            if (p.w.zeros != nullptr) sum = sums[token];
+          }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int* const c = acc + (n + j) * 4 + 2 * h;
+            v[j][h] = 256.f * c[0] + c[1];
+            if constexpr (kE8p) {
+              v[j][h] *= x_scale * (1.f / 32.f);
+            } else {
+              v[j][h] = (kStep * v[j][h] + shift[h] * sum) * (x_scale * scale[h]);
+            }
           }
         }
         if (p.local_bits > 0) {
-          transform_tile(v, p.local_bits);
-          if (p.local_bits > 4) {  // rows of the pair: buffers in turn, one barrier a tile
-            float* const ex = exchange + (n % 2 * kWarps + own) * 64 + at;
-            float* const other = exchange + (n % 2 * kWarps + (own ^ 1)) * 64 + at;
-            ex[0] = v[0];
-            ex[32] = v[1];
-            pair_sync(own / 2);
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) transform_tile(v[j], p.local_bits);
+        }
+        if (p.local_bits > 4) {
+          // The pair's 32 rows: a warp finishes two of the tiles. Buffers in turn: one barrier.
+          float* const mine = exchange + (n / kBatch % 2 * kWarps + own) * 128 + at;
+          const float* const other = exchange + (n / kBatch % 2 * kWarps + (own ^ 1)) * 128 + at;
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-              v[h] = half == 0 ? v[h] + other[32 * h] : other[32 * h] - v[h];
-          }
-        }
-        if (m < tokens) {
+              mine[(2 * j + h) * 32] = half == 0 ? v[2 + j][h] : v[j][h];
+          pair_sync(own / 2);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) out[m * s.group_rows + 8 * h] = v[h];
+          for (int j = 0; j < 2; ++j) {
+            const int m = (n + 2 * half + j) * 4 + at % 4;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const float a = half == 0 ? v[j][h] : v[2 + j][h], b = other[(2 * j + h) * 32];
+              float* const to = out + m * s.group_rows - half * 16 + 8 * h;
+              if (m < tokens) {
+                to[0] = a + b;
+                to[16] = half == 0 ? a - b : b - a;
+              }
+            }
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            const int m = (n + j) * 4 + at % 4;
+            if (m < tokens) {
+              out[m * s.group_rows] = v[j][0];
+              out[m * s.group_rows + 8] = v[j][1];
+            }
+          }
         }
       }
     }

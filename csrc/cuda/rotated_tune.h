@@ -121,7 +121,7 @@ AQLM_HD constexpr bool rotated_pairs(Coding coding, int bits, int tiles, bool gr
 AQLM_HD constexpr int rotated_pair_smem(Coding coding, int bits) {
   const int codes = kPairWarps / 2 * (kPairCells * kCellRows * kCellColumns / 8 * bits + 8);
   return rotated_tables(coding, bits) + kPairStages * (kPairCells * 16 * 512 + 16 + codes) +
-         3 * kPairWarps * 64 * 4;
+         kPairWarps * (2 * 128 + (coding == Coding::kE8p ? 0 : 64)) * 4;
 }
 
 // The body of float16 operands (rotated_half.cuh), up to 64 tokens: warps, stages of x, steps of codes
