@@ -31,22 +31,23 @@ struct PairRing {
   static constexpr int kCells = tune::kPairCells, kSlots = tune::kPairStages;
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
   static constexpr int kStep = kCells * kCodes, kPairs = tune::kPairWarps / 2;
-  int row_cells, units;
   int wrap, left;
   int last;                 // cells of a row's last step that the warp copies
+  unsigned jump;            // from a row's last step to the pair's next row
   const uint8_t* from;      // the lane's
   unsigned char *to, *own;  // the lane's in slot 0, to write and to read
   uint64_t* full;
 
   // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
   __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
-                                      unsigned char* space, uint64_t* barriers, int warp, int lane)
-      : row_cells(p.w.units()), units(p.s.units) {
+                                      unsigned char* space, uint64_t* barriers, int warp, int lane) {
     const int pair = warp / 2, half = warp % 2, begin = half * kCells / 2;
+    const int row_cells = p.w.units(), units = p.s.units;
     const int block = share.first / units * kPairs + pair;
     wrap = units - share.unit0;
     left = steps_of_warp(p, share, kPairs, pair);
     last = row_cells - (units - 1) * kCells - begin;
+    jump = (kPairs * row_cells - (units - 1) * kCells) * kCodes;
     from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells + begin) * kCodes +
            lane * 16;
     to = space + pair * kSlots * kStep + begin * kCodes + lane * 16;
@@ -54,7 +55,7 @@ struct PairRing {
     full = barriers + pair * kSlots;
   }
   // Starts copying the warp's half of the next step.
-  __device__ __forceinline__ void fetch(int slot) {
+  __device__ __forceinline__ void fetch(int slot, int units) {
     if (left > 0) {
 #pragma unroll
       for (int n = 0; n < kCells / 2; ++n) {
@@ -66,11 +67,8 @@ struct PairRing {
     }
     mbar::arrive_copied(full + slot);
     --left;
-    from += kStep;
-    if (--wrap == 0) {
-      wrap = units;
-      from += (size_t(kPairs) * row_cells - units * kCells) * kCodes;
-    }
+    from += --wrap == 0 ? jump : kStep;
+    if (wrap == 0) wrap = units;
   }
   // The lane's codes of two cells, of the warp's row tile, as those of row tile 0.
   __device__ __forceinline__ void read(int slot, int cell, ScalarCodes<kBits> (&c)[2]) {
@@ -115,7 +113,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 
   const uint32_t lane_offset = lane * 4;
   Codes codes(p, share, code_space, code_full, warp, lane);
-  codes.fetch(0);
+  codes.fetch(0, units);
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
@@ -127,6 +125,9 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   int acc[kTiles * 4] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
   Ring<kStages> ring;
+  ScalarCodes<kBits> ahead[2];  // of the next two cells
+  mbar::wait(codes.full, 0);
+  codes.read(0, 0, ahead);
 
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
@@ -134,23 +135,28 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int q = 0; q < kTiles * 4; ++q) asm volatile("" : "+r"(acc[q]) :: "memory");
   };
 
-  int begin = 0, group = share.first / units, unit = unit0;
+  int start = -unit0, group = share.first / units;  // start: the step with which a row group begins
   for (;;) {  // row groups
-    const int end = min(count, begin + units - unit);
-    for (int i = begin; i < end; ++i) {
-      const Ring<kStages> now = {__shfl_sync(~0u, ring.stage, 0), ring.phase};
-      mbar::wait(codes.full + now.stage, now.phase);
+    const int end = min(count, start + units);
+    for (int i = max(start, 0); i < end; ++i) {
+      const Ring<kStages> now = {__shfl_sync(~0u, ring.stage, 0), ring.phase};  // uniform
       const uint64_t x = core_matrices(cells + now.stage * kCells * kX, kColumns * 16, 128);
+      ring.advance();
 #pragma unroll
       for (int cell = 0; cell < kCells; cell += 2) {
-        ScalarCodes<kBits> c[2];
         uint32_t words[2][4], a[2][2][4];
-        codes.read(now.stage, cell, c);
-        if (cell == 0) codes.fetch(now.next());
+        ScalarCodes<kBits> c[2] = {ahead[0], ahead[1]};
         if constexpr (kE8p) {
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             e8p_words<kBits>(c[n].a[0], c[n].a[0], c[n].b, 0, 0, lane_offset, words[n]);
+        }
+        if (cell == 0) {
+          codes.read(now.stage, 2, ahead);
+          codes.fetch(now.next(), units);
+        } else {
+          mbar::wait(codes.full + ring.stage, ring.phase);
+          codes.read(ring.stage, 0, ahead);
         }
         mma_groups_wait<0>();
         if (cell == 0) {
@@ -182,11 +188,10 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         mma_group_commit();
         if (cell == 0 && (i ^ warp) % kWarps == 0 && i + kStages - 1 < count) {
-          if (lane == 0) x_ring.ahead(p, now, unit + i - begin);
+          if (lane == 0) x_ring.ahead(p, now, i - start);
           __syncwarp();
         }
       }
-      ring.advance();
     }
     mma_groups_wait<0>();
     finished();
@@ -194,7 +199,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     const int thread = thread_again(), own = thread / 32, at = thread % 32, half = own % 2;
     const int block = group * (kWarps / 2) + own / 2, row = half * 16 + at / 4;  // of the block
     if (block * kCellRows < p.w.N) {
-      float* const out = partials_of(p, group, begin == 0 ? first_slot(p, group) : 0) +
+      float* const out = partials_of(p, group, start <= 0 ? first_slot(p, group) : 0) +
                          own / 2 * kCellRows + row;
       float* const sums = exchange + 2 * kWarps * 128 + own * 64;  // scalar: the warp's
       float scale[2], shift[2];
@@ -209,15 +214,12 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
         }
         if (p.w.zeros != nullptr) {  // sums of this row group's activations, of 64 tokens
           float all[2] = {};
-          int cell = begin == 0 ? unit0 : 0;
-          asm volatile("" : "+r"(cell));  // no addresses of it held through the loop
-          cell *= kCells;
+          const int from = max(start, 0) - start, to = end - start;
 #pragma unroll 1
-          for (int i = (end - begin) * kCells; i > 0; --i) {
+          for (int cell = from * kCells; cell < to * kCells; ++cell) {
             const float2* const of = p.x_sums + size_t(cell) * (4 * kTiles) + at;
             all[0] += of[0].x;
             all[1] += of[32].x;
-            ++cell;
           }
           __syncwarp();
           sums[at] = all[0];
@@ -293,8 +295,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 #pragma unroll
     for (int q = 0; q < kTiles * 4; ++q) acc[q] = 0;
     finished();
-    begin = end;
-    unit = 0;
+    start = end;
     ++group;
   }
 #endif
