@@ -114,13 +114,17 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const uint32_t lane_offset = lane * 4;
   Codes codes(p, share, code_space, code_full, warp, lane);
   codes.fetch(0, units);
+  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this block
+  // begins when x is ready.
+  if (threadIdx.x == (kWarps - 1) * 32) {
+    grid_dependency_wait();
+    for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
+  }
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
   }
   grid_dependency_wait();
-  if (threadIdx.x == 0)
-    for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
 
   int acc[kTiles * 4] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
