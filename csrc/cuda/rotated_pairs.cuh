@@ -2,15 +2,16 @@
 // a warp owns 16 rows, not 32, so that 16 warps have registers for 128 columns of x.
 //
 // A warp that decodes keeps no MMA going, and eight warps, two a scheduler, were as long with
-// decoding as with MMAs: half of the time the tensor cores had nothing to do. Two warps, a pair, share
-// the cells of a row block: each decodes its row tile of both.
+// decoding as with MMAs: half of the time the tensor cores had nothing to do. Two warps, a pair,
+// share the cells of a row block: each decodes its row tile of all of them.
 //
 // A step is four cells, so that barriers and copies are paid half as often as MMAs are waited for.
 //
-//   x      a ring that all warps read (rotated_rings.cuh); warps start its copies in turn
-//   codes  a ring of as many slots, a pair's own: each warp copies two cells (cp.async) a step ahead,
-//          and a barrier counts both. So a slot is written again only when the other has read it: it
-//          has started a copy since, two steps after that one.
+//   x      a ring that all warps read; they start its copies in turn: the one
+//          thread that did so held up its warpgroup, and with it all others, in every step
+//   codes  a ring of as many slots, a pair's own: each warp copies two cells (cp.async) a step
+//          ahead, and a barrier counts both. So a slot is written again only when the other warp has
+//          read it: it has started a copy since, that of two steps later.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -40,7 +41,8 @@ struct PairRing {
 
   // space: [kPairs][kSlots][kStep], barriers: [kPairs][kSlots].
   __device__ __forceinline__ PairRing(const RotatedMatmul& p, const BlockShare& share,
-                                      unsigned char* space, uint64_t* barriers, int warp, int lane) {
+                                      unsigned char* space, uint64_t* barriers, int warp,
+                                      int lane) {
     const int pair = warp / 2, half = warp % 2, begin = half * kCells / 2;
     const int row_cells = p.w.units(), units = p.s.units;
     const int block = share.first / units * kPairs + pair;
@@ -84,6 +86,29 @@ struct PairRing {
   }
 };
 
+// Staged x: kX bytes a step, in stages that all warps read and give back.
+template <int kStages, int kX>
+struct TurnRing {
+  unsigned char* stages;
+  uint64_t *full, *empty;
+
+  __device__ __forceinline__ explicit TurnRing(unsigned char* at)
+      : stages(at), full(reinterpret_cast<uint64_t*>(at + kStages * kX)), empty(full + kStages) {}
+  // Starts the copy of step `unit` of a row (one thread), or of one that follows the row's end.
+  __device__ __forceinline__ void copy(const RotatedMatmul& p, int stage, int unit) {
+    for (int wrapped = 0; wrapped < kStages - 1; ++wrapped)
+      if (unit >= p.s.units) unit -= p.s.units;
+    mbar::expect(full + stage, kX);
+    mbar::bulk_copy(stages + stage * kX, p.x_cells + size_t(unit) * kX, kX, full + stage);
+  }
+  // That of the step kStages - 1 after `now`'s, which is step `unit` of its row.
+  __device__ __forceinline__ void ahead(const RotatedMatmul& p, const Ring<kStages>& now, int unit) {
+    const int stage = now.previous();
+    mbar::wait(empty + stage, now.stage == 0 ? now.phase ^ 1 : now.phase);
+    copy(p, stage, unit + kStages - 1);
+  }
+};
+
 template <Coding kCoding, int kBits, int kTiles>
 __global__ void __launch_bounds__(tune::kPairWarps * 32, 1)
 rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
@@ -101,7 +126,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const int units = s.units, tokens = p.tokens;  // units: steps
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0;
-  StageRing<kStages, kCells * kX, 0> x_ring(cells, unit0);
+  TurnRing<kStages, kCells * kX> x_ring(cells);
   uint64_t* const code_full = x_ring.empty + kStages;
   float* const exchange = reinterpret_cast<float*>(code_full + kWarps / 2 * kStages);
   if (threadIdx.x == 0) {
@@ -114,8 +139,8 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const uint32_t lane_offset = lane * 4;
   Codes codes(p, share, code_space, code_full, warp, lane);
   codes.fetch(0, units);
-  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this block
-  // begins when x is ready.
+  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this
+  // block begins when x is ready.
   if (threadIdx.x == (kWarps - 1) * 32) {
     grid_dependency_wait();
     for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
@@ -139,7 +164,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int q = 0; q < kTiles * 4; ++q) asm volatile("" : "+r"(acc[q]) :: "memory");
   };
 
-  int start = -unit0, group = share.first / units;  // start: the step with which a row group begins
+  int start = -unit0, group = share.first / units;  // start: the step that a row group begins with
   for (;;) {  // row groups
     const int end = min(count, start + units);
     for (int i = max(start, 0); i < end; ++i) {

@@ -1,10 +1,10 @@
-// cuda.e8p at 2 bits on Hopper for 9 .. 16 tokens: warpgroup MMAs as in rotated_wgmma.cuh, in a loop
-// of little else than decoding.
+// cuda.e8p at 2 bits on Hopper for 9 .. 16 tokens: warpgroup MMAs as in rotated_wgmma.cuh, in a
+// loop of little else than decoding.
 //
 // With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
 // through rings: the x of a block's whole range lies in shared memory, and codes come to registers.
-// Bulk copies bring what stage_kernel has made of x, a barrier a step. A warp decodes 32 x 64 cells,
-// two a step; a row's last cell may be missing: its x is zeros.
+// Bulk copies bring what stage_kernel has made of x, a barrier a step. A warp decodes 32 x 64
+// cells, two a step; a row's last cell may be missing: its x is zeros.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -77,8 +77,8 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this block
-  // begins when x is ready.
+  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this
+  // block begins when x is ready.
   if (warp == kWarps - 1) {
     for (int i = lane; i < count; i += 32) mbar::init(full + i, 1);
     mbar::init_fence();

@@ -1,5 +1,5 @@
-// How the warpgroup bodies (rotated_wgmma.cuh, rotated_half.cuh) begin: a block's share of the
-// cells, its ring of x and its warps' rings of codes. A step is kCells cells of a row block.
+// How the warpgroup bodies begin: a block's share of the cells, its ring of x and its warps' rings
+// of codes. A step is kCells cells of a row block.
 #pragma once
 
 #include "rotated_rows.cuh"
@@ -23,7 +23,7 @@ struct BlockShare {
   }
 };
 
-// Steps of a block's share in which row block `own` of `each` in a row group exists: from the first on.
+// Steps of a block's share in which row block `own` of `each` in a row group exists: the first ones.
 __device__ __forceinline__ int steps_of_warp(const RotatedMatmul& p, const BlockShare& share,
                                              int each, int own) {
   const int groups = (p.w.blocks() - own + each - 1) / each;
@@ -42,18 +42,6 @@ struct StageRing {
   __device__ __forceinline__ StageRing(unsigned char* at, int unit0)
       : stages(at), full(reinterpret_cast<uint64_t*>(at + kStages * (kX + kSums))),
         empty(full + kStages), unit(unit0), filled(0) {}
-  // Starts the copy of a step (one thread), kStages - 1 after that of `now`, which began with `unit0`.
-  __device__ __forceinline__ void ahead(const RotatedMatmul& p, const Ring<kStages>& now, int unit) {
-    const int stage = now.previous();
-    mbar::wait(empty + stage, now.stage == 0 ? now.phase ^ 1 : now.phase);
-    copy(p, stage, unit + kStages - 1);
-  }
-  __device__ __forceinline__ void copy(const RotatedMatmul& p, int stage, int unit) {
-    for (int wrapped = 0; wrapped < kStages - 1; ++wrapped)
-      if (unit >= p.s.units) unit -= p.s.units;
-    mbar::expect(full + stage, kX);
-    mbar::bulk_copy(stages + stage * kX, p.x_cells + size_t(unit) * kX, kX, full + stage);
-  }
   // Starts the next step's copy. Its stage was that of kStages steps before.
   __device__ __forceinline__ void fill(const RotatedMatmul& p, int count) {
     if (threadIdx.x != 0 || filled == count) return;

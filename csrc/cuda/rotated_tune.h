@@ -111,8 +111,8 @@ AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, 
          tokens * kResidentWarps * kCellRows * 4;
 }
 
-// The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and slots
-// of a pair's codes.
+// The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of a
+// pair's codes.
 constexpr int kPairWarps = 16, kPairCells = 4, kPairStages = 3;
 // Not for two planes (E8P 28672 x 8192, 64 tokens: 3 bit 110 against 104 us, 4 bit 110 against 108).
 AQLM_HD constexpr bool rotated_pairs(Coding coding, int bits, int tiles, bool grouped) {
