@@ -72,11 +72,11 @@ struct RotateSource {
 };
 __device__ __forceinline__ RotateSource rotate_locate(const RotateParams& p, int m, int i) {
   const RotatedSchedule& s = p.s;
-  const int group = i / s.group_rows;
+  const int group = i / s.group_rows, cell = group * s.units;
   return {p.partials + (size_t(group) * s.max_slots * p.tokens + m) * s.group_rows +
               i % s.group_rows,
           size_t(p.tokens) * s.group_rows,
-          owner_of(s, group, s.units - 1) - owner_of(s, group, 0) + 1};
+          owner_of(s, cell + s.units - 1) - owner_of(s, cell) + 1};
 }
 // 16 bytes past L1 where `wanted`, else zeros. Written so because a conditional load in C++ became
 // a chain in which every load waits for the one before.

@@ -43,13 +43,12 @@ struct RotatedSchedule {
   int ctas;
   int max_slots;   // slots reserved per group
   int cells;       // 64 columns each, of a unit
-  int end;         // units that finishing a row group counts as, when they are shared out
 };
 
-// The CTA that owns a unit of a row group.
-AQLM_HD int owner_of(const RotatedSchedule& s, int group, int unit) {
-  const long long all = static_cast<long long>(s.groups) * (s.units + s.end);
-  return static_cast<int>(((group * (s.units + s.end) + unit + 1ll) * s.ctas - 1) / all);
+// The CTA that owns a cell.
+AQLM_HD int owner_of(const RotatedSchedule& s, int cell) {
+  const long long cells = static_cast<long long>(s.groups) * s.units;
+  return static_cast<int>(((cell + 1ll) * s.ctas - 1) / cells);
 }
 
 // One rotation U of vectors of length n; see aqlm_infer/formats/rotation.py.

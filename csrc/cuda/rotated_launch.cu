@@ -231,15 +231,11 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   if (c.tiles == 1)  // what a CTA stages must fit
     while (tune::staged_bytes(s, staged, 1, c.share, warps) > most_x && s.ctas < cells)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
-  auto steps = [&](int end = 0) {  // of a block
-    return static_cast<int>((cells + s.groups * end + s.ctas - 1) / s.ctas);
-  };
+  auto steps = [&] { return static_cast<int>((cells + s.ctas - 1) / s.ctas); };  // of a block
   if (resident)  // no step of a row twice, and room for x
     while (steps() > s.units || tune::rotated_resident_smem(p->w.coding, p->w.bits, steps(),
                                                             p->tokens) > device.max_smem)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
-  // A row group more to finish for a step less, where no block gets more steps by that.
-  if ((resident || pairs) && cells >= 4ll * s.ctas && steps(1) == steps()) s.end = 1;
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }
 

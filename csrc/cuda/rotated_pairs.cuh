@@ -139,24 +139,17 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
   const uint32_t lane_offset = lane * 4;
   Codes codes(p, share, code_space, code_full, warp, lane);
   codes.fetch(0, units);
-  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this
-  // block begins when x is ready.
-  if (threadIdx.x == (kWarps - 1) * 32) {
-    grid_dependency_wait();
-    for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
-  }
   if constexpr (kE8p) {
     fill_e8p_tables<kBits>(smem, kWarps * 32);
     __syncthreads();
   }
   grid_dependency_wait();
+  if (threadIdx.x == 0)
+    for (int i = 0; i < min(count, kStages - 1); ++i) x_ring.copy(p, i, unit0 + i);
 
   int acc[kTiles * 4] = {};
   constexpr float kStep = 1.f / scalar_step(kBits);
   Ring<kStages> ring;
-  ScalarCodes<kBits> ahead[2];  // of the next two cells
-  mbar::wait(codes.full, 0);
-  codes.read(0, 0, ahead);
 
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
@@ -170,22 +163,17 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int i = max(start, 0); i < end; ++i) {
       const Ring<kStages> now = {__shfl_sync(~0u, ring.stage, 0), ring.phase};  // uniform
       const uint64_t x = core_matrices(cells + now.stage * kCells * kX, kColumns * 16, 128);
-      ring.advance();
+      mbar::wait(codes.full + now.stage, now.phase);
 #pragma unroll
       for (int cell = 0; cell < kCells; cell += 2) {
+        ScalarCodes<kBits> c[2];
         uint32_t words[2][4], a[2][2][4];
-        ScalarCodes<kBits> c[2] = {ahead[0], ahead[1]};
+        codes.read(now.stage, cell, c);
+        if (cell == 0) codes.fetch(now.next(), units);
         if constexpr (kE8p) {
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             e8p_words<kBits>(c[n].a[0], c[n].a[0], c[n].b, 0, 0, lane_offset, words[n]);
-        }
-        if (cell == 0) {
-          codes.read(now.stage, 2, ahead);
-          codes.fetch(now.next(), units);
-        } else {
-          mbar::wait(codes.full + ring.stage, ring.phase);
-          codes.read(ring.stage, 0, ahead);
         }
         mma_groups_wait<0>();
         if (cell == 0) {
@@ -221,6 +209,7 @@ rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
           __syncwarp();
         }
       }
+      ring.advance();
     }
     mma_groups_wait<0>();
     finished();

@@ -77,18 +77,9 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  // One warp waits for x while the others fill the tables: where stage_kernel had the SM, this
-  // block begins when x is ready.
-  if (warp == kWarps - 1) {
-    for (int i = lane; i < count; i += 32) mbar::init(full + i, 1);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
     mbar::init_fence();
-    grid_dependency_wait();
-    for (int i = lane; i < count; i += 32) {
-      const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
-      mbar::expect(full + i, kStep);
-      mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
-    }
-    __syncwarp();
   }
   fill_e8p_tables<2>(smem, kWarps * 32);
   codes.prefetch(lane);  // after the tables' loads, which would wait for it
@@ -96,6 +87,14 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   __syncthreads();
   grid_dependency_wait();
+  if (lane == 0) {
+    for (int i = warp; i < count; i += kWarps) {
+      const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
+      mbar::expect(full + i, kStep);
+      mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
+    }
+  }
+  __syncwarp();
 
   int acc[2][kTiles * 4] = {};
   const uint32_t lane_offset = lane * 4;

@@ -11,15 +11,10 @@ namespace aqlm {
 struct BlockShare {
   int first, count, unit0;
   __device__ __forceinline__ explicit BlockShare(const RotatedSchedule& s) {
-    first = begin_of(s, blockIdx.x);
-    count = begin_of(s, blockIdx.x + 1) - first;
+    const long long all = static_cast<long long>(s.groups) * s.units;
+    first = static_cast<int>(blockIdx.x * all / s.ctas);
+    count = static_cast<int>((blockIdx.x + 1) * all / s.ctas) - first;
     unit0 = first % s.units;
-  }
-  // The first step of a block.
-  static __device__ __forceinline__ int begin_of(const RotatedSchedule& s, int block) {
-    const int row = s.units + s.end;
-    const int at = static_cast<int>(static_cast<long long>(s.groups) * row * block / s.ctas);
-    return at / row * s.units + min(at % row, s.units);
   }
 };
 

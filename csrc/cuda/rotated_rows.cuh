@@ -149,7 +149,7 @@ __device__ __forceinline__ void transform_warps(const float* from, int tokens, i
 
 // The slot of this block's partial sums of its first row group; it begins every later one, slot 0.
 __device__ __forceinline__ int first_slot(const RotatedMatmul& p, int group) {
-  return blockIdx.x - owner_of(p.s, group, 0);
+  return blockIdx.x - owner_of(p.s, group * p.s.units);
 }
 // This block's partial sums of a row group: [tokens][group_rows].
 __device__ __forceinline__ float* partials_of(const RotatedMatmul& p, int group, int slot) {

@@ -165,7 +165,7 @@ constexpr int kLocalCells = 32;
 
 // Cells of x that one CTA stages itself.
 inline int local_cells(const RotatedSchedule& s) {
-  const long long cells = static_cast<long long>(s.groups) * (s.units + s.end);
+  const long long cells = static_cast<long long>(s.groups) * s.units;
   return static_cast<int>(std::min<long long>(s.units, (cells + s.ctas - 1) / s.ctas));
 }
 // Row groups that a block holds until their transform; 1: none waits, which needs registers.
