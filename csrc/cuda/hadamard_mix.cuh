@@ -75,8 +75,8 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
   }
 }
 
-// rotate_flat_kernel for the partial sums of many tokens, kSumTokens a thread: where their slots lie
-// is found out once. Grid: (chunks of a row, tokens / kSumTokens).
+// rotate_flat_kernel for the partial sums of many tokens, kSumTokens a thread: where their slots
+// lie is found out once. Grid: (chunks of a row, tokens / kSumTokens).
 __global__ void __launch_bounds__(kFlatThreads, 3)
 rotate_sums_kernel(const __grid_constant__ RotateParams p) {
   constexpr int kSlots = 2, kTokens = kSumTokens;  // in flight

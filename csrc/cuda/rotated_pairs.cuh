@@ -7,11 +7,11 @@
 //
 // A step is four cells, so that barriers and copies are paid half as often as MMAs are waited for.
 //
-//   x      a ring that all warps read; they start its copies in turn: the one
-//          thread that did so held up its warpgroup, and with it all others, in every step
+//   x      a ring that all warps read; they start its copies in turn: one thread that did so held up
+//          its warpgroup, and with it all others, in every step
 //   codes  a ring of as many slots, a pair's own: each warp copies two cells (cp.async) a step
-//          ahead, and a barrier counts both. So a slot is written again only when the other warp has
-//          read it: it has started a copy since, that of two steps later.
+//          ahead, and a barrier counts both. So a slot is written again only when the other warp
+//          has read it: it has started a copy since, that of two steps later.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -102,7 +102,8 @@ struct TurnRing {
     mbar::bulk_copy(stages + stage * kX, p.x_cells + size_t(unit) * kX, kX, full + stage);
   }
   // That of the step kStages - 1 after `now`'s, which is step `unit` of its row.
-  __device__ __forceinline__ void ahead(const RotatedMatmul& p, const Ring<kStages>& now, int unit) {
+  __device__ __forceinline__ void ahead(const RotatedMatmul& p, const Ring<kStages>& now,
+                                        int unit) {
     const int stage = now.previous();
     mbar::wait(empty + stage, now.stage == 0 ? now.phase ^ 1 : now.phase);
     copy(p, stage, unit + kStages - 1);

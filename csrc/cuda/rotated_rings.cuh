@@ -18,7 +18,7 @@ struct BlockShare {
   }
 };
 
-// Steps of a block's share in which row block `own` of `each` in a row group exists: the first ones.
+// Steps of a block's share in which row block `own` of `each` a row group exists: the first ones.
 __device__ __forceinline__ int steps_of_warp(const RotatedMatmul& p, const BlockShare& share,
                                              int each, int own) {
   const int groups = (p.w.blocks() - own + each - 1) / each;
