@@ -7,8 +7,8 @@
 //
 // A step is four cells, so that barriers and copies are paid half as often as MMAs are waited for.
 //
-//   x      a ring that all warps read; they start its copies in turn: one thread that did so held up
-//          its warpgroup, and with it all others, in every step
+//   x      a ring that all warps read; they start its copies in turn: one thread that did so held
+//          up its warpgroup, and with it all others, in every step
 //   codes  a ring of as many slots, a pair's own: each warp copies two cells (cp.async) a step
 //          ahead, and a barrier counts both. So a slot is written again only when the other warp
 //          has read it: it has started a copy since, that of two steps later.

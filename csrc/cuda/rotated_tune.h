@@ -98,8 +98,8 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
 }
 
 // The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps, cells of a
-// block from which on it beats a block's own staging (kLocalCells). 16 tokens, H200, us alone and of
-// a whole layer, against a block's own staging or, in the last two, rotated_wgmma.cuh:
+// block from which on it beats a block's own staging (kLocalCells). 16 tokens, H200, us alone and
+// of a whole layer, against a block's own staging or, in the last two, rotated_wgmma.cuh:
 //    4096 x 4096   (4 cells)   10.5 13.3    9.7 13.1
 //    6144 x 4096   (6)         10.5 13.4   10.3 13.5
 //    4096 x 14336 (14)         16.1 26.5   15.8 28.7
