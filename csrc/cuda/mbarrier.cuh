@@ -70,6 +70,8 @@ __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int r
 template <int kStages>
 struct Ring {
   int stage = 0, phase = 0;
+  __device__ __forceinline__ int next() const { return stage == kStages - 1 ? 0 : stage + 1; }
+  __device__ __forceinline__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {
       stage = 0;

@@ -141,6 +141,13 @@ __device__ __forceinline__ void mma_16832(int (&c)[4], const uint32_t (&a)[4], u
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// threadIdx.x read anew, so that nothing derived from it waits in registers through a loop before.
+__device__ __forceinline__ int thread_again() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 // Programmatic dependent launch: let the next kernel's blocks start (they wait before reading).
 __device__ __forceinline__ void grid_dependents_start() {
 #if __CUDA_ARCH__ >= 900

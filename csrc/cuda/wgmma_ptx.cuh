@@ -27,6 +27,11 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
+// Barrier of 64 threads: two warps, pair `pair` of at most 15.
+__device__ __forceinline__ void pair_sync(int pair) {
+  asm volatile("bar.sync %0, 64;" :: "r"(pair + 1) : "memory");
+}
+
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
