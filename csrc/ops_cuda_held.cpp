@@ -6,6 +6,7 @@
 
 #include "ops_cuda_held.h"
 
+#include <exception>
 #include <map>
 #include <mutex>
 #include <string>
@@ -71,8 +72,10 @@ struct Held {
 
 constexpr const char* kHeld = "aqlm_infer.held";
 
-const Held* held_of(PyObject* capsule) {
-  return static_cast<const Held*>(PyCapsule_GetPointer(capsule, kHeld));
+const Held& held_of(PyObject* capsule) {
+  const void* held = PyCapsule_GetPointer(capsule, kHeld);
+  CHECK(held, "expected a held layer");
+  return *static_cast<const Held*>(held);
 }
 
 // -1 and an exception of Python for a tensor without versions.
@@ -97,7 +100,9 @@ bool is_as_held(const Held& held, PyObject* parameters, PyObject* buffers) {
 
 // The tensor that a handle of torch._C._aoti stands for; the handle goes with it.
 Tensor tensor_of(PyObject* capsule) {
-  return Tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule, nullptr)));
+  void* handle = PyCapsule_GetPointer(capsule, nullptr);
+  CHECK(handle, "expected the handle of a tensor");
+  return Tensor(static_cast<AtenTensorHandle>(handle));
 }
 
 void delete_handle(PyObject* capsule) {
@@ -170,6 +175,26 @@ bool expects(Py_ssize_t given, Py_ssize_t wanted) {
   return false;
 }
 
+using Call = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// A call whose C++ exceptions become Python's.
+template <Call call>
+PyObject* guarded(PyObject* module, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return call(module, args, count);
+  } catch (const std::exception& e) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+
+template <Call call>
+PyMethodDef method(const char* name) {
+  const Call safe = guarded<call>;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(safe)), METH_FASTCALL,
+          nullptr};
+}
+
 // take(number, parameters, buffers, versioned: lists, handles of the values: list)
 PyObject* take(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!expects(count, 5)) return nullptr;
@@ -205,10 +230,10 @@ PyObject* take(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // The held layer of args (held, parameters, buffers: dicts), if they are what was held and x is on
 // its device; else null, perhaps with an exception.
 const HeldLayer* valid(PyObject* const* args, const Tensor& x) {
-  const Held* held = held_of(args[0]);
-  const bool same = held && x.get_device_index() == held->device &&
-                    is_as_held(*held, args[1], args[2]);
-  return same && !PyErr_Occurred() ? held->layer.get() : nullptr;
+  const Held& held = held_of(args[0]);
+  const bool same =
+      x.get_device_index() == held.device && is_as_held(held, args[1], args[2]);
+  return same && !PyErr_Occurred() ? held.layer.get() : nullptr;
 }
 
 // linear(held, parameters, buffers, x) -> y, or None where they are not what was held
@@ -254,19 +279,16 @@ PyObject* is_valid(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* rotation(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!expects(count, 2)) return nullptr;
   const Tensor x = tensor_of(args[1]);
-  const Held* held = held_of(args[0]);
-  if (!held) return nullptr;
-  return capsule_of(without_gil([&] {
-    CHECK(held->layer->input, "this layer does not rotate its input");
-    return rotated(*held->layer->input, x);
-  }));
+  const HeldLayer& layer = *held_of(args[0]).layer;
+  CHECK(layer.input, "this layer does not rotate its input");
+  return capsule_of(without_gil([&] { return rotated(*layer.input, x); }));
 }
 
 PyObject* product(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!expects(count, 2)) return nullptr;
   const Tensor z = tensor_of(args[1]);
-  const Held* held = held_of(args[0]);
-  return held ? capsule_of(without_gil([&] { return held->layer->product(z); })) : nullptr;
+  const HeldLayer& layer = *held_of(args[0]).layer;
+  return capsule_of(without_gil([&] { return layer.product(z); }));
 }
 
 }  // namespace
@@ -283,18 +305,13 @@ int64_t hold(std::unique_ptr<const HeldLayer> layer) {
 }  // namespace aqlm_ops
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
-  using Call = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-  auto method = [](const char* name, Call call) {
-    auto any = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call));
-    return PyMethodDef{name, any, METH_FASTCALL, nullptr};
-  };
   static PyMethodDef methods[] = {
-      method("take_held", take),
-      method("held_linear", linear),
-      method("held_parts", parts),
-      method("held_is_valid", is_valid),
-      method("held_rotation", rotation),
-      method("held_product", product),
+      method<take>("take_held"),
+      method<linear>("held_linear"),
+      method<parts>("held_parts"),
+      method<is_valid>("held_is_valid"),
+      method<rotation>("held_rotation"),
+      method<product>("held_product"),
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods,
