@@ -1,16 +1,16 @@
-// Module aqlm_infer._cuda: CUDA implementations of the additive ops over the LibTorch stable ABI.
+// CUDA implementations of the additive ops over the LibTorch stable ABI.
 //
 // checks -> Params -> launch. Schemas and fakes live in aqlm_infer/ops/. Nothing here
 // synchronises; memory comes from the caching allocator, so every op can be captured in a graph.
-#include <Python.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/launch.h"
 #include "ops_cuda_additive.h"
+#include "ops_cuda_held.h"
 
 namespace {
 
@@ -161,6 +161,32 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
   return y;
 }
 
+struct HeldAdditive : HeldLayer {
+  Tensor packed, codebooks, scales, aux;
+  std::optional<Tensor> bias;
+  std::vector<int64_t> partitions;
+  std::string precision;
+
+  Tensor product(const Tensor& x) const override {
+    return matmul(x, packed, codebooks, scales, bias, aux, partitions, precision);
+  }
+  int device() const override { return packed.get_device_index(); }
+};
+
+int64_t hold_matmul(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
+                    const std::optional<Tensor>& bias, const Tensor& aux,
+                    const std::vector<int64_t>& partitions, const std::string& precision) {
+  auto layer = std::make_unique<HeldAdditive>();
+  layer->packed = packed;
+  layer->codebooks = codebooks;
+  layer->scales = scales;
+  layer->aux = aux;
+  layer->bias = bias;
+  layer->partitions = partitions;
+  layer->precision = precision;
+  return hold(std::move(layer));
+}
+
 // dx = dy W, W dequantized in column slices so that nothing is accumulated across slices.
 Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& codebooks,
                  const Tensor& scales, int64_t in_features,
@@ -280,13 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("additive_unpack", TORCH_BOX(&unpack));
   m.impl("additive_prepare", TORCH_BOX(&prepare));
   m.impl("additive_matmul", TORCH_BOX(&matmul));
+  m.impl("hold_additive", TORCH_BOX(&hold_matmul));
   m.impl("additive_matmul_dx", TORCH_BOX(&matmul_dx));
   m.impl("additive_dequantize", TORCH_BOX(&dequantize));
-}
-
-// `import aqlm_infer._cuda` only has to load the library.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }
