@@ -18,8 +18,20 @@ __device__ __forceinline__ void init_fence() {
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem_address(barrier)) : "memory");
 }
-// Arrives, an arrival that was counted at `init`, when this thread's copies so far are done.
-__device__ __forceinline__ void arrive_copied(uint64_t* barrier) {
+// A warp arrives once all of its lanes are here. compute-sanitizer's racecheck knows of an order
+// between other threads and a lane that arrives, not of __syncwarp before it: in the build for it
+// (AQLM_LANES_ARRIVE, SANITIZE=1 of benchmarks/ladder/cuda/Makefile) every lane arrives.
+#ifdef AQLM_LANES_ARRIVE
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) arrive(barrier);
+}
+// Arrives when all earlier copy_async of this thread have arrived; the barrier's count knows of it.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
                :: "r"(smem_address(barrier)) : "memory");
 }

@@ -16,6 +16,14 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// The same where `load`; else v stays. (No branch: see split_wgmma.cuh.)
+__device__ __forceinline__ void load_stream_if(bool load, const void* p, uint4* v) {
+  asm volatile("{\n.reg .pred load;\nsetp.ne.u32 load, %5, 0;\n"
+               "@load ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+               : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+               : "l"(p), "r"(static_cast<uint32_t>(load)));
+}
+
 // 4 bytes that are read once, past L1.
 __device__ __forceinline__ uint32_t load_stream_word(const void* p) {
   uint32_t v;
@@ -40,6 +48,11 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :: "r"(smem_address(to)), "l"(from) : "memory");
+}
+// The same, or 16 zero bytes.
+__device__ __forceinline__ void copy_async_or_zero(void* to, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(smem_address(to)), "l"(from), "r"(copy ? 16 : 0) : "memory");
 }
 // Closes a group of copies (an empty group is fine).
 __device__ __forceinline__ void copy_commit() {

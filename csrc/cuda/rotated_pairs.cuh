@@ -67,7 +67,7 @@ struct PairRing {
           copy_async(to + slot * kStep + n * kCodes + i * 512, from + n * kCodes + i * 512);
       }
     }
-    mbar::arrive_copied(full + slot);
+    mbar::arrive_after_copies(full + slot);
     --left;
     from += --wrap == 0 ? jump : kStep;
     if (wrap == 0) wrap = units;

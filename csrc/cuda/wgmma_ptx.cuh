@@ -103,6 +103,7 @@ AQLM_WGMMAS(__nv_bfloat16, "bf16")
                  : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),             \
                    "r"(accumulate));                                                             \
   }
+AQLM_WGMMA_INT8(16, AQLM_R8, "%8", "%9", "%10", "%11", "%12", "%13", AQLM_I8(c, 0))
 AQLM_WGMMA_INT8(32, AQLM_R16, "%16", "%17", "%18", "%19", "%20", "%21", AQLM_I8(c, 0),
                 AQLM_I8(c, 8))
 AQLM_WGMMA_INT8(64, AQLM_R32, "%32", "%33", "%34", "%35", "%36", "%37", AQLM_I32(c, 0))
