@@ -1,0 +1,150 @@
+"""Additive codebooks of 16 bits for a few tokens on NVIDIA: planes of them in shared memory.
+
+A gather of a word of 16 bytes costs a sector of L2, whose rate bounds ``additive._gemv`` and
+``_dot``. Here a program has a plane in shared memory, 128 KB: a quarter of all words' numbers (two
+neighbours) of one half of the entries. It looks up all codes of its rows, whose sums of eight
+planes are added: 16 bytes of L2 a code instead of 32. Look-ups of the other half are not made, so
+32 codes take about 2.5 accesses (some meet in a bank), and numbers go straight into the operand of
+MMAs, as in ``words``.
+
+Triton has no shared memory that lasts. ``tl.gather`` copies its table there, and what it has left
+is read afterwards by inline assembly, which needs its address: 0 of Triton's own share, where a
+table of 128 KB is in a kernel without another one (``test_triton_build`` looks).
+"""
+
+import triton
+import triton.language as tl
+
+from .operands import _operand, _place
+from .words import _by_lane, _code_of, _codes, _halves
+
+ENTRIES = tl.constexpr(65536)
+HALF = tl.constexpr(32768)
+PLANES = tl.constexpr(8)  # of a codebook: four pairs of numbers, two halves
+GROUPS = tl.constexpr(16)  # of a pair of tiles of 16 inputs (``operands``), which are two a group
+
+
+@triton.jit
+def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pairs,
+            TILES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """planes[b, n, e]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[n]: the inputs
+    that they meet as ``operands``' of TILES tiles of 16 tokens, past M and K zeros.
+
+    Group 4 q + t of a pair is lane t's, at low q // 2 and j q % 2.
+    """
+    p = tl.program_id(0)
+    e = p * BLOCK + tl.arange(0, BLOCK)[:, None]
+    n = tl.arange(0, 4)[None, :]
+    word = tl.load(books_ptr.to(tl.pointer_type(tl.int32)) + e * 4 + n, mask=e < entries)
+    tl.store(planes_ptr + (e // ENTRIES * 4 + n) * ENTRIES + e % ENTRIES, word, mask=e < entries)
+    i = tl.arange(0, 16)[:, None, None, None]
+    group = tl.arange(0, GROUPS)[None, :, None, None]
+    n = tl.arange(0, 4)[None, None, :, None]
+    half = tl.arange(0, 2)[None, None, None, :]
+    for unit in range(p, pairs * TILES, tl.num_programs(0)):
+        pair = unit // TILES
+        token = unit % TILES * 16 + i
+        k = (pair * GROUPS + group) * 8 + 2 * n + half
+        ok = (token < M) & (k < K)
+        x = tl.load(x_ptr + token * x_stride + k, mask=ok, other=0.0)
+        both = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 3)
+        q = group // 4
+        place = _place(pair, q // 2, group % 4, q % 2, token, 0, TILES, 1)
+        place += n * (pairs * TILES * 256)
+        tl.store(out_ptr + tl.reshape(place, (16, GROUPS, 4)), both)
+
+
+@triton.jit
+def _left(table, ASM: tl.constexpr):
+    """The shared address where ``tl.gather`` has left its table."""
+    if ASM:
+        found = tl.sum(tl.gather(table, tl.arange(0, 32), 0), 0)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a; mov.u32 a, global_smem; and.b32 $0, $1, 0; add.u32 $0, $0, a; }",
+            "=&r,r", [found], tl.int32, True, 1,
+        )  # fmt: skip
+    else:
+        return 0
+
+
+@triton.jit
+def _look_up(plane_ptr, base, code, ASM: tl.constexpr):
+    """The plane's numbers of codes below HALF, of others 0; int32."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 a; setp.lt.u32 p, $2, 32768; shl.b32 a, $2, 2;
+            add.u32 a, a, $1; mov.b32 $0, 0; @p ld.shared.b32 $0, [a]; }""",
+            "=&r,r,r", [base, code], tl.int32, True, 1,
+        )  # fmt: skip
+    else:
+        return tl.load(plane_ptr + (code & (HALF - 1)), mask=code < HALF, other=0)
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, per_split,
+                B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+                Q: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
+                BLOCK_M: tl.constexpr):  # fmt: skip
+    """Partial sums [(split, b, plane), m, n] of x[m] . words[n] of BLOCK_M tokens, at most 32.
+
+    A program has a plane, a tile of rows and ``per_split`` pairs of tiles of inputs. x and planes
+    are ``_planes``'. A lane has Q groups of ROWS WIDTH neighbouring rows at once, as in
+    ``words._words_dot``. (Sums go through shared memory to be stored: after that the plane is gone,
+    so a program has no second tile.)
+    """
+    TYPE: tl.constexpr = books_ptr.dtype.element_ty
+    TILES: tl.constexpr = BLOCK_M // 16
+    PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
+    LANES: tl.constexpr = 8 * WARPS
+    TILE: tl.constexpr = LANES * ROWS * WIDTH
+    AT_ONCE: tl.constexpr = Q // 4  # pairs
+    part = tl.program_id(0)
+    plane_ptr = planes_ptr + part * HALF
+    base = _left(tl.load(plane_ptr + tl.arange(0, HALF)), ASM)
+    # Codes of this half get a top bit of 0, in both halves of a word.
+    flip = tl.where(part % 2 == 1, -0x7FFF8000 if ROWS > 1 else 0x8000, 0)
+    x_ptr += part // 2 % 4 * (pairs * TILES * 256)
+    codes_ptr += part // PLANES * IN * N
+    t = tl.reshape(tl.arange(0, 4), (4, 1, 1, 1, 1))
+    lane = tl.reshape(tl.arange(0, LANES), (1, WARPS, 8, 1, 1))
+    q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
+    r = tl.reshape(tl.arange(0, PART), (1, 1, 1, 1, PART))
+    c = tl.arange(0, LANES * ROWS)
+    tokens = tl.arange(0, BLOCK_M)
+    zero = tl.zeros((BLOCK_M, LANES * PART), tl.float32)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, pairs)
+    row = block * TILE + lane * (ROWS * WIDTH)
+    if WIDE:
+        row = tl.minimum(row, N - ROWS * WIDTH)
+    total = ()
+    for _ in tl.static_range(WIDTH):
+        total += (zero,)
+    # Codes are loaded one turn ahead.
+    ahead = _codes(codes_ptr, begin * GROUPS + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
+                   ROWS, WIDE, ASM)  # fmt: skip
+    for turn in range(begin, end, AT_ONCE):
+        x = _operand(x_ptr, turn, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
+        x = tl.reshape(_halves(x, TYPE), (BLOCK_M, 32 * AT_ONCE))
+        words = ahead
+        group = tl.minimum(turn + AT_ONCE, end - AT_ONCE) * GROUPS + q * 4 + t
+        ahead = _codes(codes_ptr, group, row, 0, N, IN, WIDTH, 1, ENTRIES, ROWS, WIDE, ASM)
+        sums = ()
+        for i in tl.static_range(WIDTH):
+            code = _code_of(words[i] ^ flip, r, ROWS, ENTRIES, ASM)
+            tile = _halves(_look_up(plane_ptr, base, code, ASM), TYPE)
+            # K is (pair, low, t, j, half), rows are (r, warp, lane).
+            tile = tl.reshape(tile, (4, WARPS, 8, 2 * AT_ONCE, 2, PART, 2))
+            tile = tl.permute(tile, (3, 0, 4, 6, 5, 1, 2))
+            tile = tl.reshape(tile, (32 * AT_ONCE, LANES * PART))
+            sums += (tl.dot(x, tile, total[i], input_precision="ieee"),)
+        total = sums
+    place = split * (PLANES * B) + part
+    for i in tl.static_range(WIDTH):
+        y = _by_lane(total[i], BLOCK_M, WARPS, PART, False)
+        y = tl.reshape(y, (BLOCK_M, LANES * ROWS))
+        n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
+        at = partial_ptr + (place * M + tokens[:, None]) * N + n[None, :]
+        tl.store(at, y, mask=(n < N)[None, :] & (tokens < M)[:, None])
