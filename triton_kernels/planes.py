@@ -122,15 +122,17 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     total = ()
     for _ in tl.static_range(WIDTH):
         total += (zero,)
-    # Codes are loaded one turn ahead.
+    # Codes and inputs are loaded one turn ahead.
     ahead = _codes(codes_ptr, begin * GROUPS + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
                    ROWS, WIDE, ASM)  # fmt: skip
+    next_x = _operand(x_ptr, begin, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
     for turn in range(begin, end, AT_ONCE):
-        x = _operand(x_ptr, turn, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
-        x = tl.reshape(_halves(x, TYPE), (BLOCK_M, 32 * AT_ONCE))
         words = ahead
-        group = tl.minimum(turn + AT_ONCE, end - AT_ONCE) * GROUPS + q * 4 + t
+        x = tl.reshape(_halves(next_x, TYPE), (BLOCK_M, 32 * AT_ONCE))
+        then = tl.minimum(turn + AT_ONCE, end - AT_ONCE)
+        group = then * GROUPS + q * 4 + t
         ahead = _codes(codes_ptr, group, row, 0, N, IN, WIDTH, 1, ENTRIES, ROWS, WIDE, ASM)
+        next_x = _operand(x_ptr, then, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
         sums = ()
         for i in tl.static_range(WIDTH):
             code = _code_of(words[i] ^ flip, r, ROWS, ENTRIES, ASM)
