@@ -53,9 +53,9 @@ CASES = {
         (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
-                          "PRECISION": "tf32x3", "BLOCK_R": 16}),
+                          "TF32": True, "BLOCK_R": 16}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
-                         "PRECISION": "tf32x3", "BLOCK_Q": 16, "BLOCK_J": 32, "BLOCK_B": 32}),
+                         "TF32": True, "BLOCK_Q": 16, "BLOCK_J": 32, "BLOCK_B": 32}),
     ],
     "scalar": [
         (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),

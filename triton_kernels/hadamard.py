@@ -2,7 +2,7 @@
 
 U = (H_F (x) S_p)/sqrt(K) is two products with matrices of +1 and -1, which tensor cores do: S_B
 along the fastest digit of the index (``_rows``), and Q = H_F (x) S_{p/B} along the rest (``_mix``).
-Sylvester entries are parities of i & j; float32 operands keep their precision (PRECISION).
+Sylvester entries are parities of i & j; float32 operands are two tf32 ones (TF32: NVIDIA).
 """
 
 import triton
@@ -15,30 +15,44 @@ def _sign(i, j):
     v = i & j
     v = v ^ (v >> 8)
     v = v ^ (v >> 4)
-    v = v ^ (v >> 2)
-    v = v ^ (v >> 1)
-    return 1.0 - 2.0 * (v & 1).to(tl.float32)
+    odd = 0x6996 >> (v & 15)  # bit 0: the parity of four bits
+    return ((odd << 31) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, scale, B: tl.constexpr,
-          BP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr,
-          PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+def _two(x):
+    """x as a sum of two numbers of which tf32 keeps 22 bits: signs are exact, so two products do."""
+    high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, scale,
+          B: tl.constexpr, BP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+          BIAS: tl.constexpr, TF32: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """y = post * scale * S_B (pre * x) + bias along pieces of B, R pieces in all; y is [M, K].
 
-    BP is B padded to what ``tl.dot`` takes.
+    x is the sum of ``splits`` of [splits, M, K]. BP is B padded to what ``tl.dot`` takes.
     """
     piece = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     pieces = K // B  # of a token
     j = tl.arange(0, BP)
     ok = (piece < R)[:, None] & (j < B)[None, :]
     k = (piece % pieces)[:, None] * B + j[None, :]
-    x = tl.load(x_ptr + (piece // pieces)[:, None] * x_stride + k, mask=ok, other=0.0)
-    x = x.to(tl.float32)
+    at = x_ptr + (piece // pieces)[:, None] * x_stride + k
+    x = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    for s in range(1, splits):
+        at += R // pieces * x_stride
+        x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if PRE:
         x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
     s = _sign(j[:, None], j[None, :])
-    y = tl.dot(x, s, input_precision=PRECISION) * scale
+    if TF32:
+        high, low = _two(x)
+        y = tl.dot(low, s, input_precision="tf32")
+        y = tl.dot(high, s, y, input_precision="tf32") * scale
+    else:
+        y = tl.dot(x, s, input_precision="ieee") * scale
     if POST:
         y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
     if BIAS:
@@ -49,7 +63,7 @@ def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, scale, B: t
 
 @triton.jit
 def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.constexpr,
-         TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+         TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
          BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
     """y[m, i, c] = post * scale * (sum over j of Q[i, j] t[m, j, c]) + bias, Q = H_F (x) S_a.
 
@@ -69,7 +83,12 @@ def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.const
             at = column * F + row if TRANSPOSE else row * F + column
             h_ok = (i < q)[:, None] & (j < q)[None, :]
             sign *= tl.load(h_ptr + at, mask=h_ok, other=0).to(tl.float32)
-        total = tl.dot(sign, t, total, input_precision=PRECISION)
+        if TF32:
+            high, low = _two(t)
+            total = tl.dot(sign, low, total, input_precision="tf32")
+            total = tl.dot(sign, high, total, input_precision="tf32")
+        else:
+            total = tl.dot(sign, t, total, input_precision="ieee")
     total *= scale
     ok = (i < q)[:, None] & (c < b)[None, :]
     k = i[:, None] * b + c[None, :]

@@ -28,8 +28,12 @@ def rotated(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """post * U (pre * x) + bias (U^T with ``transpose``) of x [M, K], in ``dtype`` or x's own."""
-    M, K = x.shape
+    """post * U (pre * x) + bias (U^T with ``transpose``) of x [M, K], in ``dtype`` or x's own.
+
+    x may be partial sums [S, M, K], whose sum in order is taken.
+    """
+    M, K = x.shape[-2:]
+    splits = x.shape[0] if x.dim() == 3 else 1
     x = unit_rows(x)
     pre, post, bias = (None if v is None else v.contiguous() for v in (pre, post, bias))
     power = block or K // factor
@@ -38,11 +42,11 @@ def rotated(
     y = torch.empty((M, K), dtype=dtype or x.dtype, device=x.device)
     t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
     pieces, scale = M * (K // b), (block or K) ** -0.5
-    last, precision = q == 1, dot_precision(x)
+    last, tf32 = q == 1, dot_precision(x) != "ieee"
     wrap_triton(bodies._rows)[(triton.cdiv(pieces, 16),)](
         x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
-        pieces, K, x.stride(0), scale if last else 1.0, B=b, BP=max(16, b), PRE=pre is not None,
-        POST=last and post is not None, BIAS=last and bias is not None, PRECISION=precision,
+        pieces, K, x.stride(0), splits, scale if last else 1.0, B=b, BP=max(16, b), PRE=pre is not None,
+        POST=last and post is not None, BIAS=last and bias is not None, TF32=tf32,
         BLOCK_R=16, num_warps=4,
     )  # fmt: skip
     if not last:
@@ -51,7 +55,7 @@ def rotated(
         wrap_triton(bodies._mix)[grid](
             t, h if factor > 1 else t, t if post is None else post, t if bias is None else bias, y,
             K, q, q // factor, b, scale, F=factor, TRANSPOSE=transpose, POST=post is not None,
-            BIAS=bias is not None, PRECISION=precision, BLOCK_Q=rows, BLOCK_J=32, BLOCK_B=32,
+            BIAS=bias is not None, TF32=tf32, BLOCK_Q=rows, BLOCK_J=32, BLOCK_B=32,
             num_warps=4,
         )  # fmt: skip
     return y
