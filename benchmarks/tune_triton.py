@@ -41,60 +41,62 @@ LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {
-        "BLOCK_N": (512, 1024, 2048), "GROUPS": (4,), "PROGRAMS": (1056, 2112, 4224),
-        "num_warps": (4, 8),
+        "BLOCK_N": (512, 1024, 2048), "GROUPS": (4,), "PROGRAMS": (528, 1056), "num_warps": (4,),
     },
     "additive.gemv": {
-        "BLOCK_N": (128, 256, 512), "BLOCK_G": (2, 4), "PROGRAMS": (1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_N": (128, 256), "BLOCK_G": (4,), "PROGRAMS": (1056, 2112), "num_warps": (4,),
+        "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "Q": (1, 2, 4), "BOOKS": (1, 0),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "Q": (1, 2, 4, 8), "BOOKS": (1, 0),
         "COPIES": (1,), "FIRST": (0, 1), "FILL": (1,), "PROGRAMS": (264, 396, 528),
-        "num_warps": (4, 8), "num_stages": (1, 2, 4),
+        "num_warps": (4,), "num_stages": (1, 4),
+    },
+    "additive.planes_dot": {
+        "WIDTH": (2, 4), "Q": (4, 8), "FILL": (0, 1), "PROGRAMS": (132, 264), "num_warps": (16, 32),
+        "num_stages": (1,),
     },
     "additive.dot": {
-        "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
-        "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (128,), "PROGRAMS": (2112,),
+        "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.gemv": {
         "BLOCK_N": (64,), "BLOCK_G": (32,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
         "num_stages": (1,),
     },
     "e8p.integers": {
-        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_N": (64, 128), "BLOCK_G": (32,), "SHARED": (0, 1), "COPIES": (0, 1),
+        "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1),
-        "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (1,),
+        "PROGRAMS": (264, 528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.first_dot": {
         "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1), "PROGRAMS": (264, 528),
         "num_warps": (4, 8), "num_stages": (2,),
     },
     "e8p.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
-        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64,), "BLOCK_G": (8, 16), "FIRST": (1, 0),
+        "SHARED": (0,), "PROGRAMS": (2112,), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.gemv": {
-        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
+        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056), "num_warps": (2, 4),
         "num_stages": (1,),
     },
     "scalar.integers": {
-        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
-        "num_stages": (1,),
+        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.integer_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "FILL": (0, 1),
-        "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "FILL": (1,),
+        "PROGRAMS": (264, 528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.first_dot": {
         "BLOCK_N": (64, 128), "FILL": (0, 1), "PROGRAMS": (264, 528), "num_warps": (4, 8),
         "num_stages": (3,),
     },
     "scalar.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128), "FIRST": (1, 0),
         "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
     },
 }  # fmt: skip
@@ -143,10 +145,9 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
         if bodies is not None and body not in bodies:
             continue
         large_books = getattr(parse_scheme(scheme), "nbits", 8) > 8
-        one = not body.endswith("dot") or (body == "words_dot" and large_books)
-        if family != family_of(scheme) or not (one if M == 1 else body.endswith("dot")):
+        if family != family_of(scheme) or (M == 1) == body.endswith("dot"):
             continue
-        if body == "lookup" and large_books:
+        if large_books and body in ("lookup", "words_dot"):
             continue
         if name in BYTES and not fills_bytes(scheme):
             continue
@@ -167,9 +168,15 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
                 continue
             if body == "first_dot" and config["BLOCK_N"] != 16 * config["num_warps"]:
                 continue
-            # Inputs of the first operand's kind are loaded ahead, with tables beyond 48 KB or not.
-            stages = (4 if M > 32 else 2) if config.get("FIRST") else 1
-            if body == "words_dot" and config["num_stages"] != stages:
+            # Rows of a lane's words are as many as registers allow; with the weight first, stages of
+            # inputs are loaded ahead.
+            if body == "words_dot" and config["FIRST"]:
+                if M <= 16 or config["WIDTH"] == 2 or config["Q"] not in (1, 4):
+                    continue
+            elif body == "words_dot":
+                if M > 32 or config["WIDTH"] == 1 or config["Q"] not in (2, 8):
+                    continue
+            if body == "words_dot" and config["num_stages"] != (4 if config["FIRST"] else 1):
                 continue
             blocks = body in ("integer_dot", "words_dot")
             most = 32 if name == "e8p.integer_dot" else 64

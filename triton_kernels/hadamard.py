@@ -1,7 +1,8 @@
 """Hadamard rotations in Triton: the kernel bodies.
 
-U = (H_F (x) S_p)/sqrt(K) is two products with matrices of +1 and -1, which tensor cores do: S_B
-along the fastest digit of the index (``_rows``), and Q = H_F (x) S_{p/B} along the rest (``_mix``).
+U = (H_F (x) S_p)/sqrt(K) is products with matrices of +1 and -1, which tensor cores do: S_B along
+the fastest digit of the index and S_A along the next one (``_rows``: S_AB, since S_p is S_{p/B} (x)
+S_B), and Q = H_F (x) S_{p/AB} along the rest (``_mix``).
 Sylvester entries are parities of i & j; float32 operands are two tf32 ones (TF32: NVIDIA).
 """
 
@@ -26,13 +27,37 @@ def _two(x):
     return high, x - high
 
 
+@triton.jit
+def _product(x, sign, TF32: tl.constexpr):
+    """x sign."""
+    if TF32:
+        high, low = _two(x)
+        y = tl.dot(low, sign, input_precision="tf32")
+        return tl.dot(high, sign, y, input_precision="tf32")
+    else:
+        return tl.dot(x, sign, input_precision="ieee")
+
+
+@triton.jit
+def _signed(sign, x, total, TF32: tl.constexpr):
+    """total + sign x."""
+    if TF32:
+        high, low = _two(x)
+        total = tl.dot(sign, low, total, input_precision="tf32")
+        return tl.dot(sign, high, total, input_precision="tf32")
+    else:
+        return tl.dot(sign, x, total, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, scale,
-          B: tl.constexpr, BP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-          BIAS: tl.constexpr, TF32: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """y = post * scale * S_B (pre * x) + bias along pieces of B, R pieces in all; y is [M, K].
+          A: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, PRE: tl.constexpr,
+          POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+          BLOCK_R: tl.constexpr):  # fmt: skip
+    """y = post * scale * S_AB (pre * x) + bias along A pieces of B, R pieces in all; y is [M, K].
 
-    x is the sum of ``splits`` of [splits, M, K]. BP is B padded to what ``tl.dot`` takes.
+    x is the sum of ``splits`` of [splits, M, K]. BP is B padded to what ``tl.dot`` takes; A divides
+    BLOCK_R.
     """
     piece = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     pieces = K // B  # of a token
@@ -46,13 +71,13 @@ def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, sca
         x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if PRE:
         x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    s = _sign(j[:, None], j[None, :])
-    if TF32:
-        high, low = _two(x)
-        y = tl.dot(low, s, input_precision="tf32")
-        y = tl.dot(high, s, y, input_precision="tf32") * scale
-    else:
-        y = tl.dot(x, s, input_precision="ieee") * scale
+    y = _product(x, _sign(j[:, None], j[None, :]), TF32)
+    if A > 1:
+        r = tl.arange(0, BLOCK_R)
+        sign = _sign((r % A)[:, None], (r % A)[None, :])
+        sign = tl.where((r // A)[:, None] == (r // A)[None, :], sign, 0.0)
+        y = _signed(sign, y, tl.zeros_like(y), TF32)
+    y *= scale
     if POST:
         y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
     if BIAS:
@@ -83,12 +108,7 @@ def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.const
             at = column * F + row if TRANSPOSE else row * F + column
             h_ok = (i < q)[:, None] & (j < q)[None, :]
             sign *= tl.load(h_ptr + at, mask=h_ok, other=0).to(tl.float32)
-        if TF32:
-            high, low = _two(t)
-            total = tl.dot(sign, low, total, input_precision="tf32")
-            total = tl.dot(sign, high, total, input_precision="tf32")
-        else:
-            total = tl.dot(sign, t, total, input_precision="ieee")
+        total = _signed(sign, t, total, TF32)
     total *= scale
     ok = (i < q)[:, None] & (c < b)[None, :]
     k = i[:, None] * b + c[None, :]
