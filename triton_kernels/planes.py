@@ -21,14 +21,15 @@ from .words import _by_lane, _code_of, _codes, _halves
 ENTRIES = tl.constexpr(65536)
 HALF = tl.constexpr(32768)
 PLANES = tl.constexpr(8)  # of a codebook: four pairs of numbers, two halves
+OVERWRITTEN = tl.constexpr(8192)  # entries of a plane that storing sums may overwrite
 GROUPS = tl.constexpr(16)  # of a pair of tiles of 16 inputs (``operands``), which are two a group
 
 
 @triton.jit
 def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pairs,
-            TILES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            BLOCK: tl.constexpr):  # fmt: skip
     """planes[b, n, e]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[n]: the inputs
-    that they meet as ``operands``' of TILES tiles of 16 tokens, past M and K zeros.
+    that they meet as ``operands``' of a tile of 16 tokens, past M and K zeros.
 
     Group 4 q + t of a pair is lane t's, at low q // 2 and j q % 2.
     """
@@ -41,16 +42,14 @@ def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pair
     group = tl.arange(0, GROUPS)[None, :, None, None]
     n = tl.arange(0, 4)[None, None, :, None]
     half = tl.arange(0, 2)[None, None, None, :]
-    for unit in range(p, pairs * TILES, tl.num_programs(0)):
-        pair = unit // TILES
-        token = unit % TILES * 16 + i
+    for pair in range(p, pairs, tl.num_programs(0)):
         k = (pair * GROUPS + group) * 8 + 2 * n + half
-        ok = (token < M) & (k < K)
-        x = tl.load(x_ptr + token * x_stride + k, mask=ok, other=0.0)
+        ok = (i < M) & (k < K)
+        x = tl.load(x_ptr + i * x_stride + k, mask=ok, other=0.0)
         both = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 3)
         q = group // 4
-        place = _place(pair, q // 2, group % 4, q % 2, token, 0, TILES, 1)
-        place += n * (pairs * TILES * 256)
+        place = _place(pair, q // 2, group % 4, q % 2, i, 0, 1, 1)
+        place += n * (pairs * 256)
         tl.store(out_ptr + tl.reshape(place, (16, GROUPS, 4)), both)
 
 
@@ -80,73 +79,90 @@ def _look_up(plane_ptr, base, code, ASM: tl.constexpr):
         return tl.load(plane_ptr + (code & (HALF - 1)), mask=code < HALF, other=0)
 
 
-@triton.jit(do_not_specialize=["M", "per_split"])
-def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, per_split,
-                B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-                Q: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr,
-                BLOCK_M: tl.constexpr):  # fmt: skip
-    """Partial sums [(split, b, plane), m, n] of x[m] . words[n] of BLOCK_M tokens, at most 32.
+@triton.jit
+def _unit_codes(codes_ptr, unit, turns, group, lane, N, IN, ROWS: tl.constexpr,
+                WIDTH: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr, TILE: tl.constexpr,
+                ASM: tl.constexpr):  # fmt: skip
+    """The codes of a turn of a tile of rows, tiles one after the other."""
+    row = unit // turns * TILE + lane * (ROWS * WIDTH)
+    if WIDE:
+        row = tl.minimum(row, N - ROWS * WIDTH)
+    group += unit % turns * (4 * Q)
+    return _codes(codes_ptr, group, row, 0, N, IN, WIDTH, 1, ENTRIES, ROWS, WIDE, ASM)
 
-    A program has a plane, a tile of rows and ``per_split`` pairs of tiles of inputs. x and planes
-    are ``_planes``'. A lane has Q groups of ROWS WIDTH neighbouring rows at once, as in
-    ``words._words_dot``. (Sums go through shared memory to be stored: after that the plane is gone,
-    so a program has no second tile.)
+
+@triton.jit(do_not_specialize=["M", "share"])
+def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, share,
+                B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+                Q: tl.constexpr, ASM: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """Partial sums [slot, b, plane, m, n] of x[m] . words[n], at most 16 tokens.
+
+    x and planes are ``_planes'``. A program has a plane for as long as it runs: turns of all tiles
+    of rows, one tile after the other, are dealt evenly to the programs of a plane, and a tile's
+    programs, at most ``share``, write to a slot each; the last one leaves zeros in the others.
+
+    A lane has Q groups of ROWS WIDTH neighbouring rows at once, as in ``words._words_dot``. Sums go
+    through shared memory to be stored, so what they overwrite of the plane is put back.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
-    TILES: tl.constexpr = BLOCK_M // 16
     PART: tl.constexpr = 2 if ROWS > 1 else 1  # rows of a lane in a dot
     LANES: tl.constexpr = 8 * WARPS
     TILE: tl.constexpr = LANES * ROWS * WIDTH
     AT_ONCE: tl.constexpr = Q // 4  # pairs
     part = tl.program_id(0)
+    p, programs = tl.program_id(1), tl.num_programs(1)
     plane_ptr = planes_ptr + part * HALF
-    base = _left(tl.load(plane_ptr + tl.arange(0, HALF)), ASM)
     # Codes of this half get a top bit of 0, in both halves of a word.
     flip = tl.where(part % 2 == 1, -0x7FFF8000 if ROWS > 1 else 0x8000, 0)
-    x_ptr += part // 2 % 4 * (pairs * TILES * 256)
+    x_ptr += part // 2 % 4 * (pairs * 256)
     codes_ptr += part // PLANES * IN * N
     t = tl.reshape(tl.arange(0, 4), (4, 1, 1, 1, 1))
     lane = tl.reshape(tl.arange(0, LANES), (1, WARPS, 8, 1, 1))
     q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
     r = tl.reshape(tl.arange(0, PART), (1, 1, 1, 1, PART))
     c = tl.arange(0, LANES * ROWS)
-    tokens = tl.arange(0, BLOCK_M)
-    zero = tl.zeros((BLOCK_M, LANES * PART), tl.float32)
-    block = tl.program_id(1)
-    split = tl.program_id(2)
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, pairs)
-    row = block * TILE + lane * (ROWS * WIDTH)
-    if WIDE:
-        row = tl.minimum(row, N - ROWS * WIDTH)
-    total = ()
-    for _ in tl.static_range(WIDTH):
-        total += (zero,)
-    # Codes and inputs are loaded one turn ahead.
-    ahead = _codes(codes_ptr, begin * GROUPS + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
-                   ROWS, WIDE, ASM)  # fmt: skip
-    next_x = _operand(x_ptr, begin, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
-    for turn in range(begin, end, AT_ONCE):
-        words = ahead
-        x = tl.reshape(_halves(next_x, TYPE), (BLOCK_M, 32 * AT_ONCE))
-        then = tl.minimum(turn + AT_ONCE, end - AT_ONCE)
-        group = then * GROUPS + q * 4 + t
-        ahead = _codes(codes_ptr, group, row, 0, N, IN, WIDTH, 1, ENTRIES, ROWS, WIDE, ASM)
-        next_x = _operand(x_ptr, then, 0, 0, AT_ONCE, TILES, TILES, 1, ASM)
-        sums = ()
+    tokens = tl.arange(0, 16)
+    zero = tl.zeros((16, LANES * PART), tl.float32)
+    turns = pairs // AT_ONCE
+    units = (N + TILE - 1) // TILE * turns
+    begin, end = p * units // programs, (p + 1) * units // programs
+    # Codes and inputs are loaded one turn ahead, the first ones before the plane.
+    ahead = _unit_codes(codes_ptr, begin, turns, q * 4 + t, lane, N, IN, ROWS, WIDTH, WIDE, Q,
+                        TILE, ASM)  # fmt: skip
+    next_x = _operand(x_ptr, begin % turns * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
+    base = _left(tl.load(plane_ptr + tl.arange(0, HALF)), ASM)
+    for block in range(begin // turns, (end + turns - 1) // turns):
+        first = tl.maximum(begin, block * turns)
+        last = tl.minimum(end, (block + 1) * turns)
+        total = ()
+        for _ in tl.static_range(WIDTH):
+            total += (zero,)
+        for unit in range(first, last):
+            words = ahead
+            x = tl.reshape(_halves(next_x, TYPE), (16, 32 * AT_ONCE))
+            then = tl.minimum(unit + 1, end - 1)
+            ahead = _unit_codes(codes_ptr, then, turns, q * 4 + t, lane, N, IN, ROWS, WIDTH, WIDE,
+                                Q, TILE, ASM)  # fmt: skip
+            next_x = _operand(x_ptr, then % turns * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
+            sums = ()
+            for i in tl.static_range(WIDTH):
+                code = _code_of(words[i] ^ flip, r, ROWS, ENTRIES, ASM)
+                tile = _halves(_look_up(plane_ptr, base, code, ASM), TYPE)
+                # K is (pair, low, t, j, half), rows are (r, warp, lane).
+                tile = tl.reshape(tile, (4, WARPS, 8, 2 * AT_ONCE, 2, PART, 2))
+                tile = tl.permute(tile, (3, 0, 4, 6, 5, 1, 2))
+                tile = tl.reshape(tile, (32 * AT_ONCE, LANES * PART))
+                sums += (tl.dot(x, tile, total[i], input_precision="ieee"),)
+            total = sums
+        slot = p - ((block * turns + 1) * programs - 1) // units
+        end_slot = tl.where(last == (block + 1) * turns, share, slot + 1)
         for i in tl.static_range(WIDTH):
-            code = _code_of(words[i] ^ flip, r, ROWS, ENTRIES, ASM)
-            tile = _halves(_look_up(plane_ptr, base, code, ASM), TYPE)
-            # K is (pair, low, t, j, half), rows are (r, warp, lane).
-            tile = tl.reshape(tile, (4, WARPS, 8, 2 * AT_ONCE, 2, PART, 2))
-            tile = tl.permute(tile, (3, 0, 4, 6, 5, 1, 2))
-            tile = tl.reshape(tile, (32 * AT_ONCE, LANES * PART))
-            sums += (tl.dot(x, tile, total[i], input_precision="ieee"),)
-        total = sums
-    place = split * (PLANES * B) + part
-    for i in tl.static_range(WIDTH):
-        y = _by_lane(total[i], BLOCK_M, WARPS, PART, False)
-        y = tl.reshape(y, (BLOCK_M, LANES * ROWS))
-        n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
-        at = partial_ptr + (place * M + tokens[:, None]) * N + n[None, :]
-        tl.store(at, y, mask=(n < N)[None, :] & (tokens < M)[:, None])
+            y = tl.reshape(_by_lane(total[i], 16, WARPS, PART, False), (16, LANES * ROWS))
+            n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
+            at = partial_ptr + tokens[:, None] * N + n[None, :]
+            for s in range(slot, end_slot):
+                place = s * (PLANES * B) + part
+                tl.store(at + place * M * N, y, mask=(n < N)[None, :] & (tokens < M)[:, None])
+                y = tl.zeros_like(y)
+        if last < end:
+            base = _left(tl.load(plane_ptr + tl.arange(0, OVERWRITTEN)), ASM)
