@@ -22,7 +22,7 @@ def _sign(i, j):
 
 @triton.jit
 def _two(x):
-    """x as a sum of two numbers of which tf32 keeps 22 bits: signs are exact, so two products do."""
+    """x as two numbers of which tf32 keeps 22 bits together (signs are exact)."""
     high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return high, x - high
 
@@ -66,7 +66,7 @@ def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, sca
     k = (piece % pieces)[:, None] * B + j[None, :]
     at = x_ptr + (piece // pieces)[:, None] * x_stride + k
     x = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    for s in range(1, splits):
+    for _ in range(1, splits):
         at += R // pieces * x_stride
         x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if PRE:
