@@ -79,18 +79,6 @@ def _look_up(plane_ptr, base, code, ASM: tl.constexpr):
         return tl.load(plane_ptr + (code & (HALF - 1)), mask=code < HALF, other=0)
 
 
-@triton.jit
-def _unit_codes(codes_ptr, unit, turns, group, lane, N, IN, ROWS: tl.constexpr,
-                WIDTH: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr, TILE: tl.constexpr,
-                ASM: tl.constexpr):  # fmt: skip
-    """The codes of a turn of a tile of rows, tiles one after the other."""
-    row = unit // turns * TILE + lane * (ROWS * WIDTH)
-    if WIDE:
-        row = tl.minimum(row, N - ROWS * WIDTH)
-    group += unit % turns * (4 * Q)
-    return _codes(codes_ptr, group, row, 0, N, IN, WIDTH, 1, ENTRIES, ROWS, WIDE, ASM)
-
-
 @triton.jit(do_not_specialize=["M", "share"])
 def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, share,
                 B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
@@ -126,24 +114,27 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     turns = pairs // AT_ONCE
     units = (N + TILE - 1) // TILE * turns
     begin, end = p * units // programs, (p + 1) * units // programs
-    # Codes and inputs are loaded one turn ahead, the first ones before the plane.
-    ahead = _unit_codes(codes_ptr, begin, turns, q * 4 + t, lane, N, IN, ROWS, WIDTH, WIDE, Q,
-                        TILE, ASM)  # fmt: skip
-    next_x = _operand(x_ptr, begin % turns * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
     base = _left(tl.load(plane_ptr + tl.arange(0, HALF)), ASM)
     for block in range(begin // turns, (end + turns - 1) // turns):
-        first = tl.maximum(begin, block * turns)
-        last = tl.minimum(end, (block + 1) * turns)
+        first = tl.maximum(begin - block * turns, 0)
+        last = tl.minimum(end - block * turns, turns)
+        row = block * TILE + lane * (ROWS * WIDTH)
+        if WIDE:
+            row = tl.minimum(row, N - ROWS * WIDTH)
         total = ()
         for _ in tl.static_range(WIDTH):
             total += (zero,)
-        for unit in range(first, last):
+        # Codes and inputs are loaded one turn ahead.
+        ahead = _codes(codes_ptr, first * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
+                       ROWS, WIDE, ASM)  # fmt: skip
+        next_x = _operand(x_ptr, first * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
+        for turn in range(first, last):
             words = ahead
             x = tl.reshape(_halves(next_x, TYPE), (16, 32 * AT_ONCE))
-            then = tl.minimum(unit + 1, end - 1)
-            ahead = _unit_codes(codes_ptr, then, turns, q * 4 + t, lane, N, IN, ROWS, WIDTH, WIDE,
-                                Q, TILE, ASM)  # fmt: skip
-            next_x = _operand(x_ptr, then % turns * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
+            then = tl.minimum(turn + 1, last - 1)
+            ahead = _codes(codes_ptr, then * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
+                           ROWS, WIDE, ASM)  # fmt: skip
+            next_x = _operand(x_ptr, then * AT_ONCE, 0, 0, AT_ONCE, 1, 1, 1, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
                 code = _code_of(words[i] ^ flip, r, ROWS, ENTRIES, ASM)
@@ -155,7 +146,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
                 sums += (tl.dot(x, tile, total[i], input_precision="ieee"),)
             total = sums
         slot = p - ((block * turns + 1) * programs - 1) // units
-        end_slot = tl.where(last == (block + 1) * turns, share, slot + 1)
+        end_slot = tl.where(last == turns, share, slot + 1)
         for i in tl.static_range(WIDTH):
             y = tl.reshape(_by_lane(total[i], 16, WARPS, PART, False), (16, LANES * ROWS))
             n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
@@ -164,5 +155,5 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
                 place = s * (PLANES * B) + part
                 tl.store(at + place * M * N, y, mask=(n < N)[None, :] & (tokens < M)[:, None])
                 y = tl.zeros_like(y)
-        if last < end:
+        if (block + 1) * turns < end:
             base = _left(tl.load(plane_ptr + tl.arange(0, OVERWRITTEN)), ASM)
