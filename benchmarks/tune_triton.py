@@ -181,14 +181,13 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
                 continue
             # Rows of a lane's words are as many as registers allow; with the weight first, stages
             # of inputs are loaded ahead.
-            if body == "words_dot" and config["FIRST"]:
-                if M <= 16 or config["WIDTH"] == 2 or config["Q"] not in (1, 4):
+            if body == "words_dot":
+                ahead = config["FIRST"]
+                fits = M > 16 and config["WIDTH"] == 1 and config["Q"] in (1, 4)
+                if not ahead:
+                    fits = M <= 32 and config["WIDTH"] == 2 and config["Q"] in (2, 8)
+                if not fits or config["num_stages"] != (4 if ahead else 1):
                     continue
-            elif body == "words_dot":
-                if M > 32 or config["WIDTH"] == 1 or config["Q"] not in (2, 8):
-                    continue
-            if body == "words_dot" and config["num_stages"] != (4 if config["FIRST"] else 1):
-                continue
             blocks = body in ("integer_dot", "words_dot")
             most = 32 if name == "e8p.integer_dot" else 64
             if blocks and config["BLOCK_M"] != min(most, max(16, token_block(M))):
