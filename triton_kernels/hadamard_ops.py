@@ -39,7 +39,7 @@ def rotated(
     pre, post, bias = (None if v is None else v.contiguous() for v in (pre, post, bias))
     power = block or K // factor
     b = min(power, PIECE)
-    a = 1 if block else min(power // b, PIECES)
+    a = min(power // b, PIECES)
     q = 1 if block else K // (a * b)
     y = torch.empty((M, K), dtype=dtype or x.dtype, device=x.device)
     t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
