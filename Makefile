@@ -18,8 +18,12 @@ TRITON = $(VENV)/bin/python -c 'import triton' 2>/dev/null || test "$$(uname -s)
 demo: $(READY)
 	GOMP_SPINCOUNT=5000 $(PY) examples/demo.py
 
+# Whole files go to processes, in the order of their names: those of a file share what it sets up, and
+# documents run from top to bottom. test_cuda_build.py, whose compilers use two cores, comes early.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(or $(TESTS),$(PARALLEL))
 
 bench: $(READY) $(VENV)/.bench
 	$(PY) benchmarks/bench_matmul.py --out benchmarks/results/local/matmul.jsonl
@@ -51,7 +55,7 @@ wheel-cuda: sdist
 
 # Installs into fresh virtual environments and tests there, with no source tree on the path.
 test-wheel: $(VENV)/.deps
-	$(PY) tests/check_wheel.py $(or $(WHEEL),dist/*.whl)
+	$(PY) tests/check_wheel.py $(or $(WHEEL),dist/*.whl) $(PARALLEL)
 
 lint: $(VENV)/.deps
 	$(PY) -m ruff check .

@@ -57,6 +57,14 @@ def test_replayed_steps_are_the_eager_ones(scheme, monkeypatch):
     assert loss(scheme, replayed) == pytest.approx(loss(scheme, eager), rel=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("scheme", ["aqlm-2x6-g8", "gptq-int2-g64", "quip-e8p-3bit"])
+def test_a_device_that_is_not_the_current_one(scheme):
+    second, first = fitted(scheme, "cuda:1"), fitted(scheme, "cuda:0")
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_as_good_as_the_cpu(scheme):
     ours, theirs = loss(scheme, fitted(scheme, "cuda")), loss(scheme, fitted(scheme, "cpu"))

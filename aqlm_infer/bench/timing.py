@@ -72,7 +72,7 @@ def time_graph(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLA
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         for call in rotated:
             call()
     for _ in range(3):

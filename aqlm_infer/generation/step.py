@@ -133,6 +133,7 @@ class DecodeStep:
                     tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # torch's own stream for captures is of the device that a process captured on first.
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             self.logits = self.eager()
         self.graph = graph

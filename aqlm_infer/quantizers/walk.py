@@ -36,10 +36,16 @@ class Walk:
                 continue
             self.block.copy_(block)
             if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.step(self.block)
+                self._record()
             self.graph.replay()
+
+    def _record(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # torch's own stream for captures is of the device that a process captured on first.
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.step(self.block)
 
 
 def columns_of(matrix: torch.Tensor, block: torch.Tensor, size: int) -> torch.Tensor:
