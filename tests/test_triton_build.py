@@ -52,10 +52,10 @@ CASES = {
         (e8p._first_dot, {"BITS": 3, "COPIES": 0, "ASM": True, "BLOCK_N": 64, "BLOCK_M": 16}),
         (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
-        (hadamard._rows, {"A": 8, "B": 128, "BP": 128, "PRE": True, "POST": False, "BIAS": False,
-                          "TF32": True, "BLOCK_R": 16}),
+        (hadamard._rows, {"A": 32, "B": 32, "BP": 32, "PRE": True, "POST": False, "BIAS": False,
+                          "TF32": True, "BLOCK_R": 32}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
-                         "TF32": True, "BLOCK_Q": 16, "BLOCK_J": 32, "BLOCK_B": 32}),
+                         "TF32": True, "BLOCK_Q": 32, "BLOCK_J": 32, "BLOCK_B": 64}),
     ],
     "scalar": [
         (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),

@@ -1,6 +1,6 @@
 """Hadamard rotations in Triton: the operator, with the signature of ``aqlm_infer.ops.hadamard``.
 
-One launch for powers of two up to 2048 (block rotations among them), two for everything longer.
+One launch for powers of two up to 1024 (block rotations among them), two for everything longer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from . import hadamard as bodies
 from .fields import dot_precision
 from .partial import unit_rows
 
-PIECE = 128  # the fastest digit of the index
-PIECES = 16  # of a program, and at most the next digit
+PIECE = 32  # the fastest digit of the index
+PIECES = 32  # of a program, and at most the next digit
 
 
 def rotated(
@@ -49,11 +49,11 @@ def rotated(
         x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
         pieces, K, x.stride(0), splits, scale if last else 1.0, A=a, B=b, BP=max(16, b),
         PRE=pre is not None, POST=last and post is not None, BIAS=last and bias is not None,
-        TF32=tf32, BLOCK_R=PIECES, num_warps=4,
+        TF32=tf32, BLOCK_R=PIECES, num_warps=2,
     )  # fmt: skip
     if not last:
         rows = 32 if 16 < q <= 32 else 16 if M < 16 or q <= 16 else 64
-        columns = 32 if M < 16 or q > 32 else 128
+        columns = 32 if q > 32 else 64
         grid = (M, triton.cdiv(q, rows), triton.cdiv(a * b, columns))
         wrap_triton(bodies._mix)[grid](
             t, h if factor > 1 else t, t if post is None else post, t if bias is None else bias, y,
