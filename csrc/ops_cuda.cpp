@@ -1,16 +1,16 @@
-// Module aqlm_infer._cuda: CUDA implementations of the additive ops over the LibTorch stable ABI.
+// CUDA implementations of the additive ops over the LibTorch stable ABI.
 //
 // checks -> Params -> launch. Schemas and fakes live in aqlm_infer/ops/. Nothing here
 // synchronises; memory comes from the caching allocator, so every op can be captured in a graph.
-#include <Python.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/launch.h"
-#include "ops_cuda_common.h"
+#include "ops_cuda_additive.h"
+#include "ops_cuda_held.h"
 
 namespace {
 
@@ -21,70 +21,6 @@ using namespace aqlm_ops;
 // rows, 345 of 3072, 333 of 4224, 320 whole (H200, 2026-11-22).
 constexpr int64_t kSliceBytes = 72 << 20;
 constexpr int64_t kSliceRows = 1056;  // 4 such are two full waves of 128 x 256 tiles at M = 2048
-
-aqlm::Precision precision_of(const std::string& s) {
-  CHECK(s == "exact" || s == "int8", "precision='", s, "' is neither 'exact' nor 'int8'");
-  return s == "int8" ? aqlm::Precision::kInt8 : aqlm::Precision::kExact;
-}
-
-aqlm::Additive make_additive(int64_t in_groups, int64_t codebooks, int64_t nbits,
-                             int64_t out_group, int64_t in_group,
-                             const std::vector<int64_t>& partitions) {
-  CHECK(nbits >= 1 && nbits <= 16, "nbits=", nbits, " is outside 1..16");
-  CHECK(in_group % 4 == 0 && in_group > 0, "in_group_size=", in_group, " is not a multiple of 4");
-  CHECK(out_group >= 1, "out_group_size=", out_group, " is not positive");
-  CHECK(codebooks >= 1, "num_codebooks=", codebooks, " is not positive");
-  CHECK(!partitions.empty() && partitions.size() <= aqlm::kMaxParts, "partitions has ",
-        partitions.size(), " parts; supported are 1..", aqlm::kMaxParts);
-  aqlm::Additive a = {};
-  a.codebooks = static_cast<int>(codebooks);
-  a.nbits = static_cast<int>(nbits);
-  a.out_group = static_cast<int>(out_group);
-  a.in_group = static_cast<int>(in_group);
-  a.in_groups = static_cast<int>(in_groups);
-  a.parts = static_cast<int>(partitions.size());
-  for (int p = 0; p < a.parts; ++p) {
-    CHECK(partitions[p] >= 0 && partitions[p] % out_group == 0, "partition ", p, " has ",
-          partitions[p], " rows, not a multiple of out_group_size=", out_group);
-    a.row0[p + 1] = a.row0[p] + static_cast<int>(partitions[p] / out_group);
-  }
-  return a;
-}
-
-// The format of an op that has codebooks [P * B, 2^b, og, ig] and scales [O, 1, 1, 1].
-aqlm::Additive describe(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
-                        int64_t K, const std::vector<int64_t>& partitions) {
-  CHECK(codebooks.dim() == 4, "codebooks must be [P * B, entries, og, ig]; got ", codebooks.dim(),
-        " dimensions");
-  const int64_t parts = static_cast<int64_t>(partitions.size());
-  CHECK(parts > 0 && codebooks.size(0) % parts == 0, "codebooks.size(0)=", codebooks.size(0),
-        " is not a multiple of the ", parts, " partitions");
-  int nbits = 0;
-  while ((int64_t(1) << nbits) < codebooks.size(1)) ++nbits;
-  CHECK((int64_t(1) << nbits) == codebooks.size(1), "codebooks have ", codebooks.size(1),
-        " entries, not a power of two");
-  const int64_t G = codebooks.size(3);
-  CHECK(K % G == 0, "K=", K, " is not a multiple of ", G, " (vector length of the codebooks)");
-  const aqlm::Additive a = make_additive(K / G, codebooks.size(0) / parts, nbits,
-                                         codebooks.size(2), G, partitions);
-  CHECK(scales.numel() == a.out_groups(), "scales has ", scales.numel(), " elements for ",
-        a.out_groups(), " output groups");
-  CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-            static_cast<size_t>(packed.numel()) == a.packed_bytes(),
-        "packed must be ", a.packed_bytes(), " contiguous uint8; got ", packed.numel(),
-        " (were the codes packed on another device or with other partitions?)");
-  CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0,
-        "packed is not 16-byte aligned");
-  CHECK(codebooks.scalar_type() == scales.scalar_type(), "codebooks and scales differ in dtype");
-  CHECK(codebooks.is_contiguous() && scales.is_contiguous(),
-        "codebooks and scales must be contiguous");
-  CHECK(reinterpret_cast<uintptr_t>(codebooks.const_data_ptr()) % 16 == 0,
-        "codebooks are not 16-byte aligned");
-  CHECK(packed.get_device_index() == codebooks.get_device_index() &&
-            scales.get_device_index() == codebooks.get_device_index(),
-        "packed, codebooks and scales are on different devices");
-  return a;
-}
 
 // x as rows of K elements, 16-byte aligned rows, `row_stride` apart. A contiguous x of any
 // dimensions is itself: a view costs the host 3 us.
@@ -225,6 +161,32 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& codebooks, co
   return y;
 }
 
+struct HeldAdditive : HeldLayer {
+  Tensor packed, codebooks, scales, aux;
+  std::optional<Tensor> bias;
+  std::vector<int64_t> partitions;
+  std::string precision;
+
+  Tensor product(const Tensor& x) const override {
+    return matmul(x, packed, codebooks, scales, bias, aux, partitions, precision);
+  }
+  int device() const override { return packed.get_device_index(); }
+};
+
+int64_t hold_matmul(const Tensor& packed, const Tensor& codebooks, const Tensor& scales,
+                    const std::optional<Tensor>& bias, const Tensor& aux,
+                    const std::vector<int64_t>& partitions, const std::string& precision) {
+  auto layer = std::make_unique<HeldAdditive>();
+  layer->packed = packed;
+  layer->codebooks = codebooks;
+  layer->scales = scales;
+  layer->aux = aux;
+  layer->bias = bias;
+  layer->partitions = partitions;
+  layer->precision = precision;
+  return hold(std::move(layer));
+}
+
 // dx = dy W, W dequantized in column slices so that nothing is accumulated across slices.
 Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& codebooks,
                  const Tensor& scales, int64_t in_features,
@@ -344,13 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("additive_unpack", TORCH_BOX(&unpack));
   m.impl("additive_prepare", TORCH_BOX(&prepare));
   m.impl("additive_matmul", TORCH_BOX(&matmul));
+  m.impl("hold_additive", TORCH_BOX(&hold_matmul));
   m.impl("additive_matmul_dx", TORCH_BOX(&matmul_dx));
   m.impl("additive_dequantize", TORCH_BOX(&dequantize));
-}
-
-// `import aqlm_infer._cuda` only has to load the library.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }

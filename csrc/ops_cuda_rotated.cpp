@@ -4,7 +4,9 @@
 // scalar}.py. Nothing here synchronises; memory comes from the caching allocator, so every op can
 // be captured in a graph.
 #include <algorithm>
+#include <utility>
 
+#include "ops_cuda_held.h"
 #include "ops_cuda_rotated.h"
 
 namespace {
@@ -378,6 +380,76 @@ Tensor scalar_dequantize(const Tensor& packed, const Tensor& scales,
   return dequantize(w, packed);
 }
 
+// y = sv * U_N (z w^T) + bias of a held layer, whatever its codes are.
+struct HeldProduct : HeldLayer {
+  Tensor packed, h;
+  std::optional<Tensor> sv, bias;
+  int64_t bits, N, factor, block;
+  std::string precision;
+
+  int device() const override { return packed.get_device_index(); }
+};
+
+struct HeldE8p : HeldProduct {
+  double residual;
+
+  Tensor product(const Tensor& z) const override {
+    return e8p_matmul(z, packed, sv, bias, h, bits, residual, N, factor, block, precision);
+  }
+};
+
+struct HeldScalar : HeldProduct {
+  Tensor scales;
+  std::optional<Tensor> zeros;
+  int64_t group_size;
+
+  Tensor product(const Tensor& z) const override {
+    return scalar_matmul(z, packed, scales, zeros, sv, bias, h, bits, group_size, N, factor, block,
+                         precision);
+  }
+};
+
+void fill(HeldProduct& layer, const Tensor& packed, const std::optional<Tensor>& sv,
+          const std::optional<Tensor>& bias, const Tensor& h, int64_t bits, int64_t N,
+          int64_t factor, int64_t block, const std::string& precision) {
+  layer.packed = packed;
+  layer.h = h;
+  layer.sv = sv;
+  layer.bias = bias;
+  layer.bits = bits;
+  layer.N = N;
+  layer.factor = factor;
+  layer.block = block;
+  layer.precision = precision;
+}
+
+int64_t hold_e8p(const Tensor& packed, const Tensor& su, const Tensor& h_in,
+                 const std::optional<Tensor>& sv, const std::optional<Tensor>& bias,
+                 const Tensor& h, int64_t bits, double residual, int64_t N, int64_t in_factor,
+                 int64_t factor, int64_t block, const std::string& precision) {
+  auto layer = std::make_unique<HeldE8p>();
+  layer->input = InputRotation{su, h_in, in_factor, block};
+  fill(*layer, packed, sv, bias, h, bits, N, factor, block, precision);
+  layer->residual = residual;
+  return hold(std::move(layer));
+}
+
+// Without su the input is not rotated.
+int64_t hold_scalar(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                    const std::optional<Tensor>& su, const Tensor& h_in,
+                    const std::optional<Tensor>& sv, const std::optional<Tensor>& bias,
+                    const Tensor& h, int64_t bits, int64_t group_size, int64_t N,
+                    int64_t in_factor, int64_t factor, int64_t block,
+                    const std::string& precision) {
+  auto layer = std::make_unique<HeldScalar>();
+  if (su) layer->input = InputRotation{*su, h_in, in_factor, block};
+  fill(*layer, packed, sv, bias, h, bits, N, factor, block, precision);
+  layer->scales = scales;
+  layer->zeros = zeros;
+  layer->group_size = group_size;
+  return hold(std::move(layer));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
@@ -385,11 +457,13 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("e8p_pack", TORCH_BOX(&e8p_pack));
   m.impl("e8p_unpack", TORCH_BOX(&e8p_unpack));
   m.impl("e8p_matmul", TORCH_BOX(&e8p_matmul));
+  m.impl("hold_e8p", TORCH_BOX(&hold_e8p));
   m.impl("e8p_matmul_dx", TORCH_BOX(&e8p_matmul_dx));
   m.impl("e8p_dequantize", TORCH_BOX(&e8p_dequantize));
   m.impl("scalar_pack", TORCH_BOX(&scalar_pack));
   m.impl("scalar_unpack", TORCH_BOX(&scalar_unpack));
   m.impl("scalar_matmul", TORCH_BOX(&scalar_matmul));
+  m.impl("hold_scalar", TORCH_BOX(&hold_scalar));
   m.impl("scalar_matmul_dx", TORCH_BOX(&scalar_matmul_dx));
   m.impl("scalar_dequantize", TORCH_BOX(&scalar_dequantize));
 }

@@ -293,7 +293,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from aqlm_infer.triton_kernels import decode
 
-A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "GP": 4, "PRECISION": "tf32"}
+A = {"GROUP": 4, "ROWS": 16, "D": 128, "DP": 128, "TILE": 64, "GP": 4, "PRECISION": "tf32",
+     "IMAGE": 0}
 
 def sizes(chunks, slots, segment):
     return {"CHUNKS": chunks, "SLOTS": slots, "SEGMENT": segment}
@@ -302,6 +303,7 @@ CASES = [
     (decode._attend, {**A, **sizes(8, 8, 8), "NEW": True, "EARLY": True}),
     (decode._attend, {**A, **sizes(33, 64, 16), "NEW": False, "EARLY": False}),
     (decode._attend, {**A, **sizes(1, 1, 1), "NEW": True, "EARLY": False}),
+    (decode._attend, {**A, **sizes(4, 4, 4), "NEW": True, "EARLY": True, "IMAGE": 32}),
     (decode._rope_store, {"H": 14, "HEADS": 2, "D": 80, "HP": 16, "KP": 2, "DP": 128}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": True, "EMBED": False}),
     (decode._add_rms_norm, {"BLOCK": 4096, "ADD": False, "EMBED": True}),
@@ -333,7 +335,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
     )
-    assert run.stdout.strip() == "compiled 9", run.stderr[-2000:]
+    assert run.stdout.strip() == "compiled 10", run.stderr[-2000:]
 
 
 def test_operands_are_checked():

@@ -91,8 +91,8 @@ class Scalar:
         return x.double() @ self.weight.T
 
 
-def check(layer, dtype):
-    for M in TOKENS:
+def check(layer, dtype, tokens=TOKENS):
+    for M in tokens:
         x = rows(M, layer.K, dtype, seed=M)
         y = layer(x)
         close(y, layer.expected(x), dtype)
@@ -105,6 +105,23 @@ def check(layer, dtype):
 def test_e8p_bodies(bits, N, K, dtype):
     """With a rotation; without: few rows, and a block of rows for nearly every SM (odd cells)."""
     check(E8P(bits, N, K, None if N == 3072 else 0), dtype)
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
+@pytest.mark.parametrize(("N", "K"), [(14336, 4096), (14352, 4160), (69632, 832)])
+def test_e8p_of_many_cells(N, K, dtype):
+    """From 12 cells a block on, x of 9 .. 16 tokens lies in shared memory. With a rotation; one
+    cell more than whole steps and a row block of 16 rows; more row groups than blocks."""
+    check(E8P(2, N, K, None if N == 14336 else 0), dtype, (1, 9, 11, 13, 16, 40, 64))
+
+
+@pytest.mark.parametrize("coding", ["e8p", "scalar"])
+@pytest.mark.parametrize("K", [64, 192, 320, 1088, 2176])
+def test_pairs_of_warps(K, coding):
+    """33 .. 64 tokens: rows of one to three cells more than whole steps of four."""
+    for bits in (2,) if coding == "e8p" else (2, 4):
+        layer = E8P(bits, 6160, K, 0) if coding == "e8p" else Scalar(bits, 6160, K, K)
+        check(layer, torch.float16, (33, 47, 64))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

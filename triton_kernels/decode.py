@@ -34,17 +34,29 @@ def _rotated(x_ptr, at, d, ok, cos, sin, D: tl.constexpr):
 
 
 @triton.jit
+def _place(m, h, d, H, D: tl.constexpr, IMAGE: tl.constexpr):
+    """Where number d of head h of sequence m lies among results [M, H, D]; IMAGE: in the image of
+    [M, H * D] that is so many tokens wide."""
+    k = h * D + d
+    if IMAGE > 0:
+        at = ((k // 32 * 4 + k % 8 // 2) * IMAGE + m) * 8 + k % 32 // 8 * 2 + k % 2
+    else:
+        at = m * (H * D) + k
+    return at
+
+
+@triton.jit
 def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_ptr, v_ptr, mask_ptr,
             partial_ptr, stats_ptr, count_ptr, out_ptr, scale, L, CHUNK,
             q_b, q_h, nk_b, nk_h, nv_b, nv_h, ids_b, k_b, k_h, k_l, v_b, v_h, v_l, mask_b,
             GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
             TILE: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, GP: tl.constexpr,
             SEGMENT: tl.constexpr, NEW: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            IMAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One chunk of positions for the query heads of one key/value head.
 
     NEW: q and the new key still need their rotation, and key and value their place in the cache.
-    EARLY: a chunk is one tile, which is loaded before the wait.
+    EARLY: a chunk is one tile, which is loaded before the wait. IMAGE: as ``_place`` has it.
     """
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, d, cols = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TILE)
@@ -110,7 +122,7 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
             top = new_top
         heads = tl.num_programs(1) * GROUP
         row = batch * heads + head * GROUP + rows
-        out_at = row[:, None] * D + d[None, :]
+        out_at = _place(batch, (head * GROUP + rows)[:, None], d[None, :], heads, D, IMAGE)
         if active == 1:
             y = acc / tl.where(total > 0, total, 1.0)[:, None]
             tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), q_ok)
@@ -147,7 +159,7 @@ def _attend(q_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, ids_ptr, at_ptr, k_pt
                     under += tl.sum(weight * sums, 1)
                     whole += tl.sum(weight[:, :, None] * part, 1)
                 whole = whole / tl.where(under > 0, under, 1.0)[:, None]
-                whole_at = (first_row + g)[:, None] * D + d[None, :]
+                whole_at = _place(batch, (head * GROUP + g)[:, None], d[None, :], heads, D, IMAGE)
                 whole_ok = g_ok[:, None] & d_ok[None, :]
                 tl.store(out_ptr + whole_at, whole.to(out_ptr.dtype.element_ty), whole_ok)
 
@@ -309,13 +321,15 @@ def chunking(length: int) -> tuple[int, int]:
 
 
 def attention(
-    q, k, v, mask, scale: float, new=None, counts=None, chunk: int | None = None
+    q, k, v, mask, scale: float, new=None, counts=None, chunk: int | None = None, image: int = 0
 ) -> torch.Tensor:
     """q [B, H, D], k and v [B, Hkv, L, D], mask bool [B, L] -> [B, H, D] in q's dtype.
 
     ``new``: (key, value [B, Hkv, D], cos, sin [L, D], ids [B, 1], filled [1]): q and key are
     rotated to position ids, key and value are stored at position ``filled``, and only positions up
     to it are seen. ``counts``: int32 zeros [B * Hkv], left as zeros. ``chunk`` forces a size.
+    ``image``: the result is the image of [B, H * D] that is so many tokens wide
+    (``aqlm_infer/generation/additive_ops.py``).
     """
     B, H, D = q.shape
     kv_heads, L = k.shape[1], k.shape[2]
@@ -327,7 +341,8 @@ def attention(
     partial, stats = floats[: B * H * chunks * D], floats[B * H * chunks * D :]
     if counts is None:
         counts = torch.zeros(B * kv_heads, dtype=torch.int32, device=q.device)
-    out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
+    shape = (H * D // 32, 4, image, 8) if image else (B, H, D)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
     key, value, cos, sin, ids, filled = new or (k, v, q, q, mask, mask)
     _attend[(chunks, kv_heads, B)](
         q, key, value, cos, sin, ids, filled, k, v, mask, partial, stats, counts, out, scale, L,
@@ -337,7 +352,8 @@ def attention(
         ROWS=max(16, padded), D=D, DP=width, TILE=tile, CHUNKS=chunks,
         SLOTS=slots, GP=padded, SEGMENT=segment, NEW=new is not None,
         EARLY=size == tile and new is not None, num_warps=4,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_options(q.device),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", IMAGE=image,
+        **launch_options(q.device),
     )  # fmt: skip
     return out
 

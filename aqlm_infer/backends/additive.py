@@ -47,6 +47,13 @@ def matmul(format, x, buffers: Buffers, values: Tensors, bias, partitions, preci
     )
 
 
+def hold(format, buffers: Buffers, values: Tensors, bias, partitions: Partitions, precision: str):
+    """Keep the operands of ``matmul``; their number."""
+    packed, aux = buffers["packed_codes"], buffers["aux"]
+    books, scales = values["codebooks"], values["scales"]
+    return ops.hold_additive(packed, books, scales, bias, aux, list(partitions), precision)
+
+
 def dequantize(format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions):
     """The [N, K] weight in the codebooks' dtype."""
     return ops.additive_dequantize(

@@ -10,6 +10,7 @@ import torch
 
 from ..formats import AdditiveFormat
 from . import additive, native
+from .held import can_hold
 from .registry import Kernel, Problem, first_reason, register
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,6 +62,7 @@ def _register(storage: str, ns_per_code: float) -> None:
             additive.dequantize,
             lambda problem: _why_not(problem, storage),
             cost,
+            hold=additive.hold if can_hold else None,
         )
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from ..formats import E8PFormat, QuipFormat, ScalarFormat
 from . import native, rotated, scalar
+from .held import can_hold
 from .registry import Kernel, Problem, first_reason, register
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,18 +31,19 @@ def _why_not(problem: Problem, format: type) -> str | None:
     )
 
 
-def _register(id: str, format: type, calls: dict) -> None:
+def _register(id: str, format: type, calls: dict, hold) -> None:
     """One kernel record; the cost is the codes' time at the 3 TB/s measured on an H200 at M = 1."""
     register(
         Kernel(
             id,
             **calls,
+            hold=hold if can_hold else None,
             why_not=lambda problem: _why_not(problem, format),
             cost=lambda problem: 4.0 + problem.N * problem.K * problem.format.bits / 8 / 3e6,
         )
     )
 
 
-_register("cuda.e8p", E8PFormat, rotated.CALLS)
-_register("cuda.scalar", ScalarFormat, scalar.CALLS)
-_register("cuda.scalar.rotated", QuipFormat, scalar.QUIP_CALLS)
+_register("cuda.e8p", E8PFormat, rotated.CALLS, rotated.hold)
+_register("cuda.scalar", ScalarFormat, scalar.CALLS, scalar.hold)
+_register("cuda.scalar.rotated", QuipFormat, scalar.QUIP_CALLS, scalar.quip_hold)

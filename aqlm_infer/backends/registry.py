@@ -60,6 +60,10 @@ class Kernel:
     vectors): a layer computes them anew when the values have changed. ``rotate(format, x, buffers,
     values)`` transforms the input first: ``matmul`` takes its result, which layers may share.
     ``trains``: all of them together are differentiable in the values, not in x and bias alone.
+
+    ``hold(format, buffers, values, bias, partitions, precision)`` keeps a layer's operands, so that
+    one call rotates and multiplies, and returns the number that ``backends.held.Held`` takes; None
+    for a layer that it does not keep.
     """
 
     id: str
@@ -72,6 +76,7 @@ class Kernel:
     fold: Callable[..., dict[str, torch.Tensor]] | None = None
     rotate: Callable[..., torch.Tensor] | None = None
     trains: bool = False
+    hold: Callable[..., int | None] | None = None
 
 
 @dataclass(frozen=True)

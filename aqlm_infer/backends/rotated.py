@@ -85,6 +85,17 @@ def matmul(
     )
 
 
+def hold(format, buffers: Buffers, values: Tensors, bias, partitions: Partitions, precision: str):
+    """Keep the operands of ``rotate`` and ``matmul``; their number."""
+    h_in, h = buffers["h_in"], buffers["h_out"]
+    in_factor, block = rotation_numbers(format.rotation, h_in)
+    factor, _ = rotation_numbers(format.rotation, h)
+    return ops.hold_e8p(
+        buffers["packed_Qidxs"], buffers["su"], h_in, buffers["sv"], bias, h, format.bits,
+        1 / format.residual, sum(partitions), in_factor, factor, block, precision,
+    )  # fmt: skip
+
+
 def rotate_output(z, sv, bias, h, factor: int, block: int, operators=ops) -> torch.Tensor:
     """sv * U_N z + bias in z's dtype, differentiable in sv as well."""
     y = operators.hadamard(z, None, sv, h, factor, block, False)

@@ -60,6 +60,15 @@ def matmul(
     )
 
 
+def hold(format, buffers: Buffers, values: Tensors, bias, partitions: Partitions, precision: str):
+    """Keep the operands of ``matmul``; their number."""
+    none = buffers["h_out"]
+    return ops.hold_scalar(
+        buffers["packed_qweight"], values["scales"], buffers["packed_zeros"], None, none, None,
+        bias, none, format.bits, format.group_size, sum(partitions), 0, 0, 0, precision,
+    )  # fmt: skip
+
+
 def dequantize(
     format, buffers: Buffers, values: Tensors, K: int, partitions: Partitions, operators=ops
 ):
@@ -147,6 +156,21 @@ def quip_matmul(
     first, last = buffers["inverse_U_p_out"], buffers["inverse_U_p_in"]
     y = kronecker_product(z, B0, B1, first, last) * sv
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quip_hold(
+    format, buffers: Buffers, values: Tensors, bias, partitions: Partitions, precision: str
+):
+    """Keep the operands of ``quip_rotate`` and ``quip_matmul``; their number, or None."""
+    if format.rotation == "kronecker":
+        return None
+    h_in, h, su = buffers["h_in"], buffers["h_out"], buffers["su"]
+    in_factor, block = rotated.rotation_numbers(format.rotation, h_in)
+    factor, _ = rotated.rotation_numbers(format.rotation, h)
+    return ops.hold_scalar(
+        buffers["packed_qweight"], buffers["grid_step"], None, su, h_in, buffers["sv"], bias, h,
+        format.bits, su.shape[0], sum(partitions), in_factor, factor, block, precision,
+    )  # fmt: skip
 
 
 def _product(format, x, buffers: Buffers, sv, bias, h, numbers, partitions, precision, operators):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .additive_step import joined_blocks
 from .cache import StepCache
 from .siblings import Siblings, product_of
 
@@ -66,17 +67,23 @@ class LlamaStep:
         self.norms = [*(block.input_layernorm for block in base.layers), base.norm]
         heads = model.config.num_key_value_heads
         self.counts = torch.zeros(batch * heads, dtype=torch.int32, device=device)
+        self.joined = joined_blocks(self.blocks, batch) if self.fetches else None
 
     def __call__(self, tokens, ids, valid) -> torch.Tensor:
         """tokens, ids (rotary positions) [B, 1], valid bool [B, L] -> logits [B, 1, vocabulary]."""
 
-        def attend(attention, layer, qkv):
+        def attend(attention, layer, qkv, image: int = 0):
             q, k, v = (part.unflatten(1, (-1, attention.head_dim)) for part in qkv)  # [B, heads, D]
-            return ops.rope_attention(
+            given = (
                 q, k, v, self.cos, self.sin, ids, self.cache.lengths[:1], layer.keys, layer.values,
                 valid, self.counts, attention.scaling,
-            ).flatten(1)  # fmt: skip
+            )  # fmt: skip
+            if image:
+                return ops.rope_attention_image(*given, image)
+            return ops.rope_attention(*given).flatten(1)
 
+        if self.joined is not None:
+            return self._joined_logits(tokens, attend)
         return self._logits(tokens, attend, self.operators, self.fetches)
 
     def prompt(self, tokens, ids) -> torch.Tensor:
@@ -107,6 +114,17 @@ class LlamaStep:
             return ops.add_rms_norm_fetch(*given, layer.keys, layer.values, self.cache.lengths[:1])
 
         return norm if 2 * layer.keys.nbytes <= _MOST_FETCHED else ops.add_rms_norm
+
+    def _joined_logits(self, tokens, attend) -> torch.Tensor:
+        layers, table = self.cache.layers, self.model.model.embed_tokens.weight
+        x, y = ops.embed_norm(tokens.reshape(-1), table, *_norm(self.norms[0]))
+        after = [*self.joined[1:], None]
+        for block, own, layer, norm, following in zip(
+            self.joined, self.blocks, layers, self.norms[1:], after, strict=True
+        ):
+            z = attend(own.attention, layer, block.products(y), block.attended)
+            x, y = block(x, z, norm, following)
+        return self.model.lm_head(y)[:, None]
 
     def _logits(self, tokens, attend, operators, fetches: bool = False) -> torch.Tensor:
         base, cache, add = self.model.model, self.cache, operators.add_rms_norm

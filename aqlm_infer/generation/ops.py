@@ -11,6 +11,7 @@ one new token each, and of a prompt.
     choose(scores [M, V]): writes their argmax into best and tokens, and counts the step
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
+    rope_attention_image: its [B, H * D] as an image of ``image`` tokens (``additive_ops``)
     rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
     prompt; key (with it) and value become the first T positions of the cache
 
@@ -47,6 +48,9 @@ _SCHEMAS = (
     "rope_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
     " float scale) -> Tensor",
+    "rope_attention_image(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
+    " float scale, int image) -> Tensor",
     "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
 )
@@ -128,6 +132,19 @@ def check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts) -> None:
     for name, (tensor, shape) in shapes.items():
         if list(tensor.shape) != shape or tensor.stride(-1) != 1:
             raise OperandError(f"{name} is {list(tensor.shape)}, expected contiguous {shape}")
+
+
+def check_image(M: int, K: int, tokens: int) -> None:
+    """Raise OperandError unless [M, K] has an image that is ``tokens`` wide."""
+    if tokens < max(M, 1) or K % 32:
+        raise OperandError(f"image={tokens} is no image of {M} tokens of {K}")
+
+
+def image_of(x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The image of x [M, K], ``tokens`` wide, with zeros past M."""
+    M, K = x.shape
+    padded = torch.cat([x, x.new_zeros((tokens - M, K))])
+    return padded.view(tokens, K // 32, 4, 4, 2).permute(1, 3, 0, 2, 4).reshape(-1, 4, tokens, 8)
 
 
 def check_fetch(keys, values, filled) -> None:
@@ -242,6 +259,13 @@ def _rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, co
     return _attend(_rotate(q, cos, sin), keys, values, seen, scale)
 
 
+def _rope_attention_image(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale,
+                          image):  # fmt: skip
+    check_image(q.shape[0], q[0].numel(), image)
+    y = rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale)
+    return image_of(y.flatten(1), image)
+
+
 def _rope_store(q, key, value, cos, sin, ids, keys, values):
     check_prompt(q, key, value, cos, sin, ids, keys, values)
     T = q.shape[1]
@@ -296,6 +320,14 @@ def _rope_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mas
     return q.new_empty(q.shape)
 
 
+def _rope_attention_image_fake(q, key, value, cos, sin, ids, filled, keys, values, mask, counts,
+                               scale, image):  # fmt: skip
+    check_attention(q, keys, values, mask)
+    check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
+    check_image(q.shape[0], q[0].numel(), image)
+    return q.new_empty((q[0].numel() // 32, 4, image, 8))
+
+
 def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
     check_prompt(q, key, value, cos, sin, ids, keys, values)
     return q.new_empty(q.shape)
@@ -305,9 +337,10 @@ define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _add_rms_norm_fetch_fake, _swiglu_fake, _embed_norm_fake,
      _rotated_norm_fake, _choose_fake, _decode_attention_fake, _rope_attention_fake,
-     _rope_store_fake, _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
+     _rope_attention_image_fake, _rope_store_fake,
+     _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
     (_rms_norm, _add_rms_norm, _add_rms_norm_fetch, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention, _rope_store,
+     _decode_attention, _rope_attention, _rope_attention_image, _rope_store,
      _add_rms_norm, _swiglu, _embed_norm, _rope_store),
 )  # fmt: skip
 
@@ -321,6 +354,7 @@ rotated_norm = _ops.rotated_norm.default
 choose = _ops.choose.default
 decode_attention = _ops.decode_attention.default
 rope_attention = _ops.rope_attention.default
+rope_attention_image = _ops.rope_attention_image.default
 rope_store = _ops.rope_store.default
 EAGER = SimpleNamespace(**{name: getattr(_ops, f"eager_{name}").default for name in _EAGER})
 """The operators of ``_EAGER`` under their own names, for launches that no graph holds."""
@@ -376,6 +410,15 @@ def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mas
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
 
 
+def _cuda_rope_attention_image(q, key, value, cos, sin, ids, filled, keys, values, mask, counts,
+                               scale, image):  # fmt: skip
+    check_attention(q, keys, values, mask)
+    check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
+    check_image(q.shape[0], q[0].numel(), image)
+    new = key, value, cos, sin, ids, filled
+    return _kernels().attention(q, keys, values, mask, scale, new, counts, image=image)
+
+
 def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
     check_prompt(q, key, value, cos, sin, ids, keys, values)
     return _kernels().rope_store(q, key, value, cos, sin, ids, keys, values)
@@ -395,6 +438,7 @@ for _name, _function in {
     "choose": _cuda_choose,
     "decode_attention": _cuda_decode_attention,
     "rope_attention": _cuda_rope_attention,
+    "rope_attention_image": _cuda_rope_attention_image,
 }.items():
     LIBRARY.impl(_name, _function, "CUDA")
     if _name in _EAGER and not _in_module(f"eager_{_name}"):

@@ -9,13 +9,39 @@ from __future__ import annotations
 
 import os
 import warnings
+from operator import is_
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import is_grad_enabled, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from ..backends import KERNELS, Kernel, Problem, select, why_not_fast
+from ..backends.held import Held
 from ..formats import Format, Tensors, parse_scheme
+
+
+def may_pass_dispatcher(x: torch.Tensor) -> bool:
+    """Whether nothing looks at operators (a mode, a trace, a functional transform), and x is a
+    plain tensor, which no key of the dispatcher would change."""
+    return type(x) is torch.Tensor and not (
+        _len_torch_dispatch_stack()
+        or _get_tracing_state()
+        or peek_interpreter_stack()
+        or x.is_neg()
+    )
+
+
+def _version_of(value: torch.Tensor) -> tuple[int, int]:
+    """(version, address): what changes with a value. Inference tensors have no versions."""
+    try:
+        address = value.data_ptr()
+    except RuntimeError:  # a fake tensor, or one of a functional transform
+        address = 0
+    return (0 if value.is_inference() else value._version), address
+
 
 LAYER_CLASSES: dict[type[Format], type[QuantLinear]] = {}
 """Subclasses of ``QuantLinear`` for formats that need one."""
@@ -42,6 +68,9 @@ class QuantLinear(nn.Module):
     after any in-place change of the values; a compiled graph or a captured CUDA graph reads what
     the last eager forward left.
     """
+
+    _held: Held | None = None  # its operands, kept by the backend
+    _seen: list | None = None  # values and bias of the last eager call without them
 
     def __init__(
         self,
@@ -72,7 +101,7 @@ class QuantLinear(nn.Module):
         value = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         self._buffer_names: tuple[str, ...] = ()
-        self._folded: list[int] | None = None
+        self._folded: list[tuple[int, int]] | None = None
         self._slow: str | None = None  # what the first use has to say of the kernel
 
     # -- construction ------------------------------------------------------------------------------
@@ -218,12 +247,9 @@ class QuantLinear(nn.Module):
         self.kernel_id = kernel.id
         return self
 
-    def _versions(self) -> list[int]:
-        """A number for each value that any in-place change of it changes."""
-        values = self._parameters
-        return [
-            0 if (value := values[n]).is_inference() else value._version for n in self._value_names
-        ]
+    def _versions(self) -> list[tuple[int, int]]:
+        """Numbers of each value that change with it: in place, by ``.data``, or by a new tensor."""
+        return [_version_of(self._parameters[name]) for name in self._value_names]
 
     @torch.no_grad()
     def restore(self) -> QuantLinear:
@@ -233,7 +259,7 @@ class QuantLinear(nn.Module):
         codes = self._codes()
         for name in self._buffer_names:
             delattr(self, name)
-        self.kernel_id, self._buffer_names, self._folded = None, (), None
+        self.kernel_id, self._buffer_names, self._folded, self._seen = None, (), None, None
         for name, tensor in codes.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         return self
@@ -286,9 +312,52 @@ class QuantLinear(nn.Module):
         return any(self._parameters[n].requires_grad for n in self._value_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel, compiling = self.kernel, torch.compiler.is_compiling()
-        trains = (torch.is_grad_enabled() or compiling) and self.trains_values
-        if trains and torch.is_grad_enabled() and not (kernel is not None and kernel.trains):
+        if not (is_grad_enabled() or is_compiling()) and may_pass_dispatcher(x):
+            held = self._held
+            if held is None:
+                self._hold()
+            else:
+                y = self._run_held(held, x)
+                if y is not None:
+                    return y
+                self._held = None
+        return self._compute(x)
+
+    def _hold(self) -> None:
+        """Have the kernel keep the layer's operands, from the second call with the same values on.
+
+        Where tensors come and go with every call (offloading), to keep them is to keep memory.
+        """
+        kernel, parameters, buffers = self.kernel, self._parameters, self._buffers
+        if kernel is None or kernel.hold is None or self._slow is not None:
+            return
+        # Values and bias, which are small: they may outlive their place by a call.
+        seen, values = self._seen, list(parameters.values())
+        if seen is None or len(seen) != len(values) or not all(map(is_, seen, values)):
+            self._seen = values
+            return
+        if kernel.fold is not None and self._folded != self._versions():
+            return
+        number = kernel.hold(
+            self.format, buffers, parameters, parameters["bias"], (self.out_features,),
+            self.precision,
+        )  # fmt: skip
+        if number is not None:
+            folded = self._values().values() if kernel.fold is not None else ()
+            self._held = Held(number, parameters, buffers, folded)
+
+    def __setattr__(self, name, value):
+        # Held operands stand for all that they were made of, precision and bias among it.
+        self.__dict__.pop("_held", None)
+        super().__setattr__(name, value)
+
+    def _run_held(self, held: Held, x: torch.Tensor) -> torch.Tensor | None:
+        return held.linear(x, self._parameters, self._buffers)
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        kernel, compiling = self.kernel, is_compiling()
+        trains = (is_grad_enabled() or compiling) and self.trains_values
+        if trains and is_grad_enabled() and not (kernel is not None and kernel.trains):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
         if kernel is None:

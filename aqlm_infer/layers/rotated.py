@@ -45,6 +45,14 @@ class RotatedLinear(QuantLinear):
         self._share()
         return folded | {"su": self.su}
 
+    def _run_held(self, held, x):
+        if self._sharing is None or not self._sharing.shared._open:
+            return held.linear(x, self._parameters, self._buffers)
+        if not held.serves(x, self._parameters, self._buffers):
+            return None
+        su = self._buffers["su"]
+        return held.product(self._sharing.shared.get(x, su, lambda: held.rotation(x)))
+
     def _rotated(self, x, buffers, values):
         if self._sharing is None:
             return super()._rotated(x, buffers, values)

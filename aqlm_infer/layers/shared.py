@@ -19,16 +19,18 @@ class SharedInBlock:
     def __init__(self, block: nn.Module):
         self._open = False
         self._kept: tuple | None = None  # input, its version, ((key, result), ...)
+        self._parts: tuple | None = None  # input, its version, the parts of a fused result
+        self.sizes: list[int] = []  # of those parts, in order
         self._hooks = (
             block.register_forward_pre_hook(self._begin),
             block.register_forward_hook(self._end),
         )
 
     def _begin(self, block, args) -> None:
-        self._open, self._kept = True, None
+        self._open, self._kept, self._parts = True, None, None
 
     def _end(self, block, args, output) -> None:
-        self._open, self._kept = False, None
+        self._open, self._kept, self._parts = False, None, None
 
     @contextmanager
     def kept_open(self) -> Iterator[None]:
@@ -64,7 +66,7 @@ class SharedInBlock:
 
     def __getstate__(self) -> dict:
         # Copies and pickles hold no activations.
-        return {"_open": False, "_kept": None, "_hooks": self._hooks}
+        return {**self.__dict__, "_open": False, "_kept": None, "_parts": None}
 
 
 def _version(x: torch.Tensor) -> int:

@@ -1,8 +1,9 @@
 """Torch operators: schemas, fakes (= the shape contract) and autograd, once for every backend.
 
 Backends register their implementations for a device key: ``backends/cpu*.py`` for CPU,
-``csrc/ops_cuda*.cpp`` for CUDA. All operators are functional. One file a family: ``additive``
-(AQLM), ``rotated`` (Hadamard, E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest), ``dense``.
+``csrc/ops_cuda*.cpp`` for CUDA. One file a family: ``additive`` (AQLM), ``rotated`` (Hadamard,
+E8P), ``scalar`` (QuIP's grid, GPTQ, round to nearest), ``dense``: functional, all of them. ``held``
+calls layers whose operands CUDA keeps.
 """
 
 from .additive import (
@@ -16,6 +17,7 @@ from .additive import (
     check_operands,
 )
 from .dense import check_matvec, dense_matvec
+from .held import hold_additive, hold_e8p, hold_scalar
 from .library import LIBRARY, NAMESPACE, OperandError
 from .rotated import (
     check_e8p,
@@ -69,6 +71,9 @@ __all__ = [
     "e8p_pack",
     "e8p_unpack",
     "hadamard",
+    "hold_additive",
+    "hold_e8p",
+    "hold_scalar",
     "scalar_dequantize",
     "scalar_matmul",
     "scalar_matmul_dx",

@@ -14,6 +14,8 @@ cudaError_t launch_mma_exact(const LaunchConfig& c, const MatmulParams& p, cudaS
 template <typename T>
 cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_mma_ring(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_wgmma(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_wgmma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);

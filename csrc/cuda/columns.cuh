@@ -78,7 +78,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
 
   if (threadIdx.x < 4 + kStages)
-    mbar::init(ready + threadIdx.x, threadIdx.x < 4 ? kWarps : 1);
+    mbar::init(ready + threadIdx.x, threadIdx.x < 4 ? kWarps * mbar::kWarpArrivals : 1);
   mbar::init_fence();
   __syncthreads();
   grid_dependents_start();
@@ -153,8 +153,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
         }
       }
       load_x(xf);  // of the step after the next
-      __syncwarp();
-      if (lane == 0) mbar::arrive(ready + table);
+      mbar::arrive_warp(ready + table);
     };
 
     if (piece.part != loaded_part) {
@@ -195,8 +194,7 @@ columns_kernel(const __grid_constant__ MatmulParams p) {
       if (k > 0 && k % kWarps == warp) fetch(k - 1 + kStages);  // into the last step's stage
 #pragma unroll
       for (int r = 4; r < 8; ++r) lookup(r);
-      __syncwarp();
-      if (lane == 0) mbar::arrive(read + table);
+      mbar::arrive_warp(read + table);
       column ^= 128;
       ++k;
       if (++stage == kStages) {

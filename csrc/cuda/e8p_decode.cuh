@@ -125,4 +125,13 @@ __device__ __forceinline__ void e8p_nibbles(const uint4& codes, const uint4& res
   }
 }
 
+// The same of words.
+__device__ __forceinline__ void e8p_split(const uint32_t (&w)[4], uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    a[0][j] = w[j] & 0xF0F0F0F0u;
+    a[1][j] = w[j] & 0x0F0F0F0Fu;
+  }
+}
+
 }  // namespace aqlm

@@ -12,6 +12,7 @@ namespace aqlm {
 
 constexpr int kMixThreads = 512;
 constexpr int kMixColumns = 8;
+constexpr int kSumTokens = 4;
 constexpr int kMixMaxFactor = 180;  // H_F is copied to shared memory up to this F (32 KB)
 
 // Grid: (L / 8, tokens). Shared memory: F * Q * 8 floats, twice where F > 1, and H_F.
@@ -71,6 +72,43 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
   for (int i = 4 * tid; i < length; i += 4 * threads) {
     if (!few) finish = rotate_finish(p, place(i), p.gain);
     rotate_store(p, m, place(i), *reinterpret_cast<const float4*>(z + i), finish);
+  }
+}
+
+// rotate_flat_kernel for the partial sums of many tokens, kSumTokens a thread: where their slots
+// lie is found out once. Grid: (chunks of a row, tokens / kSumTokens).
+__global__ void __launch_bounds__(kFlatThreads, 3)
+rotate_sums_kernel(const __grid_constant__ RotateParams p) {
+  constexpr int kSlots = 2, kTokens = kSumTokens;  // in flight
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4, first = blockIdx.y * kTokens;
+  const bool inside = i < p.r.n;
+  grid_dependents_start();
+  RotateFinish finish = {};
+  RotateSource source = {};
+  if (inside) {
+    finish = rotate_finish(p, i, p.gain);
+    source = rotate_locate(p, first, i);
+    prefetch_constant(source.from);
+  }
+  grid_dependency_wait();
+  float4 v[kTokens] = {};
+  for (int k = 0; k < source.slots; k += kSlots) {
+    float4 part[kTokens][kSlots];
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m)
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j)
+        part[m][j] = load_slot(source.from + (k + j) * source.stride + m * p.s.group_rows,
+                               k + j < source.slots && first + m < p.tokens);
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m)
+#pragma unroll
+      for (int j = 0; j < kSlots; ++j) v[m] = add4(v[m], part[m][j]);
+  }
+#pragma unroll
+  for (int m = 0; m < kTokens; ++m) {
+    if (p.r.block) v[m] = rotate_lanes(v[m], 7);
+    if (first + m < p.tokens) rotate_store(p, first + m, i, v[m], finish);
   }
 }
 

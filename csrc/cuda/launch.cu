@@ -82,7 +82,7 @@ cudaError_t device_info(int device, DeviceInfo* info) {
 }
 
 LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precision,
-                    const DeviceInfo& device) {
+                    const DeviceInfo& device, bool image) {
   LaunchConfig c = {Body::kGather, dtype, precision, 0, 0, 1};
   const long long cells = code_units(a);
   const Storage storage = a.storage();
@@ -120,6 +120,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                     tokens < (device.arch == 90 ? tune::kWgmmaFirst : tune::kMmaTokens + 1);
     bool wgmma_int8 = mma && int8 && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
+    bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
+                tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
     const int long_tokens = tune::long_tokens(a.codebooks, cells);
     bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kLongFirst && tokens <= long_tokens;
@@ -128,6 +130,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       wgmma_long = g_body == 9;
       lut = g_body == 0;
       wgmma_int8 = g_body == 7;
+      ring = g_body == 10 && a.codebooks <= 2 && tokens <= tune::kRingTokens;
       wide = g_body == 8;
       wgmma = g_body == 3;
       mma_sync = g_body == 1 && tokens <= tune::kMmaTokens;
@@ -156,11 +159,15 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
       }
     } else if (wgmma_int8) {
       c.body = Body::kWgmmaInt8;
-      c.token_tile = round_up_tile(tokens, 16, 2);
+      c.token_tile = round_up_tile(tokens, 8, 4);
+    } else if (ring) {
+      c.body = Body::kMmaRing;
+      c.precision = Precision::kExact;
+      c.token_tile = tune::kRingTokens;
     } else if (wgmma) {
       c.body = Body::kWgmma;
       c.precision = Precision::kExact;
-      c.token_tile = round_up_tile(tokens, 32, 4);
+      c.token_tile = round_up_tile(tokens, 16, 8);
       // A rest of up to 64 tokens is cheaper in a call of its own.
       const int most = std::max(1, tune::wgmma_tokens(a.codebooks, cells) / c.token_tile);
       if (tokens > c.token_tile) c.passes = std::min((tokens + 63) / c.token_tile, most);
@@ -204,7 +211,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
     s.classes = 2;  // four codebooks each
     s.units /= 4;   // of four vectors
     s.x_steps = s.units;
-  } else if (c.body == Body::kWgmmaInt8) {
+  } else if (c.body == Body::kWgmmaInt8 || c.body == Body::kMmaRing) {
     s.group_rows = 512;
   } else if (c.body == Body::kWgmmaLong) {
     s.group_rows = tune::kLongGroupRows;
@@ -243,7 +250,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   // A shorter K range per block would cost more in partial sums than it gains.
   const bool wide = c.body == Body::kWgmmaWide;  // its units are four times as long
   const bool mma = c.body == Body::kMma || c.body == Body::kWgmma ||
-                   c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8;
+                   c.body == Body::kWgmmaLong || c.body == Body::kWgmmaInt8 ||
+                   c.body == Body::kMmaRing;
   const int min_units = wide ? 2 : mma ? tune::mma_min_units(p->tokens) : 1;
   const long long most = std::max<long long>(1, cells / (s.lanes * min_units));
   const int wave = std::max(1, per_sm * device.sms / s.classes);
@@ -289,32 +297,49 @@ Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
 namespace {
 
 template <typename T>
-cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, bool reduce,
+                     cudaStream_t stream) {
   const bool int8 = c.precision == Precision::kInt8;
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
   cudaError_t e = cudaSuccess;
   const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
-  if ((split || int8) && c.token_tile > 1) e = launch_fragments<T>(c, p, stream);
+  if ((split || int8) && c.token_tile > 1 && p.x != nullptr) e = launch_fragments<T>(c, p, stream);
   if (e != cudaSuccess) return e;
   if (c.body == Body::kLut) e = launch_lut<T>(c, p, stream);
   else if (c.body == Body::kColumns) e = launch_columns<T>(c, p, stream);
   else if (c.body == Body::kSplit) e = launch_split<T>(c, p, stream);
   else if (c.body == Body::kSplitWgmma) e = launch_split_wgmma<T>(c, p, stream);
+  else if (c.body == Body::kMmaRing) e = launch_mma_ring<T>(c, p, stream);
   else if (c.body == Body::kWgmma) e = launch_wgmma<T>(c, p, stream);
   else if (c.body == Body::kWgmmaLong) e = launch_wgmma_long<T>(c, p, stream);
   else if (c.body == Body::kWgmmaWide) e = launch_wgmma_wide<T>(c, p, stream);
   else if (c.body == Body::kWgmmaInt8) e = launch_wgmma_int8<T>(c, p, stream);
   else e = int8 ? launch_mma_int8<T>(c, p, stream) : launch_mma_exact<T>(c, p, stream);
-  return e == cudaSuccess && p.s.cells > 0 ? launch_reduce<T>(p, stream) : e;
+  return e == cudaSuccess && p.s.cells > 0 && reduce ? launch_reduce<T>(p, stream) : e;
 }
 
 }  // namespace
 
+int image_tokens(const LaunchConfig& c, const MatmulParams& p) {
+  const int K = p.a.in_features(), vectors = 4 * (p.a.codebooks == 1 ? 2 : 1);  // of a unit
+  if (c.body == Body::kWgmmaInt8) return K % (8 * vectors) == 0 ? c.token_tile : 0;
+  return c.body == Body::kWgmma && p.s.passes == 1 && p.s.x_steps * 32 == K ? c.token_tile : 0;
+}
+
+cudaError_t launch_partials(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
+  cudaGetLastError();
+  LaunchConfig beside = c;
+  beside.carveout = carveout_beside(p.a, c.precision == Precision::kInt8);
+  if (c.dtype == DType::kFloat16) return dispatch<__half>(beside, p, false, stream);
+  if (c.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(beside, p, false, stream);
+  return cudaErrorInvalidValue;
+}
+
 cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   cudaGetLastError();
   cudaError_t e = cudaErrorInvalidValue;
-  if (c.dtype == DType::kFloat16) e = dispatch<__half>(c, p, stream);
-  if (c.dtype == DType::kBFloat16) e = dispatch<__nv_bfloat16>(c, p, stream);
+  if (c.dtype == DType::kFloat16) e = dispatch<__half>(c, p, true, stream);
+  if (c.dtype == DType::kBFloat16) e = dispatch<__nv_bfloat16>(c, p, true, stream);
   if (c.dtype == DType::kFloat32 && c.body == Body::kGather) e = launch_gather<float>(p, stream);
   return e;
 }
@@ -324,8 +349,8 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, -1: as tuned) and dependent launch of every
-// later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, 10 mma_ring, -1: as tuned) and dependent
+// launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

@@ -16,7 +16,7 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
   kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
-  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9
+  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9, kMmaRing = 10
 };
 
 // Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item
@@ -66,6 +66,7 @@ struct LaunchConfig {
   int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
+  int carveout = 0;  // enqueue.cuh; of kWgmma and kWgmmaInt8
 };
 
 // Limits of the device that schedules depend on; read once per device.
@@ -82,11 +83,27 @@ struct Workspace {
 };
 
 // Picks the body and its schedule for M tokens (see tune.h); token_tile 0 means "dequantize".
+// `image`: of those that read an image of x where there is one (a decode step, 2x8 of 16 tokens:
+// 2597 us with images; rows leave the sums of the matmul before no room beside the body).
 LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precision,
-                    const DeviceInfo& device);
+                    const DeviceInfo& device, bool image = false);
 void make_schedule(const LaunchConfig& config, const DeviceInfo& device, MatmulParams* p);
 Workspace workspace_of(const LaunchConfig& config, const MatmulParams& p);
 cudaError_t launch_matmul(const LaunchConfig& config, const MatmulParams& p, cudaStream_t stream);
+
+// The matmul up to its partial sums, which a kernel of the caller's adds (sum_joined.cu). Where
+// image_tokens is not 0, x may be null: x_fragments then is an image of it, so many tokens wide (of
+// int8, with its x_scales, where that is the config's precision).
+cudaError_t launch_partials(const LaunchConfig& config, const MatmulParams& p,
+                            cudaStream_t stream);
+int image_tokens(const LaunchConfig& config, const MatmulParams& p);
+// Carve-out (enqueue.cuh) of such a matmul and of what adds its sums, which wait beside each other
+// on an SM: placed by the driver they wait until it is empty. A step of B = 16 of 2x8 on an H200,
+// 2026-11-29: 2842 us so, 2750 with 100 %; later 50 / 72 / 85 / 100 % 2670 / 2597 / 2597 / 2625,
+// int8 with its larger tables 72 / 85 / 100 % 2572 / 2572 / 2517.
+inline int carveout_beside(const Additive& a, bool int8) {
+  return int8 || a.codebooks > 2 ? 100 : 72;
+}
 
 // Rearranged codebooks: kAuxHeader bytes with a float scale per part, then
 //   byte storage, int8: [part][codebook][entry] of 8 int8

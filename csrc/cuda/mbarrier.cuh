@@ -18,6 +18,23 @@ __device__ __forceinline__ void init_fence() {
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem_address(barrier)) : "memory");
 }
+// A warp arrives once all of its lanes are here. compute-sanitizer's racecheck knows of an order
+// between other threads and a lane that arrives, not of __syncwarp before it: in the build for it
+// (AQLM_LANES_ARRIVE, SANITIZE=1 of benchmarks/ladder/cuda/Makefile) every lane arrives.
+#ifdef AQLM_LANES_ARRIVE
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) arrive(barrier);
+}
+// Arrives when all earlier copy_async of this thread have arrived; the barrier's count knows of it.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               :: "r"(smem_address(barrier)) : "memory");
+}
 // Arrives and announces bytes that copies will deliver.
 __device__ __forceinline__ void expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
@@ -53,6 +70,8 @@ __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int r
 template <int kStages>
 struct Ring {
   int stage = 0, phase = 0;
+  __device__ __forceinline__ int next() const { return stage == kStages - 1 ? 0 : stage + 1; }
+  __device__ __forceinline__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {
       stage = 0;

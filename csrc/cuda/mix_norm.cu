@@ -13,6 +13,7 @@
 // matmul of 4096 x 4096 instead of 1.8.)
 // The product is rounded as the matmul alone rounds it, the sum as a sum of x's type; the norm is
 // not rounded before its rotation, as in norm_rotate.cu.
+#include "clusters.cuh"
 #include "enqueue.cuh"
 #include "hadamard.cuh"
 #include "norm_rotate.h"
@@ -140,15 +141,6 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
       make_uint2(round2<T>(sum.x * scale, sum.y * scale), round2<T>(sum.z * scale, sum.w * scale));
 }
 
-// Stores to block `rank`'s shared memory at the address that `p` has in this block.
-__device__ __forceinline__ void store_cluster(const float2* p, int rank, float2 v) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(smem_address(p)), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" :: "r"(at), "f"(v.x), "f"(v.y)
-               : "memory");
-#endif
-}
 __device__ __forceinline__ float2 load_floats(const float* p) {
   const uint2 w = load_cached8(p);
   return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));

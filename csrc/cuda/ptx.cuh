@@ -16,6 +16,14 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// The same where `load`; else v stays. (No branch: see split_wgmma.cuh.)
+__device__ __forceinline__ void load_stream_if(bool load, const void* p, uint4* v) {
+  asm volatile("{\n.reg .pred load;\nsetp.ne.u32 load, %5, 0;\n"
+               "@load ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+               : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+               : "l"(p), "r"(static_cast<uint32_t>(load)));
+}
+
 // 4 bytes that are read once, past L1.
 __device__ __forceinline__ uint32_t load_stream_word(const void* p) {
   uint32_t v;
@@ -40,6 +48,11 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                :: "r"(smem_address(to)), "l"(from) : "memory");
+}
+// The same, or 16 zero bytes.
+__device__ __forceinline__ void copy_async_or_zero(void* to, const void* from, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(smem_address(to)), "l"(from), "r"(copy ? 16 : 0) : "memory");
 }
 // Closes a group of copies (an empty group is fine).
 __device__ __forceinline__ void copy_commit() {
@@ -126,6 +139,13 @@ __device__ __forceinline__ void mma_16832(int (&c)[4], const uint32_t (&a)[4], u
                "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// threadIdx.x read anew, so that nothing derived from it waits in registers through a loop before.
+__device__ __forceinline__ int thread_again() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
 }
 
 // Programmatic dependent launch: let the next kernel's blocks start (they wait before reading).

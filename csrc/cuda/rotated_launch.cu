@@ -131,6 +131,8 @@ bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const De
   p.tokens = tokens;
   schedule_rotated(c, device, &p);
   int most = c.tiles == 4 ? tune::kLocalCells : 1 << 20;
+  if (device.arch == 90 && tune::rotated_resident(w.coding, w.bits, c.tiles))
+    most = tune::kResidentLeastCells - 1;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 1) most = 1 << 20;
 #endif
@@ -194,7 +196,12 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
 void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedMatmul* p) {
   RotatedSchedule& s = p->s;
   s = {};
+  const bool resident = c.wgmma && tune::rotated_resident(p->w.coding, p->w.bits, c.tiles);
+  const bool pairs =
+      c.wgmma && tune::rotated_pairs(p->w.coding, p->w.bits, c.tiles, c.grouped);
   const int warps = c.half    ? tune::rotated_half_warps(c.tiles)
+                   : resident ? tune::kResidentWarps
+                   : pairs    ? tune::kPairWarps / 2
                    : c.wgmma ? tune::rotated_wg_warps(p->w.coding, p->w.bits, c.tiles, c.grouped)
                    : c.wide ? tune::kWideWarps
                             : tune::rotated_warps(p->w.coding, p->w.bits, c.tiles, c.grouped,
@@ -205,7 +212,9 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   }
   s.group_rows = warps * kCellRows;
   s.groups = (p->w.N + s.group_rows - 1) / s.group_rows;
-  s.cells = c.half    ? tune::rotated_half_cells(p->w)
+  s.cells = c.half     ? tune::rotated_half_cells(p->w)
+            : resident ? 2
+            : pairs    ? tune::kPairCells
             : c.wgmma ? tune::rotated_wg_cells(p->w, c.tiles, c.grouped)
                       : 1;
   s.units = (p->w.units() + s.cells - 1) / s.cells;
@@ -221,6 +230,11 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
   const int staged = p->tokens == 1 ? 1 : 4;
   if (c.tiles == 1)  // what a CTA stages must fit
     while (tune::staged_bytes(s, staged, 1, c.share, warps) > most_x && s.ctas < cells)
+      s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
+  auto steps = [&] { return static_cast<int>((cells + s.ctas - 1) / s.ctas); };  // of a block
+  if (resident)  // no step of a row twice, and room for x
+    while (steps() > s.units || tune::rotated_resident_smem(p->w.coding, p->w.bits, steps(),
+                                                            p->tokens) > device.max_smem)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }
@@ -298,8 +312,12 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       p.gain = params.gain * (p.r.block ? 1.f / std::sqrt(static_cast<float>(p.r.block)) : 1.f);
       const bool few = p.tokens <= kFewTokens;
       const int threads = few ? 64 : kFlatThreads;  // few tokens: more SMs
-      const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), p.tokens);
-      const auto kernel = few ? rotate_flat_kernel<kFewSlots> : rotate_flat_kernel<kManySlots>;
+      const bool several = p.partials != nullptr && p.tokens > 16;
+      const int each = several ? kSumTokens : 1;
+      const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), (p.tokens + each - 1) / each);
+      const auto kernel = several ? rotate_sums_kernel
+                          : few   ? rotate_flat_kernel<kFewSlots>
+                                  : rotate_flat_kernel<kManySlots>;
       e = enqueue(kernel, grid, threads, 0, stream, p);
     } else {
       p.gain = params.gain / std::sqrt(static_cast<float>(p.r.n));

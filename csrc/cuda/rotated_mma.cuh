@@ -57,6 +57,24 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
   if constexpr (kE8p) fill_e8p_tables<kBits>(smem, kWarps * 32);
   if constexpr (kLocal) codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int unit0 = first % units, group0 = first / units;
+  // The first cells are looked up before x comes, as in rotated_owned.cuh, if all are of one row.
+  constexpr bool kAhead = kE8p && kLocal && kTiles == 1 && kPlanes == 1;
+  constexpr int kReady = kDepth > 1 ? kDepth - 1 : 1;  // all: spills
+  const bool looked_up = kAhead && min(count, units - unit0) >= kReady;
+  uint32_t ready[kReady][2][4];
+  if constexpr (kAhead) {
+    __syncthreads();
+    if (looked_up) {
+#pragma unroll
+      for (int d = 0; d < kReady; ++d)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          e8p_words<kBits>(ring[d].a[0], ring[d].a[0], ring[d].b, 0, i, lane_offset, ready[d][i]);
+      ring[0] = ring[kDepth - 1];
+#pragma unroll
+      for (int d = 1; d < kDepth; ++d) codes.fetch(ring[d]);
+    }
+  }
   const int slot0 = kLocal ? first_slot(p, group0) : 0;
   const int slots = kLocal ? min(count, units) : kSlots;
   if constexpr (kLocal) prefetch_token(p, unit0, slots);
@@ -262,6 +280,23 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
 
   const uint32_t x_begin = smem_address(cells) + x_lane, x_end = x_begin + slots * cell_stride;
   uint32_t x_at = x_begin;
+  if constexpr (kAhead) {
+    if (looked_up) {
+#pragma unroll
+      for (int d = 0; d < kReady; ++d) {
+        const uint4 v = load_shared(x_at);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t a[2][4];
+          e8p_split(ready[d][i], a);
+          mma_16832(acc[0][i][0], a[0], v.x, v.y);
+          mma_16832(acc[1][i][0], a[1], v.z, v.w);
+        }
+        x_at += cell_stride;
+      }
+      if (x_at == x_end) x_at = x_begin;
+    }
+  }
   int begin = 0, group = group0, unit = unit0, slot = 0, chunk = 0, until_chunk = 0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit), first_unit = unit;
@@ -269,6 +304,7 @@ rotated_mma_kernel(const __grid_constant__ RotatedMatmul p) {
     if constexpr (kEarly)
       if (kSplit || (!kE8p && (p.w.zeros != nullptr || kBits == 8)))
         early = sum_cells(begin, rest, min(t, tokens - 1));
+    if (looked_up && begin == 0) rest -= kReady;
     while (phase < 0) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {

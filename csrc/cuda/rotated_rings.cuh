@@ -1,5 +1,5 @@
-// How the warpgroup bodies (rotated_wgmma.cuh, rotated_half.cuh) begin: a block's share of the
-// cells, its ring of x and its warps' rings of codes. A step is kCells cells of a row block.
+// How the warpgroup bodies begin: a block's share of the cells, its ring of x and its warps' rings
+// of codes. A step is kCells cells of a row block.
 #pragma once
 
 #include "rotated_rows.cuh"
@@ -17,6 +17,13 @@ struct BlockShare {
     unit0 = first % s.units;
   }
 };
+
+// Steps of a block's share in which row block `own` of `each` a row group exists: the first ones.
+__device__ __forceinline__ int steps_of_warp(const RotatedMatmul& p, const BlockShare& share,
+                                             int each, int own) {
+  const int groups = (p.w.blocks() - own + each - 1) / each;
+  return min(share.count, groups * p.s.units - share.first);
+}
 
 // Staged x: thread 0 copies it, kX bytes of cells and kSums bytes of their sums a step, into stages
 // that all warps read and give back.

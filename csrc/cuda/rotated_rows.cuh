@@ -72,18 +72,32 @@ __device__ __forceinline__ void advance_rows(const RotatedWeight& w, int block, 
   ahead->load(w, block, min(j + 1, groups - 1), groups);
 }
 
-// Butterflies over the low `bits` (at most 5) bits of a warp's row 8i + g: v[i] is row 8i + g.
-__device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
+// Butterflies over the low `bits` (at most 3) bits of rows 8i + g of a warp: v[i] is row 8i + g.
+template <int kRows>
+__device__ __forceinline__ void transform_lanes(float (&v)[kRows], int bits) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int b = 0; b < 3; ++b) {
     if (b >= bits) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const float other = __shfl_xor_sync(~0u, v[i], 4 << b);
       v[i] = lane & (4 << b) ? other - v[i] : v[i] + other;
     }
   }
+}
+// The same up to bit 3, of a row tile of 16 rows.
+__device__ __forceinline__ void transform_tile(float (&v)[2], int bits) {
+  transform_lanes(v, bits);
+  if (bits > 3) {
+    const float sum = v[0] + v[1], difference = v[0] - v[1];
+    v[0] = sum;
+    v[1] = difference;
+  }
+}
+// The same up to bit 4, of a warp's 32 rows.
+__device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
+  transform_lanes(v, bits);
   if (bits > 3) {
     const float w[4] = {v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};
     const bool last = bits > 4;

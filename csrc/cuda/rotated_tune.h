@@ -97,6 +97,40 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
+// The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps, cells of a
+// block from which on it beats a block's own staging (kLocalCells). 16 tokens, H200, us alone and
+// of a whole layer, against a block's own staging or, in the last two, rotated_wgmma.cuh:
+//    4096 x 4096   (4 cells)   10.5 13.3    9.7 13.1
+//    6144 x 4096   (6)         10.5 13.4   10.3 13.5
+//    4096 x 14336 (14)         16.1 26.5   15.8 28.7
+//   14336 x 4096  (14)         13.4 18.5   14.7 21.6
+//   28672 x 4096  (27)         18.6 27.4   23.1 32.8
+//   28672 x 8192  (55)         28.9 39.6   33.8 44.9
+//    8192 x 28672 (55)         31.5 47.5   36.0 51.6
+constexpr int kResidentWarps = 16, kResidentLeastCells = 12;
+AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles) {
+  return tiles == 4 && coding == Coding::kE8p && bits == 2;
+}
+// steps: of x of a block.
+AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, int tokens) {
+  return rotated_tables(coding, bits) + steps * (2 * 4 * 512 + 8) +
+         tokens * kResidentWarps * kCellRows * 4;
+}
+
+// The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of
+// a pair's codes.
+constexpr int kPairWarps = 16, kPairCells = 4, kPairStages = 3;
+// Not for two planes (E8P 28672 x 8192, 64 tokens: 3 bit 110 against 104 us, 4 bit 110 against
+// 108), nor for 3 bits, whose codes are not whole 16 bytes of a lane.
+AQLM_HD constexpr bool rotated_pairs(Coding coding, int bits, int tiles, bool grouped) {
+  return tiles == 16 && !grouped && bits != 3 && rotated_planes(coding, bits) == 1;
+}
+AQLM_HD constexpr int rotated_pair_smem(Coding coding, int bits) {
+  const int codes = kPairWarps / 2 * (kPairCells * kCellRows * kCellColumns / 8 * bits + 8);
+  return rotated_tables(coding, bits) + kPairStages * (kPairCells * 16 * 512 + 16 + codes) +
+         kPairWarps * (2 * 128 + (coding == Coding::kE8p ? 0 : 64)) * 4;
+}
+
 // The body of float16 operands (rotated_half.cuh), up to 64 tokens: warps, stages of x, steps of codes
 // in a warp's ring.
 AQLM_HD constexpr int rotated_half_warps(int tiles) { return tiles == 16 ? 12 : 16; }

@@ -29,17 +29,36 @@ namespace aqlm {
 
 constexpr int kSplitWarps = tune::kSplitRows / kTileRows;
 
-// Table of a class: 16 bytes are eight entries, of which the second copy lies within the same 64
-// (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes). Bulk
-// copies that ran while x is awaited, and a second copy from the first, took 2 us longer.
+// The table of a class comes in rounds of kThreads x 16 bytes (eight entries), kSplitAhead of them
+// in flight: what a block asks for at once delays the sums of the matmul before, which share its
+// way to L2 (H200, 4096 x 4096: 128 KB take 5.7 k cycles, after which these sums were read).
+constexpr int kSplitAhead = 3;
+template <int kThreads>
+__device__ __forceinline__ void split_ask(unsigned char* smem, const uint8_t* from, int entries,
+                                          int round) {
+  const int e = (round * kThreads + threadIdx.x) * 8;
+  if (e < entries) copy_async(smem + e * 2, from + e * 2);
+  copy_commit();
+}
+template <int kThreads>
+__device__ __forceinline__ void split_ask_first(unsigned char* smem, const uint8_t* from,
+                                                int entries) {
+#pragma unroll 1
+  for (int round = 0; round < kSplitAhead; ++round)
+    split_ask<kThreads>(smem, from, entries, round);
+}
+// The rest, and second copies of what this thread copied: the one of eight entries lies within the
+// same 64 (second_copy moves whole words: bits 1 and 2 of an entry are the word of the 16 bytes).
 template <int kThreads>
 __device__ __forceinline__ void split_fill(unsigned char* smem, const uint8_t* from, int entries,
                                            bool two) {
-#pragma unroll 8
-  for (int e = threadIdx.x * 8; e < entries; e += kThreads * 8) {
-    const uint4 v = *reinterpret_cast<const uint4*>(from + e * 2);
-    *reinterpret_cast<uint4*>(smem + e * 2) = v;
-    if (!two || e >= kSecondEntries) continue;
+#pragma unroll 1
+  for (int round = 0; round * kThreads * 8 < entries; ++round) {
+    copy_wait<kSplitAhead - 1>();
+    split_ask<kThreads>(smem, from, entries, round + kSplitAhead);
+    const int e = (round * kThreads + threadIdx.x) * 8;
+    if (!two || e >= min(entries, kSecondEntries)) continue;
+    const uint4 v = *reinterpret_cast<const uint4*>(smem + e * 2);
     const int moved = second_copy(e);
     const bool swap1 = moved & 2, swap2 = moved & 4;
     uint4 w = swap1 ? make_uint4(v.y, v.x, v.w, v.z) : v;
@@ -60,7 +79,7 @@ __device__ __forceinline__ uint32_t load_entry(uint32_t at) {
 template <typename T, bool kInt8>
 __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char* to, int dims) {
   constexpr int kUnit = tune::split_x_unit(kInt8), kDims = kInt8 ? 2 : 1;
-  __shared__ float warp_max[kSplitWarps];
+  __shared__ uint32_t warp_max[kSplitWarps];
   const int shift = p.a.in_group / 16, chunks = p.s.units * kTileVectors << shift;
   const int K = p.a.in_features(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* x = static_cast<const T*>(p.x);
@@ -76,13 +95,11 @@ __device__ __forceinline__ void split_own_x(const MatmulParams& p, unsigned char
 #pragma unroll
       for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fabsf(w[j]));
     }
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
-    if (lane == 0) warp_max[warp] = peak;
+    // Floats of one sign are ordered as integers.
+    const uint32_t most = __reduce_max_sync(~0u, __float_as_uint(peak));
+    if (lane == 0) warp_max[warp] = most;
     __syncthreads();
-    peak = warp_max[lane];
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+    peak = __uint_as_float(__reduce_max_sync(~0u, warp_max[lane]));
     inverse = peak > 0.f ? kActivationMax / peak : 0.f;
     if (blockIdx.x + threadIdx.x == 0) p.x_scales[0] = peak / kActivationMax;
   }
@@ -136,6 +153,12 @@ split_kernel(const __grid_constant__ MatmulParams p) {
   uint32_t table = smem_address(smem), own_x = table + table_bytes + (kInt8 ? lane % 8 : t) * 8;
   keep(table);
   keep(own_x);
+  // Of one part it is known at once which table is needed.
+  auto table_of = [&](int part) {
+    return p.aux + kAuxHeader + size_t(part * p.s.classes + dims) * p.a.entries() * 2;
+  };
+  const bool early = p.a.parts == 1;
+  if (early) split_ask_first<kSplitWarps * 32>(smem, table_of(0), p.a.entries());
   int loaded_part = -1;
   grid_dependents_start();
 
@@ -150,11 +173,11 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     float accf[kInt8 ? 1 : kTiles][4] = {};
     int acci[kInt8 ? kTiles : 1][4] = {};
 
-    uint4 ring[kChoiceUnits];  // codes of kChoiceUnits units from `first` on, and their choices
+    uint4 ring[kChoiceUnits] = {};  // codes of kChoiceUnits units from `first` on; their choices
     uint32_t chosen;
     int first = u0 / kChoiceUnits * kChoiceUnits;
-    auto fetch = [&](int j, int u) {  // past the end: the last unit again
-      ring[j] = load_stream(codes + size_t(uint32_t(min(u, u1 - 1))) * unit_stride);
+    auto fetch = [&](int j, int u) {  // nothing past the end: such loads would keep the block
+      load_stream_if(u < u1, codes + size_t(uint32_t(min(u, u1 - 1))) * unit_stride, &ring[j]);
     };
     auto fetch_choices = [&](int u) {
       return load_stream_word(choices + size_t(uint32_t(u / kChoiceUnits)) * (unit_stride / 4));
@@ -218,8 +241,9 @@ split_kernel(const __grid_constant__ MatmulParams p) {
       fetch(j, first + j < u0 ? first + j + kChoiceUnits : first + j);
     chosen = fetch_choices(first);
     if (piece.part != loaded_part) {
-      const size_t entry = size_t(piece.part * p.s.classes + dims) * p.a.entries();
-      split_fill<kSplitWarps * 32>(smem, p.aux + kAuxHeader + entry * 2, p.a.entries(), kTwo);
+      const uint8_t* const from = table_of(piece.part);
+      if (!early) split_ask_first<kSplitWarps * 32>(smem, from, p.a.entries());
+      split_fill<kSplitWarps * 32>(smem, from, p.a.entries(), kTwo);
       if (loaded_part < 0) {
         grid_dependency_wait();
         if constexpr (kOwn) split_own_x<T, kInt8>(p, smem + table_bytes, dims);
@@ -229,7 +253,8 @@ split_kernel(const __grid_constant__ MatmulParams p) {
     }
 #pragma unroll 1
     for (; first < u1; first += kChoiceUnits) {
-      const uint32_t chosen_next = fetch_choices(min(first + kChoiceUnits, u1 - 1));
+      const int next = first + kChoiceUnits;
+      const uint32_t chosen_next = next < u1 ? fetch_choices(next) : 0;
 #pragma unroll
       for (int j = 0; j < kChoiceUnits; ++j)
         if (first + j >= u0 && first + j < u1) multiply(j, first + j);

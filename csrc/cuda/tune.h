@@ -36,6 +36,17 @@ constexpr int kLutTokensOther = 8;  // against dequantize + GEMM (8x8 g32: 344 u
 // Above 64 tokens the MMA body runs in passes of 64 while that beats dequantize + GEMM.
 constexpr int kMmaTokens = 128;
 
+// Hopper, one or two codebooks, exact: mma.sync with codes and activations from shared memory, from
+// ring_first to kRingTokens tokens. In brackets mma.sync with activations from L1, from 9 tokens on
+// warpgroup MMAs; M = 2, 4, 8, 16. 2x8 28672 x 8192: 46.8 (48.6), 47.0 (50.8), 47.2 (55.5), 47.7 us
+// (60.9); 14336 x 4096: 16.3 (15.6), 16.4 (17.5), 16.6 (19.8), 17.1 (21.9); 4096 x 4096: 7.8 (6.8),
+// 8.1 (8.6), 8.4 (8.1), 9.4 (11.2). 1x8 28672 x 8192: 33.1 (26.9), 33.4 (27.3), 33.8 (28.7), 34.6
+// (41.8).
+constexpr int kRingTokens = 16;
+inline int ring_first(int codebooks, long long cells) {
+  return codebooks == 1 || cells < 10000 ? 9 : cells < 50000 ? 4 : 2;
+}
+
 // Hopper: warpgroup MMAs decode weights once for up to 128 tokens. From kWgmmaFirst on they beat
 // mma.sync (2x8, 28672 x 8192: M = 8 58 us both, M = 9 58 against 63, int8 111, M = 64 85 against
 // 129); up to wgmma_tokens they beat dequantize + GEMM (2x8, M = 512: 541 against 556).
@@ -45,8 +56,9 @@ inline int wgmma_tokens(int codebooks, long long cells) {
   const bool large = cells >= 50000;  // 2x8 14336 x 4096, M = 512: 147 us against 124
   return codebooks == 1 ? (large ? 2048 : 512) : codebooks == 2 ? (large ? 512 : 256) : 256;
 }
-// In int8 from and up to these (2x8, 28672 x 8192, M = 4 / 8 / 16 / 32: 41.6 / 41.9 / 43.1 / 57.0
-// us, mma.sync 37.0 / 45.2 / - / -, exact - / - / 63.9 / 67.0).
+// In int8 from and up to these (2x8, 28672 x 8192, M = 4 / 8 / 16 / 32: 36.2 / 36.5 / 41.6 / 57.0
+// us, mma.sync 35.7 / 45.2 / - / -, exact - / 47.2 / 47.7 / 63.4; with 32 columns for 16 at M = 8
+// 40.9).
 constexpr int kWgmmaInt8First = 5;
 constexpr int kWgmmaInt8Tokens = 32;
 

@@ -14,7 +14,8 @@
 //
 // Codebooks are added in 16 bits (the rounding of a dequantized weight; B = 1: exact): of four, one
 // MMA instead of two, and x is read once.
-// H200, 2026-11-28, 2x8 28672 x 8192: M = 16 62 us, 32 65, 64 83 (docs/notes/cuda.md).
+// H200, 2x8 28672 x 8192, 2026-11-28: M = 32 65 us, 64 83; M = 16 62 with 32 columns (4096 x 14336
+// and 4096 x 4096: 21.4 and 11.9; with 16, 2026-11-29, 18.9 and 10.9: docs/notes/cuda.md).
 // Architecture sm_90a only.
 #pragma once
 
@@ -26,10 +27,17 @@ namespace aqlm {
 
 constexpr int kWgStages = 8;  // cells in flight: one unit, of four codebooks two (one K step)
 
-// Warps that multiply: 16 with half a row block each where registers allow (2x8, M = 16: 62.3 us
-// against 65.7 with 8).
+// Warps that multiply: 16 with half a row block each where registers allow (2x8, 32 columns: 62.3
+// us against 65.7 with 8; 16 columns: a step of sixteen 2768 us against 2682 with 8, which read
+// codes once instead of twice).
 AQLM_HD constexpr int wg_warps(int codebooks, int tokens) {
-  return codebooks <= 2 && tokens == 32 ? 16 : 8;
+  return tokens == 32 && codebooks <= 2 || tokens == 16 && codebooks == 1 ? 16 : 8;
+}
+// Threads that the registers are divided by. Eight warps of 16 tokens: 128 for a thread instead of
+// 168, which leaves room for the kernels that add the sums (sum_joined.cuh).
+AQLM_HD constexpr int wg_bound(int codebooks, int tokens) {
+  const int warps = wg_warps(codebooks, tokens);
+  return (warps + (tokens == 16 && warps == 8 ? 5 : 4)) * 32;
 }
 AQLM_HD constexpr int wg_ksteps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a cell
 AQLM_HD constexpr int wg_units(int codebooks) { return codebooks == 4 ? 2 : 1; }
@@ -126,9 +134,9 @@ __device__ __forceinline__ void store_rows(const MatmulParams& p, const Piece& p
     }
 }
 
-// kTokens: columns of the MMA (32, 64 or 128).
+// kTokens: columns of the MMA (16, 32, 64 or 128).
 template <typename T, int B, int kTokens>
-__global__ void __launch_bounds__((wg_warps(B, kTokens) + 4) * 32, 1)
+__global__ void __launch_bounds__(wg_bound(B, kTokens), 1)
 wgmma_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = MmaTraits<T, false>;
@@ -186,7 +194,8 @@ wgmma_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<kWgWarps == 8 ? 240 : 112>();  // 112: a launch of 640 threads has 96 each
+    // Of what a launch has: 640 threads of 96, 384 of 128 or of 168.
+    registers_up<kWgWarps == 16 ? 112 : kTokens == 16 ? 176 : 240>();
     const int g = lane / 4;
     // Lane 0's: the compiler then knows that a warp does not diverge, and keeps addresses of stages
     // and descriptors in uniform registers (16 R2UR less a step of 32 tokens).

@@ -14,7 +14,7 @@
 //
 // The entries of a unit are loaded when the MMAs of the last but one have finished, and by loads:
 // ptxas moves register copies to before the wait for the MMAs that still read those registers.
-// H200, 2026-11-28, 28672 x 8192, 2x8: M = 8 41.9 us, 16 43.1, 32 57.0; 1x8: M = 16 27.0.
+// H200, 2026-11-29, 28672 x 8192, 2x8: M = 8 36.5 us, 16 41.6, 32 57.0; 1x8: M = 16 25.5.
 // Architecture sm_90a only.
 #pragma once
 
@@ -29,6 +29,9 @@ constexpr int kWg8Warps = 8;   // that multiply
 constexpr int kWg8Stages = 8;  // units in flight
 constexpr int kWg8BookBytes = 256 * 256;
 
+// Threads that the registers are divided by: up to 16 tokens a launch has 128 for a thread instead
+// of 168, which leaves room for the kernel that adds its sums (sum_joined.cuh).
+AQLM_HD constexpr int wg8_bound(int columns) { return (kWg8Warps + (columns == 32 ? 5 : 4)) * 32; }
 AQLM_HD constexpr int wg8_steps(int codebooks) { return codebooks == 1 ? 2 : 1; }  // of a unit
 AQLM_HD constexpr int wg8_x_bytes(int codebooks, int columns) {
   return wg8_steps(codebooks) * columns * 32;
@@ -48,9 +51,9 @@ __device__ __forceinline__ uint32_t table_word(uint32_t at) {
   return v;
 }
 
-// kColumns: of the MMA, two a token (32 or 64).
+// kColumns: of the MMA, two a token (16, 32 or 64).
 template <typename T, int B, int kColumns>
-__global__ void __launch_bounds__((kWg8Warps + 4) * 32, 1)
+__global__ void __launch_bounds__(wg8_bound(kColumns), 1)
 wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kTiles = kBlockRows / 16;
@@ -100,7 +103,7 @@ wgmma_int8_kernel(const __grid_constant__ MatmulParams p) {
       }
     });
   } else {
-    registers_up<240>();
+    registers_up<kColumns == 32 ? 176 : 240>();
     const int g = lane / 4, t = lane % 4;
     const uint32_t column = (smem_address(smem) & 0xffff0000) | lane * 4;
     if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();

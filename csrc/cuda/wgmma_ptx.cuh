@@ -27,6 +27,11 @@ __device__ __forceinline__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
+// Barrier of 64 threads: two warps, pair `pair` of at most 15.
+__device__ __forceinline__ void pair_sync(int pair) {
+  asm volatile("bar.sync %0, 64;" :: "r"(pair + 1) : "memory");
+}
+
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -98,6 +103,7 @@ AQLM_WGMMAS(__nv_bfloat16, "bf16")
                  : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),             \
                    "r"(accumulate));                                                             \
   }
+AQLM_WGMMA_INT8(16, AQLM_R8, "%8", "%9", "%10", "%11", "%12", "%13", AQLM_I8(c, 0))
 AQLM_WGMMA_INT8(32, AQLM_R16, "%16", "%17", "%18", "%19", "%20", "%21", AQLM_I8(c, 0),
                 AQLM_I8(c, 8))
 AQLM_WGMMA_INT8(64, AQLM_R32, "%32", "%33", "%34", "%35", "%36", "%37", AQLM_I32(c, 0))

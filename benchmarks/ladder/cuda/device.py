@@ -1,12 +1,16 @@
 """Checks build/cuda/_cuda.so on a GPU machine and times variants that no user can choose.
 
-    PYTHONPATH=. python3 benchmarks/ladder/cuda/device.py check|tiny|bodies|tune|chain|profile|one
+    PYTHONPATH=. python3 benchmarks/ladder/cuda/device.py VERB...
+
+with the verbs check, tiny, bodies, names, tune, chain, profile and one.
 
 ``check`` compares with a float64 dequantize-and-matmul; ``bodies`` calls each body once, for
-compute-sanitizer; ``tune`` sweeps bodies and launch variants through the override of the ladder
-build; ``chain`` times dependent layers with and without dependent launch. Published rows come from
-``benchmarks/bench_matmul.py --device cuda``. The package must be the source tree, without its own
-``_cuda``.
+compute-sanitizer (``--share 0/8``: every eighth from the first on; racecheck: the library of
+``SANITIZE=1``, named by LADDER_LIB, and ``--kernel-name kns=4aqlm``); ``names`` lists the kernels
+of each of these calls; ``tune`` sweeps bodies and launch variants through the override of the
+ladder build; ``chain`` times dependent layers with and without dependent launch. Published rows
+come from ``benchmarks/bench_matmul.py --device cuda``. The package must be the source tree,
+without its own ``_cuda``.
 """
 
 import argparse
@@ -22,7 +26,7 @@ import torch
 import aqlm_infer  # noqa: F401  (declares the operators)
 from aqlm_infer.bench.timing import time_graph
 
-LIB = "build/cuda/_cuda.so"
+LIB = os.environ.get("LADDER_LIB", "build/cuda/_cuda.so")
 torch.ops.load_library(LIB)  # kernels for the operators that the package declares
 ops = torch.ops.aqlm_infer
 DEV = "cuda"
@@ -234,8 +238,9 @@ ONE_CALL = [
     *(((3, 8, 8), 1, ("exact",), (v, 0, 0)) for v in (1, 2, 4, 8, 16)),  # lut
     *(((8, 8, 32), 1, ("exact",), (v, 0, 0)) for v in (1, 2, 4, 8, 16)),
     *(((B, 8, 8), M, BOTH, (0, 0, 1)) for B in (1, 2, 4) for M in (2, 12, 30, 60)),  # mma
-    *(((B, 8, 8), M, ("exact",), (0, 0, 3)) for B in (1, 2, 4) for M in (9, 40, 100)),  # wgmma
-    *(((B, 8, 8), M, ("int8",), (0, 0, 7)) for B in (1, 2) for M in (9, 20)),  # wgmma_int8
+    *(((B, 8, 8), M, ("exact",), (0, 0, 3)) for B in (1, 2, 4) for M in (9, 20, 40, 100)),  # wgmma
+    *(((B, 8, 8), M, ("int8",), (0, 0, 7)) for B in (1, 2) for M in (5, 9, 20)),  # wgmma_int8
+    *(((B, 8, 8), M, ("exact",), (0, 0, 10)) for B in (1, 2) for M in (3, 16)),  # mma_ring
     *(((B, 8, 8), 200, ("exact",), (0, 0, 9)) for B in (1, 2)),  # wgmma_long
     *(((8, 8, 32), M, ("exact",), (0, 0, 8)) for M in (9, 40, 100)),  # wgmma_wide
     *(((1, 16, 8), M, BOTH, (0, 0, 1)) for M in (1, 4, 8, 16, 30)),  # split
@@ -245,29 +250,44 @@ ONE_CALL = [
 ]
 
 
-def bodies():
-    """Each body once on a small odd shape, against float64: `compute-sanitizer ... bodies`."""
+def body(fmt, M, precision, knobs):
+    """One body on a small odd shape, against float64; whether it is right."""
     torch.manual_seed(3)
-    N, K, bad = 70, 256, 0
-    for fmt, M, precisions, knobs in ONE_CALL:
-        for precision in precisions:
-            override(*knobs)
-            layer = Layer(*fmt, N, K, torch.float16, precision=precision, bias=True)
-            x = torch.randn(M, K, device=DEV).half()
-            y = layer(x)
-            w = layer.weight32().double()
-            back = ops.additive_unpack(
-                layer.packed, N, K // fmt[2], *fmt[:2], 1, fmt[2], layer.parts
-            )
-            dense = ops.additive_dequantize(
-                layer.packed, layer.codebooks, layer.scales, K, layer.parts
-            )
-            e = rel(y, x.double() @ w.T + layer.bias.double())
-            fine = torch.equal(back, layer.codes) and torch.equal(dense, w.half())
-            bad += not fine or not e < (2.5e-2 if precision == "int8" else 1e-3)
-            print(fmt, precision, M, knobs, f"error {e:.1e}, codes and weights {fine}", flush=True)
+    N, K = 70, 256
+    override(*knobs)
+    layer = Layer(*fmt, N, K, torch.float16, precision=precision, bias=True)
+    x = torch.randn(M, K, device=DEV).half()
+    y = layer(x)
+    w = layer.weight32().double()
+    back = ops.additive_unpack(layer.packed, N, K // fmt[2], *fmt[:2], 1, fmt[2], layer.parts)
+    dense = ops.additive_dequantize(layer.packed, layer.codebooks, layer.scales, K, layer.parts)
+    e = rel(y, x.double() @ w.T + layer.bias.double())
+    fine = torch.equal(back, layer.codes) and torch.equal(dense, w.half())
+    print(fmt, precision, M, knobs, f"error {e:.1e}, codes and weights {fine}", flush=True)
     override()
+    return fine and e < (2.5e-2 if precision == "int8" else 1e-3)
+
+
+def one_calls(share="0/1"):
+    first, stride = map(int, share.split("/"))
+    calls = [(fmt, M, p, knobs) for fmt, M, precisions, knobs in ONE_CALL for p in precisions]
+    return calls[first::stride]
+
+
+def bodies(share):
+    bad = sum(not body(*call) for call in one_calls(share))
     print("BODIES", "FAILED" if bad else "OK", bad)
+
+
+def names():
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as prof
+
+    for call in one_calls():
+        with prof(activities=[ProfilerActivity.CUDA]) as p:
+            body(*call)
+            torch.cuda.synchronize()
+        print("   ", sorted({e.key for e in p.key_averages() if "aqlm" in e.key}), flush=True)
 
 
 def layers_for(B, b, G, N, K, dtype, precision):
@@ -409,6 +429,7 @@ def chain():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", nargs="+")
+    parser.add_argument("--share", default="0/1", help="of bodies: first/stride")
     args = parser.parse_args()
     for what in args.what:
         start = time.time()
@@ -417,7 +438,9 @@ if __name__ == "__main__":
         elif what == "tiny":
             check(tiny=True)
         elif what == "bodies":
-            bodies()
+            bodies(args.share)
+        elif what == "names":
+            names()
         elif what == "tune":
             tune()
         elif what == "chain":

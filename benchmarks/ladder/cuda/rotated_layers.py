@@ -12,7 +12,20 @@ from functools import partial
 
 import torch
 from rotated_times import show, time_layers, timed_graph
-from rotated_weights import BIG, DEV, E8P, FULL, LIB, MEDIUM, SMALL, Scalar, copies, many, override
+from rotated_weights import (
+    BIG,
+    DEV,
+    E8P,
+    FULL,
+    LIB,
+    MEDIUM,
+    SMALL,
+    Scalar,
+    copies,
+    many,
+    override,
+    share,
+)
 
 from aqlm_infer import ops
 from aqlm_infer.formats.rotation import Hadamard
@@ -142,6 +155,11 @@ def sanitize():
         for M in tokens:
             y = layer.call(torch.randn(M, layer.K, device=DEV).half())
             assert torch.isfinite(y).all(), (layer.name, M)
+    share(0)  # x of 16 tokens staged by a kernel
+    for N, K in ((3584, 320), (8448, 192)):
+        y = E8P(2, N, K, FULL if N == 3584 else "none").call(torch.randn(16, K, device=DEV).half())
+        assert torch.isfinite(y).all(), (N, K)
+    share()
     for n in (384, 768, 3072, 11008, 4096, 8192):
         r = Hadamard.full(n)
         x, vector = torch.randn(2, n, device=DEV).half(), torch.rand(n, device=DEV)

@@ -30,6 +30,12 @@ def many(least=-1):
     ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_many(least)
 
 
+def share(how=-1):
+    """How blocks get their work: 0 no owned rows and x of more than four tokens always staged by a
+    kernel, 1 x staged by the blocks wherever it fits (-1: as tuned)."""
+    ctypes.CDLL(os.path.abspath(LIB)).aqlm_rotated_share(how)
+
+
 def rotation(kind, size):
     if kind == NONE:
         return Hadamard(size, 0)

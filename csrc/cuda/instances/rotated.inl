@@ -6,6 +6,8 @@
 #include "../rotated_half.cuh"
 #include "../rotated_mma.cuh"
 #include "../rotated_owned.cuh"
+#include "../rotated_pairs.cuh"
+#include "../rotated_resident.cuh"
 #include "../rotated_wgmma.cuh"
 
 namespace aqlm {
@@ -63,6 +65,23 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
+template <int kTiles>
+cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_resident_kernel<kTiles>;
+  const int steps = tune::local_cells(p.s);
+  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, steps, p.tokens);
+  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
+                           p);
+}
+
+template <int kTiles>
+cudaError_t matmul_pairs(const RotatedMatmul& p, cudaStream_t stream) {
+  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
+  constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
+  static_assert(kTiles != 16 || kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
+  return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
+}
+
 template <int kTiles, int kCells>
 cudaError_t half_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   const int items = p.s.units * p.s.cells * 4;
@@ -104,9 +123,18 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (e != cudaSuccess) return e;
   }
   if (c.wgmma) {
-    if (tiles == 4) return wgmma_tiles<4, kGrouped>(p, stream);
+    if (tiles == 4) {
+      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4))
+        return matmul_resident<4>(p, stream);
+      else
+        return wgmma_tiles<4, kGrouped>(p, stream);
+    }
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
-    if constexpr (kMostWg == 16) return wgmma_tiles<16, kGrouped>(p, stream);
+    if constexpr (tune::rotated_pairs(AQLM_CODING, AQLM_BITS, kMostWg, kGrouped)) {
+      return matmul_pairs<kMostWg>(p, stream);
+    } else if constexpr (kMostWg == 16) {
+      return wgmma_tiles<16, kGrouped>(p, stream);
+    }
     return cudaErrorInvalidValue;
   }
   if constexpr (AQLM_CODING == Coding::kScalar && AQLM_BITS == 2 && !kGrouped)
