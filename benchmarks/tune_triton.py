@@ -34,68 +34,70 @@ SCHEMES = (
     "quip-e8p-4bit", "quip-int2", "quip-int3", "quip-int4", "gptq-int2-g128", "gptq-int3-g128",
     "gptq-int4-g128", "gptq-int8-g128",
 )  # fmt: skip
-SHAPES = ("4096x4096", "14336x4096", "4096x14336", "28672x8192")
+SHAPES = (
+    "28672x8192", "4096x4096", "14336x4096", "4096x14336", "8192x8192", "8192x28672", "1024x4096",
+)  # fmt: skip
 TOKENS = (1, 16, 32, 64)
-COMPILED = (2048, 2048)  # the shape of layers that are compiled for all others
+COMPILED_N = 512  # rows of layers that are compiled for all others
 LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {
-        "BLOCK_N": (512, 1024, 2048), "GROUPS": (4,), "PROGRAMS": (1056, 2112, 4224),
-        "num_warps": (4, 8),
+        "BLOCK_N": (512, 1024, 2048), "GROUPS": (4,), "PROGRAMS": (528, 1056), "num_warps": (4,),
     },
     "additive.gemv": {
-        "BLOCK_N": (128, 256, 512), "BLOCK_G": (2, 4), "PROGRAMS": (1056, 2112),
-        "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_N": (128, 256), "BLOCK_G": (4,), "PROGRAMS": (1056, 2112), "num_warps": (4,),
+        "num_stages": (1,),
     },
     "additive.words_dot": {
-        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "Q": (1, 2, 4), "BOOKS": (1, 0),
+        "BLOCK_M": (16, 32, 64), "WIDTH": (1, 2), "Q": (1, 2, 4, 8), "BOOKS": (1, 0),
         "COPIES": (1,), "FIRST": (0, 1), "FILL": (1,), "PROGRAMS": (264, 396, 528),
-        "num_warps": (4, 8), "num_stages": (1, 2, 4),
+        "num_warps": (4,), "num_stages": (1, 4),
+    },
+    "additive.planes_dot": {
+        "WIDTH": (4,), "Q": (4, 8), "PROGRAMS": (132,), "num_warps": (16,),
     },
     "additive.dot": {
-        "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128),
-        "PROGRAMS": (2112, 4224), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (128,), "PROGRAMS": (2112,),
+        "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.gemv": {
         "BLOCK_N": (64,), "BLOCK_G": (32,), "SHARED": (1,), "PROGRAMS": (2112,), "num_warps": (4,),
         "num_stages": (1,),
     },
     "e8p.integers": {
-        "BLOCK_N": (64, 128, 256), "BLOCK_G": (32,), "SHARED": (0, 1), "COPIES": (0, 1),
-        "PROGRAMS": (528, 1056, 2112), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_N": (64, 128), "BLOCK_G": (32,), "SHARED": (0,), "COPIES": (1,),
+        "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.integer_dot": {
-        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1),
-        "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 32), "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (1,),
+        "PROGRAMS": (264, 528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "e8p.first_dot": {
         "BLOCK_N": (64, 128), "COPIES": (1,), "FILL": (0, 1), "PROGRAMS": (264, 528),
         "num_warps": (4, 8), "num_stages": (2,),
     },
     "e8p.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_G": (8, 16), "FIRST": (1, 0),
-        "SHARED": (0,), "PROGRAMS": (2112, 4224), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64,), "BLOCK_G": (8, 16), "FIRST": (1, 0),
+        "SHARED": (0,), "PROGRAMS": (2112,), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.gemv": {
-        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
-        "num_stages": (1,),
+        "BLOCK_N": (32, 64), "PROGRAMS": (1056, 2112), "num_warps": (2, 4), "num_stages": (1,),
     },
     "scalar.integers": {
-        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056, 2112), "num_warps": (2, 4, 8),
-        "num_stages": (1,),
+        "BLOCK_N": (32, 64, 128), "PROGRAMS": (528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.integer_dot": {
-        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "FILL": (0, 1),
-        "PROGRAMS": (264, 528, 1056), "num_warps": (4, 8), "num_stages": (1,),
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (64, 128, 256), "FILL": (1,),
+        "PROGRAMS": (264, 528, 1056), "num_warps": (4,), "num_stages": (1,),
     },
     "scalar.first_dot": {
         "BLOCK_N": (64, 128), "FILL": (0, 1), "PROGRAMS": (264, 528), "num_warps": (4, 8),
         "num_stages": (3,),
     },
     "scalar.dot": {
-        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128, 256), "FIRST": (1, 0),
-        "PROGRAMS": (1056, 2112), "num_warps": (4,), "num_stages": (1,),
+        "BLOCK_M": (16, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64,), "FIRST": (1, 0),
+        "PROGRAMS": (1056,), "num_warps": (4,), "num_stages": (1,),
     },
 }  # fmt: skip
 
@@ -137,27 +139,37 @@ def fills_bytes(scheme: str) -> bool:
 def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[dict]:
     """Configs worth trying: tiles of at most 8192 words, and every ``thin``-th of them."""
     scheme, _, _, M = case
+    nbits, bits = (getattr(parse_scheme(scheme), name, 2) for name in ("nbits", "bits"))
     found = []
     for name, grid in GRIDS.items():
         family, body = name.split(".")
         if bodies is not None and body not in bodies:
             continue
-        large_books = getattr(parse_scheme(scheme), "nbits", 8) > 8
-        one = not body.endswith("dot") or (body == "words_dot" and large_books)
-        if family != family_of(scheme) or not (one if M == 1 else body.endswith("dot")):
+        large_books = nbits > 8
+        both = body == "planes_dot" and M == 1  # of one token and several
+        if family != family_of(scheme) or (M == 1) == (body.endswith("dot") and not both):
             continue
-        if body == "lookup" and large_books:
+        if body in (("lookup", "words_dot") if large_books else ("planes_dot",)):
+            continue
+        if body == "planes_dot" and M > 16:
+            continue
+        # Portable bodies lost wherever another one takes the scheme, but for large codebooks.
+        if name in ("e8p.gemv", "e8p.dot") or (name == "additive.dot" and not large_books):
+            continue
+        if name == "additive.gemv" and parse_scheme(scheme).num_codebooks > 1:
+            continue
+        if (body == "integer_dot" and M > 32) or (body == "first_dot" and M <= 16):
+            continue
+        if name in ("scalar.gemv", "scalar.dot") and fills_bytes(scheme) and bits != 8:
             continue
         if name in BYTES and not fills_bytes(scheme):
             continue
-        if name in BYTES and body.endswith("dot") and getattr(parse_scheme(scheme), "bits", 2) == 8:
+        if name in BYTES and body.endswith("dot") and bits == 8:
             continue
         for values in product(*grid.values()):
             config = {"body": body, **dict(zip(grid, values, strict=True))}
             large = config.get("BLOCK_N", 1) * config.get("BLOCK_G", 1) > 8192
             if large or (body == "dot" and config["BLOCK_M"] < M):
-                continue
-            if config.get("COPIES") and config.get("SHARED"):
                 continue
             # All codebooks at once save MMAs and inputs; with one they are the same.
             if config.get("BOOKS") == 0 and parse_scheme(scheme).num_codebooks == 1:
@@ -167,10 +179,15 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
                 continue
             if body == "first_dot" and config["BLOCK_N"] != 16 * config["num_warps"]:
                 continue
-            # Inputs of the first operand's kind are loaded ahead, with tables beyond 48 KB or not.
-            stages = (4 if M > 32 else 2) if config.get("FIRST") else 1
-            if body == "words_dot" and config["num_stages"] != stages:
-                continue
+            # Rows of a lane's words are as many as registers allow; with the weight first, stages
+            # of inputs are loaded ahead.
+            if body == "words_dot":
+                ahead = config["FIRST"]
+                fits = M > 16 and config["WIDTH"] == 1 and config["Q"] in (1, 4)
+                if not ahead:
+                    fits = M <= 32 and config["WIDTH"] == 2 and config["Q"] in (2, 8)
+                if not fits or config["num_stages"] != (4 if ahead else 1):
+                    continue
             blocks = body in ("integer_dot", "words_dot")
             most = 32 if name == "e8p.integer_dot" else 64
             if blocks and config["BLOCK_M"] != min(most, max(16, token_block(M))):
@@ -241,12 +258,12 @@ def compile_for(target: GPUTarget) -> None:
         kernels(family).has_dp4a = lambda x: target.backend == "cuda"
 
 
-def compile_one(scheme: str, M: int, config: dict) -> None:
+def compile_one(scheme: str, K: int, M: int, config: dict) -> None:
     """Triton keeps the compiled kernels on disk; those of all shapes of whole blocks are equal."""
-    (layer,) = layers(scheme, *COMPILED, 1, "cpu")
+    (layer,) = layers(scheme, COMPILED_N, K, 1, "cpu")
     with kernels("additive").tuning.forced(config), torch.no_grad():
         try:
-            layer(torch.zeros(M, COMPILED[1]).half())
+            layer(torch.zeros(M, K).half())
         except Exception as error:  # does not compile: the timing run says so
             print(f"{scheme} {M} {config}: {str(error)[:100]}", flush=True)
 
@@ -254,11 +271,14 @@ def compile_one(scheme: str, M: int, config: dict) -> None:
 def compile_all(work: dict[tuple, list[tuple[int, list[dict]]]], jobs: int) -> None:
     """Compile every kernel once: neither shapes nor numbers of programs make another."""
     distinct = {}
-    for (scheme, _, _), cases in work.items():
+    for (scheme, _, K), cases in work.items():
+        # Triton makes another kernel for a number of blocks that 16 divides (a scalar block is of
+        # 32 x 16 / bits inputs, 3 bits: 16).
+        blocks = family_of(scheme) == "scalar" and K // 256 % 16 == 0
         for m, configs in cases:
             for config in [*configs, portable_body(m)]:
                 rest = tuple((k, v) for k, v in config.items() if k not in ("PROGRAMS", "FILL"))
-                distinct.setdefault((scheme, token_block(m), rest), (scheme, m, config))
+                distinct.setdefault((scheme, blocks, token_block(m), rest), (scheme, K, m, config))
     context, target = get_context("fork"), driver.active.get_current_target()
     with ProcessPoolExecutor(jobs, context, compile_for, (target,)) as pool:
         list(pool.map(compile_one, *zip(*distinct.values(), strict=True)))

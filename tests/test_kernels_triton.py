@@ -80,6 +80,22 @@ def test_both_bodies_of_few_tokens(scheme, N, K, body):
             assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "N", "K"),
+    [("aqlm-1x16-g8", 66, 136), ("aqlm-1x16-g8", 1028, 520), ("aqlm-2x16-g8", 67, 264)],
+)
+@pytest.mark.parametrize("options", [{"WIDTH": 2, "Q": 4}, {"PROGRAMS": 40}], ids=str)
+def test_planes_of_codebooks_of_16_bits(scheme, N, K, options):
+    for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
+        layer = random_layer(scheme, N, K, dtype)
+        quant, weight = make(layer), layer.weight()
+        for M in (1, 16) if DEVICE == "cpu" else (1, 2, 16, 31):
+            x = random_input(M, K, dtype)
+            with tuning.forced({"body": "planes_dot", **options}):
+                y = quant(x.to(DEVICE))
+            assert_close(y.cpu(), x.double() @ weight.T + layer.bias.double(), x, weight, dtype)
+
+
 @pytest.mark.parametrize(("scheme", "N", "K"), [c for c in LAYERS if "-o" in c[0]])
 def test_rows_of_one_output_a_code_are_not_for_several(scheme, N, K, monkeypatch):
     """The H200's table has look-ups of 2x8 g8, whose body takes neighbouring rows for codes."""

@@ -13,13 +13,14 @@ from torch.library import triton_op, wrap_triton
 from ..ops.additive import additive_gradient, check_matmul, check_operands
 from ..ops.library import OperandError
 from . import additive as bodies
-from . import first, tuning, words
+from . import first, planes, tuning, words
 from .fields import dot_precision, has_dp4a
 from .partial import finish, share, slots, unit_rows
 from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 DEQUANTIZE_WARPS, DEQUANTIZE_STEPS = 8, 16  # of a program of ``words``
+PLANES_TOKENS = 16  # the most of ``planes``
 
 
 def _copies(books: int, entries: int) -> tuple[int, int]:
@@ -58,6 +59,9 @@ class _Part:
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
         if config["body"] == "words_dot" and not gathers:
             return tuning.default("additive.dot")
+        whole = self.entries == planes.ENTRIES.value and M <= PLANES_TOKENS
+        if config["body"] == "planes_dot" and not (gathers and whole):
+            return tuning.default("additive.gemv" if M == 1 else "additive.dot")
         return config
 
     def matmul(self, x, widest, bias, y) -> None:
@@ -69,6 +73,8 @@ class _Part:
             partial = self.gemv(x, config)
         elif config["body"] == "words_dot":
             partial = self.words_dot(x, config)
+        elif config["body"] == "planes_dot":
+            partial = self.planes_dot(x, config)
         else:
             partial = self.dot(x, config)
         finish(partial, y, scales=self.scales, out_group=self.og, unit=unit, bias=bias)
@@ -132,6 +138,30 @@ class _Part:
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
             ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return partial
+
+    def planes_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
+        """Partial sums [S, M, N] of at most 16 tokens, with codebooks of 16 bits of their type."""
+        M, warps, at_once = x.shape[0], config["num_warps"], config["Q"] // 4
+        rows, width = self.rows_of_a_word(), config["WIDTH"]
+        wide = rows > 1 and width in (2, 4) and self.N % (rows * width) == 0
+        wide = wide and self.codes.storage_offset() % (rows * width) == 0
+        parts = planes.PLANES.value * self.B
+        tiles = triton.cdiv(self.N, 8 * warps * rows * width)
+        turns = triton.cdiv(self.in_groups, planes.GROUPS.value * at_once)
+        pairs, programs = turns * at_once, max(1, min(config["PROGRAMS"] // parts, tiles * turns))
+        share, entries = slots(tiles, turns, programs), self.B * self.entries
+        plane = torch.empty(4 * entries, dtype=torch.int32, device=x.device)
+        inputs = torch.empty(1024 * pairs, dtype=torch.int32, device=x.device)
+        wrap_triton(planes._planes)[(triton.cdiv(entries, 256),)](
+            x, self.codebooks, plane, inputs, M, self.K, x.stride(0), entries, pairs, BLOCK=256,
+        )  # fmt: skip
+        partial = torch.empty((share * parts, M, self.N), dtype=torch.float32, device=x.device)
+        wrap_triton(planes._planes_dot)[(parts, programs)](
+            inputs, self.codes, self.codebooks, plane, partial, M, self.N, self.in_groups, pairs,
+            share, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], ASM=has_dp4a(x),
+            WARPS=warps, num_warps=warps,
         )  # fmt: skip
         return partial
 

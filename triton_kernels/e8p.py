@@ -26,7 +26,7 @@ from .fields import (
     _unit,
     _unplaced,
 )
-from .first import _inputs, _store, _sums_of
+from .first import _inputs, _settled, _store, _sums_of
 from .operands import _operand, _place
 from .shared import _declare, _load, _load_once2, _load_once4, _ready, _share
 
@@ -438,10 +438,10 @@ def _first_dot(x_ptr, sums_ptr, tables_ptr, codes_ptr, rest_ptr, partial_ptr, M,
         if BITS > 2:
             next_code2 = _row_codes(rest_ptr, ahead, row, N, BITS - 2, ASM)
         tile = _first_tile(tables_ptr, base, code, one, 2, COPIES, ASM, TYPE, BLOCK_N)
-        total = tl.dot(tile, x, total)
+        total = _settled(tl.dot(tile, x, total), ASM)
         if BITS > 2:
             tile = _first_tile(tables_ptr, base, code2, one, BITS - 2, COPIES, ASM, TYPE, BLOCK_N)
-            total2 = tl.dot(tile, x, total2)
+            total2 = _settled(tl.dot(tile, x, total2), ASM)
         code = next_code
         code2 = next_code2
     center = 1 + ZERO / 16

@@ -101,8 +101,8 @@ def _row_sums(sums_ptr, m, stride, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pairs(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
-    """1 + q/2^b in a 16-bit type of fields j of both halves of a word, last dimension 2.
+def _pair_bits(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
+    """The bits of 1 + q/2^b in a 16-bit type of fields j of both halves of a word.
 
     A half has its field j at bit BITS j; ``word`` and ``j`` are broadcast together. ``one`` is the
     type's 1.0 in both halves.
@@ -111,7 +111,13 @@ def _pairs(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
     left = BITS * (j + 1) + top <= 16  # otherwise the upper half's field would be shifted out
     bits = tl.where(left, word << top, word) >> (BITS * j - tl.where(left, 0, top))
     mask: tl.constexpr = (((1 << BITS) - 1) << top) * 0x10001
-    bits = (bits & mask) | one
+    return (bits & mask) | one
+
+
+@triton.jit
+def _pairs(word, one, j, BITS: tl.constexpr, TYPE: tl.constexpr):
+    """1 + q/2^b in a 16-bit type of fields j of both halves of a word, last dimension 2."""
+    bits = _pair_bits(word, one, j, BITS, TYPE)
     pair = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16))
     return pair.to(TYPE, bitcast=True)
 

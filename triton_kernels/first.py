@@ -67,6 +67,20 @@ def _inputs(x_ptr, begin, COUNT: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _settled(total, ASM: tl.constexpr):
+    """The accumulators of a loop's ``tl.dot`` when its MMAs have ended: no instruction, but a use.
+
+    Without one in the loop Triton 3.6 lets all but the first of a dot's MMAs run on into the next
+    turn, which decodes into the registers that they still read: results were wrong (int2, 64
+    tokens, 2e-2, others each time).
+    """
+    if ASM:
+        return tl.inline_asm_elementwise("", "=f,0", [total], tl.float32, True, 1)
+    else:
+        return total
+
+
+@triton.jit
 def _sums_of(sums_ptr, begin, end, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
     """Sums [BLOCK_M] over chunks begin .. end - 1, in order."""
     total = tl.zeros((BLOCK_M,), tl.float32)

@@ -1,8 +1,9 @@
 """Hadamard rotations in Triton: the kernel bodies.
 
-U = (H_F (x) S_p)/sqrt(K) is two products with matrices of +1 and -1, which tensor cores do: S_B
-along the fastest digit of the index (``_rows``), and Q = H_F (x) S_{p/B} along the rest (``_mix``).
-Sylvester entries are parities of i & j; float32 operands keep their precision (PRECISION).
+U = (H_F (x) S_p)/sqrt(K) is products with matrices of +1 and -1, which tensor cores do: S_B along
+the fastest digit of the index and S_A along the next one (``_rows``: S_AB, since S_p is S_{p/B} (x)
+S_B), and Q = H_F (x) S_{p/AB} along the rest (``_mix``).
+Sylvester entries are parities of i & j; float32 operands are two tf32 ones (TF32: NVIDIA).
 """
 
 import triton
@@ -15,30 +16,68 @@ def _sign(i, j):
     v = i & j
     v = v ^ (v >> 8)
     v = v ^ (v >> 4)
-    v = v ^ (v >> 2)
-    v = v ^ (v >> 1)
-    return 1.0 - 2.0 * (v & 1).to(tl.float32)
+    odd = 0x6996 >> (v & 15)  # bit 0: the parity of four bits
+    return ((odd << 31) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, scale, B: tl.constexpr,
-          BP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr,
-          PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """y = post * scale * S_B (pre * x) + bias along pieces of B, R pieces in all; y is [M, K].
+def _two(x):
+    """x as two numbers of which tf32 keeps 22 bits together (signs are exact)."""
+    high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
 
-    BP is B padded to what ``tl.dot`` takes.
+
+@triton.jit
+def _product(x, sign, TF32: tl.constexpr):
+    """x sign."""
+    if TF32:
+        high, low = _two(x)
+        y = tl.dot(low, sign, input_precision="tf32")
+        return tl.dot(high, sign, y, input_precision="tf32")
+    else:
+        return tl.dot(x, sign, input_precision="ieee")
+
+
+@triton.jit
+def _signed(sign, x, total, TF32: tl.constexpr):
+    """total + sign x."""
+    if TF32:
+        high, low = _two(x)
+        total = tl.dot(sign, low, total, input_precision="tf32")
+        return tl.dot(sign, high, total, input_precision="tf32")
+    else:
+        return tl.dot(sign, x, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, scale,
+          A: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, PRE: tl.constexpr,
+          POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+          BLOCK_R: tl.constexpr):  # fmt: skip
+    """y = post * scale * S_AB (pre * x) + bias along A pieces of B, R pieces in all; y is [M, K].
+
+    x is the sum of ``splits`` of [splits, M, K]. BP is B padded to what ``tl.dot`` takes; A divides
+    BLOCK_R.
     """
     piece = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     pieces = K // B  # of a token
     j = tl.arange(0, BP)
     ok = (piece < R)[:, None] & (j < B)[None, :]
     k = (piece % pieces)[:, None] * B + j[None, :]
-    x = tl.load(x_ptr + (piece // pieces)[:, None] * x_stride + k, mask=ok, other=0.0)
-    x = x.to(tl.float32)
+    at = x_ptr + (piece // pieces)[:, None] * x_stride + k
+    x = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    for _ in range(1, splits):
+        at += R // pieces * x_stride
+        x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if PRE:
         x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    s = _sign(j[:, None], j[None, :])
-    y = tl.dot(x, s, input_precision=PRECISION) * scale
+    y = _product(x, _sign(j[:, None], j[None, :]), TF32)
+    if A > 1:
+        r = tl.arange(0, BLOCK_R)
+        sign = _sign((r % A)[:, None], (r % A)[None, :])
+        sign = tl.where((r // A)[:, None] == (r // A)[None, :], sign, 0.0)
+        y = _signed(sign, y, tl.zeros_like(y), TF32)
+    y *= scale
     if POST:
         y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
     if BIAS:
@@ -49,7 +88,7 @@ def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, scale, B: t
 
 @triton.jit
 def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.constexpr,
-         TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+         TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
          BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
     """y[m, i, c] = post * scale * (sum over j of Q[i, j] t[m, j, c]) + bias, Q = H_F (x) S_a.
 
@@ -69,7 +108,7 @@ def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.const
             at = column * F + row if TRANSPOSE else row * F + column
             h_ok = (i < q)[:, None] & (j < q)[None, :]
             sign *= tl.load(h_ptr + at, mask=h_ok, other=0).to(tl.float32)
-        total = tl.dot(sign, t, total, input_precision=PRECISION)
+        total = _signed(sign, t, total, TF32)
     total *= scale
     ok = (i < q)[:, None] & (c < b)[None, :]
     k = i[:, None] * b + c[None, :]

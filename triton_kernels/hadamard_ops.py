@@ -1,6 +1,6 @@
 """Hadamard rotations in Triton: the operator, with the signature of ``aqlm_infer.ops.hadamard``.
 
-One launch for pieces of up to 128 (block rotations among them), two for everything longer.
+One launch for powers of two up to 1024 (block rotations among them), two for everything longer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from . import hadamard as bodies
 from .fields import dot_precision
 from .partial import unit_rows
 
-PIECE = 128  # the fastest digit of the index
+PIECE = 32  # the fastest digit of the index
+PIECES = 32  # of a program, and at most the next digit
 
 
 def rotated(
@@ -28,30 +29,36 @@ def rotated(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """post * U (pre * x) + bias (U^T with ``transpose``) of x [M, K], in ``dtype`` or x's own."""
-    M, K = x.shape
+    """post * U (pre * x) + bias (U^T with ``transpose``) of x [M, K], in ``dtype`` or x's own.
+
+    x may be partial sums [S, M, K], whose sum in order is taken.
+    """
+    M, K = x.shape[-2:]
+    splits = x.shape[0] if x.dim() == 3 else 1
     x = unit_rows(x)
     pre, post, bias = (None if v is None else v.contiguous() for v in (pre, post, bias))
     power = block or K // factor
     b = min(power, PIECE)
-    q = 1 if block else K // b
+    a = min(power // b, PIECES)
+    q = 1 if block else K // (a * b)
     y = torch.empty((M, K), dtype=dtype or x.dtype, device=x.device)
     t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
     pieces, scale = M * (K // b), (block or K) ** -0.5
-    last, precision = q == 1, dot_precision(x)
-    wrap_triton(bodies._rows)[(triton.cdiv(pieces, 16),)](
+    last, tf32 = q == 1, dot_precision(x) != "ieee"
+    wrap_triton(bodies._rows)[(triton.cdiv(pieces, PIECES),)](
         x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
-        pieces, K, x.stride(0), scale if last else 1.0, B=b, BP=max(16, b), PRE=pre is not None,
-        POST=last and post is not None, BIAS=last and bias is not None, PRECISION=precision,
-        BLOCK_R=16, num_warps=4,
+        pieces, K, x.stride(0), splits, scale if last else 1.0, A=a, B=b, BP=max(16, b),
+        PRE=pre is not None, POST=last and post is not None, BIAS=last and bias is not None,
+        TF32=tf32, BLOCK_R=PIECES, num_warps=2,
     )  # fmt: skip
     if not last:
-        rows = 16 if M < 16 else 64
-        grid = (M, triton.cdiv(q, rows), triton.cdiv(b, 32))
+        rows = 32 if 16 < q <= 32 else 16 if M < 16 or q <= 16 else 64
+        columns = 32 if q > 32 else 64
+        grid = (M, triton.cdiv(q, rows), triton.cdiv(a * b, columns))
         wrap_triton(bodies._mix)[grid](
             t, h if factor > 1 else t, t if post is None else post, t if bias is None else bias, y,
-            K, q, q // factor, b, scale, F=factor, TRANSPOSE=transpose, POST=post is not None,
-            BIAS=bias is not None, PRECISION=precision, BLOCK_Q=rows, BLOCK_J=32, BLOCK_B=32,
+            K, q, q // factor, a * b, scale, F=factor, TRANSPOSE=transpose, POST=post is not None,
+            BIAS=bias is not None, TF32=tf32, BLOCK_Q=rows, BLOCK_J=min(rows, 32), BLOCK_B=columns,
             num_warps=4,
         )  # fmt: skip
     return y

@@ -28,11 +28,7 @@ def rotated_product(x, weight, sv, bias, h, factor: int, block: int) -> torch.Te
             if not (plain and partial.shape[0] == 1):
                 finish(partial, y, scales=sv, bias=bias)
             return y
-        z = partial[0]
-        if partial.shape[0] > 1:
-            z = torch.empty(y.shape, dtype=torch.float32, device=x.device)
-            finish(partial, z)
-        return rotated(z, None, sv, h, factor, block, False, bias, x.dtype)
+        return rotated(partial, None, sv, h, factor, block, False, bias, x.dtype)
     if factor == 0 and sv is None:
         sliced_matmul(rows, y, weight.dequantize, bias)
         return y

@@ -20,6 +20,7 @@ from .fields import (
     _code_pairs,
     _dot4,
     _in_place,
+    _pair_bits,
     _pairs,
     _row_sums,
     _sixteen_bits,
@@ -27,12 +28,13 @@ from .fields import (
     _unit,
     _unplaced,
 )
-from .first import _inputs, _store, _sums_of
+from .first import _inputs, _settled, _store, _sums_of
 from .operands import _operand, _place
 from .shared import _load, _load_number, _load_once4
 
 PW = tl.constexpr(16)  # words of a plane
 SET = tl.constexpr(64)  # inputs of two planes
+MINUS_ZERO = tl.constexpr(-0x7FFF8000)  # -0.0 in both halves
 
 
 @triton.jit
@@ -426,53 +428,103 @@ def _row_words(words_ptr, row, block, blocks, ASM: tl.constexpr):
     return tl.reshape(words, (row.shape[0], 4, 4, 1))
 
 
+@triton.jit
+def _twice(number):
+    """A 16-bit number in both halves of an int32."""
+    return (number.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+
+
+@triton.jit
+def _half(word, TYPE: tl.constexpr):
+    """The lower half of a word, float32."""
+    return word.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _fma2(a, b, c, TYPE: tl.constexpr, ASM: tl.constexpr):
+    """a b + c in both halves of words, in their 16-bit type, rounded once."""
+    if ASM and tl.float16 == TYPE:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    else:
+        low = _half(a, TYPE) * _half(b, TYPE) + _half(c, TYPE)
+        high = _half(a >> 16, TYPE) * _half(b >> 16, TYPE) + _half(c >> 16, TYPE)
+        low = low.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (high.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _first_tile(word, one, minus_center, scale, j, BITS: tl.constexpr, TYPE: tl.constexpr,
+                GROUPED: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Fields j of words [R, t, w, 1] as 1 + q / 2^b, or GROUPED as scale (q - zero): a weight
+    rounded once where zeros are integers. (Factors of rows hold them twice.) K is (w, plane, t,
+    pair)."""
+    bits = _pair_bits(word, one, j, BITS, TYPE)
+    if GROUPED:
+        bits = _fma2(bits, bits * 0 + one, minus_center, TYPE, ASM)
+        bits = _fma2(bits, scale, bits * 0 + MINUS_ZERO, TYPE, ASM)
+    tile = tl.join(bits.to(tl.int16), (bits >> 16).to(tl.int16)).to(TYPE, bitcast=True)
+    return tl.reshape(tl.permute(tile, (0, 2, 3, 1, 4)), (word.shape[0], 32 * j.shape[3]))
+
+
 @triton.jit(do_not_specialize=["M", "per_split"])
-def _first_dot(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, K, blocks,
-               per_split, G, one, BITS: tl.constexpr, C: tl.constexpr, GROUPED: tl.constexpr,
-               ZEROS: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_M: tl.constexpr):  # fmt: skip
+def _first_dot(x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr, partial_ptr, M, N, blocks,
+               per_split, groups, one, BITS: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr,
+               GROUPED: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """partial[s, m, n] with the weight as first operand (``first``), for 2 and 4 bits.
 
-    C planes are multiplied at once; when GROUPED they share a scale. x and sums are ``_spread``'s
-    for chunks of C planes.
+    C planes are multiplied at once. When GROUPED, SHARE times C planes share a scale, and weights
+    are multiplied by it first: sums of each group would double the registers. x and sums are
+    ``_spread``'s for chunks of C planes.
     """
     P: tl.constexpr = 16 // BITS
+    TURNS: tl.constexpr = P // C  # of a block; one load of inputs in the loop, so stages are small
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(rows, N - 1)
     row = inside[:, None, None]
     begin = tl.program_id(1) * per_split
     end = tl.minimum(begin + per_split, blocks)
-    groups = K // G
+    j = tl.reshape(tl.arange(0, C), (1, 1, 1, C))
+    field = j // 2 + j % 2 * (P // 2)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Words are loaded one block ahead.
+    # Words are loaded one turn ahead.
     ahead = _row_words(words_ptr, row, begin, blocks, ASM)
-    for block in range(begin, end):
+    for turn in range(begin * TURNS, end * TURNS):
+        x = _inputs(x_ptr, turn * (32 * C), 32 * C, BLOCK_M)
         word = ahead
-        ahead = _row_words(words_ptr, row, tl.minimum(block + 1, end - 1), blocks, ASM)
-        for first in tl.static_range(0, P, C):
-            x = _inputs(x_ptr, (block * P + first) * 32, 32 * C, BLOCK_M)
-            j = tl.reshape(first + tl.arange(0, C), (1, 1, 1, C))
-            tile = _pairs(word, one, j // 2 + j % 2 * (P // 2), BITS, TYPE)
-            # K is (w, plane, t, pair).
-            tile = tl.reshape(tl.permute(tile, (0, 2, 3, 1, 4)), (BLOCK_N, 32 * C))
-            if GROUPED:
-                group = tl.minimum((block * P + first) * 32 // G, groups - 1)
-                scale = _number(scales_ptr + inside * groups + group, ASM)
-                zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
-                if ZEROS:
-                    zero = _number(zeros_ptr + inside * groups + group, ASM)
-                chunk = (block * P + first) // C * BLOCK_M
-                sums = _number(sums_ptr + chunk + tl.arange(0, BLOCK_M), ASM)
-                part = tl.dot(tile, x) - (1 + zero / (1 << BITS))[:, None] * sums[None, :]
-                total += scale[:, None] * part
-            else:
-                total = tl.dot(tile, x, total)
+        if TURNS > 1:
+            # Plane j + C of a block is C / 2 fields above plane j.
+            word = word >> (turn % TURNS * (C // 2 * BITS))
+        next_block = tl.minimum((turn + 1) // TURNS, end - 1)
+        ahead = _row_words(words_ptr, row, next_block, blocks, ASM)
+        scale = one
+        minus_center = one
+        if GROUPED:
+            # In the words' layout (a lane's factors are its rows'), so that nothing is moved.
+            at = row * groups + tl.minimum(turn // SHARE, groups - 1)
+            at += 0 * tl.arange(0, 4)[None, :, None]
+            scale = _number(scales_ptr + at, ASM)
+            zero = tl.zeros_like(scale) + ((1 << BITS) - 1) / 2
+            if ZEROS:
+                zero = _number(zeros_ptr + at, ASM)
+            minus_center = _twice((-1 - zero / (1 << BITS)).to(TYPE))
+            minus_center = tl.reshape(minus_center, (BLOCK_N, 4, 1, 1))
+            scale = tl.reshape(_twice((scale * (1 << BITS)).to(TYPE)), (BLOCK_N, 4, 1, 1))
+        tile = _first_tile(word, one, minus_center, scale, field, BITS, TYPE, GROUPED, ASM)
+        total = _settled(tl.dot(tile, x, total), ASM)
     if not GROUPED:
         scale, zero = _scale_and_zero(scales_ptr, zeros_ptr, inside, inside >= 0, 0, 1, BITS, ZEROS)
-        sums = _sums_of(sums_ptr, begin * (P // C), end * (P // C), BLOCK_M, 16)
-        total = scale[:, None] * (total - (1 + zero / (1 << BITS))[:, None] * sums[None, :])
-    _store(partial_ptr, tl.program_id(1), total * (1 << BITS), rows, M, N, BLOCK_M)
+        sums = _sums_of(sums_ptr, begin * TURNS, end * TURNS, BLOCK_M, 16)
+        total = total - (1 + zero / (1 << BITS))[:, None] * sums[None, :]
+        total *= (scale * (1 << BITS))[:, None]
+    _store(partial_ptr, tl.program_id(1), total, rows, M, N, BLOCK_M)
 
 
 @triton.jit

@@ -205,8 +205,9 @@ class _Weight:
             BLOCK_M=block_m,
         )  # fmt: skip
         wrap_triton(bodies._first_dot)[grid](
-            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.K,
-            self.blocks, per_split, self.G, one_of(x.dtype), C=C, ASM=has_dp4a(x), **options,
+            inputs, sums, self.words, self.scales, self.zeros, partial, M, self.N, self.blocks,
+            per_split, self.K // self.G, one_of(x.dtype), C=C, SHARE=self.G // (PLANE * C),
+            ASM=has_dp4a(x), **options,
         )  # fmt: skip
 
     def _gemv(self, x, partial, grid, per_split: int, options: dict) -> None:

@@ -28,6 +28,9 @@ DEFAULTS: dict[str, Config] = {
         "BLOCK_M": 16, "WIDTH": 1, "Q": 8, "BOOKS": 1, "COPIES": 1, "FIRST": 0,
         "DEALT": 0, "FILL": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
+    "additive.planes_dot": {
+        "WIDTH": 4, "Q": 8, "PROGRAMS": 132, "num_warps": 16,
+    },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4,
         "num_stages": 1,

@@ -13,7 +13,7 @@ copies of one, or four of two, of which four lanes read one while the others rea
 import triton
 import triton.language as tl
 
-from .first import _inputs
+from .first import _inputs, _settled
 from .operands import _operand, _place
 from .shared import (
     _declare,
@@ -246,7 +246,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
                         # Rows are (warp, r, lane), K is (q, j, low, t, half of a word).
                         tile = tl.permute(tile, (1, 4, 2, 3, 5, 6, 0, 7))
                         tile = tl.reshape(tile, (LANES * PART, 32 * Q))
-                        sums += (tl.dot(tile, x[0], total[i * DOTS + d]),)
+                        sums += (_settled(tl.dot(tile, x[0], total[i * DOTS + d]), ASM),)
                     else:
                         # K is (q, low, t, j, half of a word), rows are (r, warp, lane).
                         tile = tl.permute(tile, (3, 6, 0, 5, 7, 4, 1, 2))
