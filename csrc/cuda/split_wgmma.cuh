@@ -97,9 +97,9 @@ split_wgmma_kernel(const __grid_constant__ MatmulParams p) {
       float* const out =
           warp < piece.tiles ? slot_of(p, piece, 0) + warp * kTileRows + g : nullptr;
       // Codes of the next units; past the end any, which are in the table as long as no choice is
-      // made. (Not loading them: 28672 x 8192 int8 M = 16 72.8 us instead of 76.8, exact M = 64 206
-      // instead of 218; but with 16 and 128 columns 138 instead of 135 and 110 instead of 105.)
-      constexpr bool kCut = kColumns == 32 || kColumns == 64;
+      // made. (Not loading them: 28672 x 8192 int8 M = 16 72.8 us instead of 76.8, exact M = 16 138
+      // instead of 149 and M = 64 206 instead of 218; but with 128 columns 110 instead of 104.)
+      constexpr bool kCut = kColumns <= 64;
       const int stop = min(end, last + 1);
       uint4 c[kRing] = {};
       auto fetch = [&](int r, int u) {
