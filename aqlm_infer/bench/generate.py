@@ -91,17 +91,16 @@ def measure(model: nn.Module, case: Case) -> Rate:
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=count,
-            # No logit stands for it: nothing ends early, and the loop looks for ends as it does for
-            # anyone. (min_new_tokens, a processor of logits, costs 16 sequences 45 us a step.)
-            eos_token_id=vocabulary,
+            min_new_tokens=count,
             pad_token_id=0,
             streamer=clock,
         )
         return clock, time.perf_counter() - clock.start
 
-    # All of it where a step is captured: graphs belong to a cache length, which follows from the
-    # number of tokens. Else a short warm-up.
-    _, first = run(case.new_tokens if on_gpu and _runner(model) is not None else 2)
+    # On a GPU all of it: graphs belong to a cache length, which follows from the number of tokens,
+    # and in eager mode the host settles slowly (2x8: after 2 tokens a fifth of the steps of three
+    # runs took three times the fastest ones).
+    _, first = run(case.new_tokens if on_gpu else 2)
     runs = [run(case.new_tokens)]
     while len(runs) < _REPEATS and sum(seconds for _, seconds in runs) < _ENOUGH_SECONDS:
         runs.append(run(case.new_tokens))
