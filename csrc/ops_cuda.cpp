@@ -33,7 +33,6 @@ Tensor as_rows(const Tensor& x, int64_t K) {
   return ok || K % 8 != 0 ? rows : torch::stable::clone(rows);
 }
 
-
 aqlm::DequantParams dequant_params(const aqlm::Additive& a, const Tensor& packed,
                                    const Tensor& codebooks, const Tensor& scales, Tensor& out) {
   aqlm::DequantParams p = {};

@@ -11,6 +11,7 @@ from torch import nn
 
 from aqlm_infer import FormatError, KernelError, QuantLinear
 from aqlm_infer.backends import KERNELS
+from aqlm_infer.ops.library import OperandError
 
 SCHEMES = ("aqlm-2x8-g8", "aqlm-1x12-g8", "aqlm-2x6-g8-o2")
 
@@ -208,6 +209,15 @@ def test_precision_is_checked():
     assert make(precision="fast")[1].precision == "fast"
     with pytest.raises(KernelError, match="precision 'int4'"):
         make(precision="int4")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_x_of_another_width_is_refused(device):
+    """Packed codes of 248 columns fill as many bytes as those of 256."""
+    quant = make(K=256, dtype=torch.float16)[1].to(device)
+    for shape in ((2, 248), (1, 1, 128)):
+        with pytest.raises(OperandError, match=rf"x is \[.*{shape[-1]}\], expected \[..., 256\]"):
+            quant(torch.randn(shape, dtype=torch.float16, device=device))
 
 
 def test_no_gradient_is_kept_for_inference_and_output_is_fresh():

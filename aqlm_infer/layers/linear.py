@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from ..backends import KERNELS, Kernel, Problem, select, why_not_fast
 from ..backends.held import Held
 from ..formats import Format, Tensors, parse_scheme
+from ..ops.library import OperandError
 
 
 def may_pass_dispatcher(x: torch.Tensor) -> bool:
@@ -312,6 +313,11 @@ class QuantLinear(nn.Module):
         return any(self._parameters[n].requires_grad for n in self._value_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Packed codes are padded, so that operators take x of 248 for 256 columns without a word.
+        if x.shape[-1] != self.in_features:
+            raise OperandError(
+                f"x is {list(x.shape)}, expected [..., {self.in_features}] (in_features)"
+            )
         if not (is_grad_enabled() or is_compiling()) and may_pass_dispatcher(x):
             held = self._held
             if held is None:
