@@ -100,7 +100,7 @@ AQLM_HD constexpr int split_x_unit(bool int8) { return int8 ? 64 : 32; }
 constexpr int kSplitStatic = 1024;  // bytes of its shared memory in front of the aligned table
 
 // Hopper, word storage: from so many tokens on activations lie in shared memory, 64 a pass (28672 x
-// 8192, M = 9 / 16: int8 76 / 77 us, exact 128 / 135; at 8 the other body takes 71 and 124, at 16 91
+// 8192, M = 9 / 16: int8 71 / 73 us, exact 132 / 139; at 8 the other body takes 70 and 120, at 16 91
 // and 144), up to those where dequantize + GEMM wins (465 us at M = 128 exact).
 constexpr int kSplitWgmmaFirst = 9;
 inline int split_wgmma_tokens(bool int8) { return int8 ? 256 : 64; }
