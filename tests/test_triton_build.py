@@ -16,7 +16,8 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aqlm_infer.triton_kernels import additive, e8p, first, hadamard, partial, planes, scalar, words
+from aqlm_infer.triton_kernels import additive, e8p, first, hadamard, partial, planes, scalar
+from aqlm_infer.triton_kernels import scalar_integers as integers, words
 
 A = {"B": 2, "ENTRIES": 256, "G": 8, "GP": 8}
 S = {"BITS": 3, "C": 4, "NB": 2, "GROUPED": False, "ZEROS": True}
@@ -64,14 +65,14 @@ CASES = {
                        "BLOCK_N": 64,
                        "BLOCK_M": 32}),
         (scalar._dequantize, {"BITS": 3, "ZEROS": True, "ALIGNED": True, "BLOCK_N": 16}),
-        (scalar._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILES": 2, "NB": 2,
+        (integers._quantize, {"BITS": 4, "C": 2, "GROUPED": False, "TILES": 2, "NB": 2,
                             "CHUNK": 4096}),
-        (scalar._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
+        (integers._integers, {"BITS": 2, "C": 2, "NB": 1, "GROUPED": True, "ZEROS": True,
                             "ASM": True, "BLOCK_N": 64}),
         (scalar._first_dot, {"BITS": 4, "C": 4, "GROUPED": True, "ZEROS": True, "ASM": True,
                              "BLOCK_N": 64, "BLOCK_M": 32}),
         (first._spread, {"FIELDS": True, "STEP": 4, "CHUNK": 128, "BLOCK_M": 32}),
-        (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,
+        (integers._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True,
                                "PAIRED": True, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                                "BLOCK_M": 16}),
     ],
@@ -131,7 +132,7 @@ import torch
 import torch._higher_order_ops.triton_kernel_wrap as wrap
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from aqlm_infer.triton_kernels import e8p, scalar, words
+from aqlm_infer.triton_kernels import e8p, scalar_integers as integers, words
 
 class NoGpu:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -148,7 +149,7 @@ CASES = [
     (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
     (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
     (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),
-    (scalar._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
+    (integers._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
                            "ASM": True, "TILES": 1, "BLOCK_N": 64, "BLOCK_M": 16}),
     (e8p._first_dot, {**E, "BLOCK_N": 128, "BLOCK_M": 64, "x_ptr": torch.zeros(64).half()}),
 ]

@@ -15,6 +15,7 @@ from ..ops.library import OperandError
 from ..ops.scalar import check_scalar, check_scalar_matmul, check_scalar_matmul_dx, scalar_gradient
 from . import first, tuning
 from . import scalar as bodies
+from . import scalar_integers as integers
 from .fields import dot_precision, exact_type, has_dp4a, one_of
 from .partial import group_sums, partial_sums, share
 from .products import rotated_dx, rotated_product
@@ -172,7 +173,7 @@ class _Weight:
         inputs = torch.empty(words, dtype=torch.int32, device=x.device)
         sums = torch.empty((M, chunks), dtype=torch.float32, device=x.device)
         unit = torch.empty((M, chunks if self.grouped else 1), dtype=torch.float32, device=x.device)
-        wrap_triton(bodies._quantize)[(self.blocks // AT_ONCE, tokens)](
+        wrap_triton(integers._quantize)[(self.blocks // AT_ONCE, tokens)](
             x, inputs, sums, unit, M, self.K, x.stride(0), self.blocks, BITS=self.bits, C=sets,
             GROUPED=self.grouped, TILES=tiles, NB=AT_ONCE, CHUNK=4096,
             num_warps=2 if self.grouped else 8,
@@ -181,7 +182,7 @@ class _Weight:
 
     def _integers(self, x, partial, grid, per_split: int, options: dict) -> None:
         inputs, sums, unit, sets = self._quantized(x, 0)
-        wrap_triton(bodies._integers)[grid](
+        wrap_triton(integers._integers)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, self.N, self.K,
             self.blocks, per_split, self.G, C=sets, ASM=has_dp4a(x), **options,
         )  # fmt: skip
@@ -189,7 +190,7 @@ class _Weight:
     def _integer_dot(self, x, partial, grid, per_split: int, options: dict) -> None:
         tiles = grid[2] * options["BLOCK_M"] // 16
         inputs, sums, unit, sets = self._quantized(x, tiles)
-        wrap_triton(bodies._integer_dot)[grid](
+        wrap_triton(integers._integer_dot)[grid](
             inputs, sums, unit, self.words, self.scales, self.zeros, partial, x.shape[0], self.N,
             self.K, self.blocks, per_split, self.G, C=sets, PAIRED=self.paired(sets),
             ASM=has_dp4a(x), TILES=tiles, **options,
