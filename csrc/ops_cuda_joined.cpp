@@ -98,9 +98,8 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   m.tokens = tokens;
   aqlm::schedule_rotated(config, info, &m);
   m.local_bits = aqlm::local_bits_of(config, m.s, r, info);
-  if (!aqlm::takes_mix_swiglu(r, m.local_bits)) return false;
+  if (!aqlm::takes_mix_swiglu(r, m.local_bits) || info.arch < 90) return false;
   const Tensor workspace = launch_product(config, z, p.type, &m, stream);
-  Tensor columns = fresh(z, {tokens, n}, ScalarType::Float);
   p.product.r = r;
   p.product.s = m.s;
   p.product.partials = m.partials;
@@ -111,7 +110,6 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   p.up_first = up_first;
   p.su = su;
   p.h = next.h;
-  p.columns = static_cast<float*>(columns.mutable_data_ptr());
   p.y = y.mutable_data_ptr();
   p.gain = 1.f / std::sqrt(static_cast<float>(n));
   check_cuda(aqlm::launch_mix_swiglu(p, stream), "mix_swiglu");

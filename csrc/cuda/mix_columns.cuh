@@ -7,6 +7,29 @@ namespace aqlm {
 
 constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
 
+// Partial sums of each row group of a matmul, of 512 rows; found out by the host, since a block that
+// begins when the matmul ends waits for its divisions.
+constexpr int kMostRowGroups = 112;
+struct RowSlots {
+  uint8_t count[kMostRowGroups];
+};
+inline cudaError_t row_slots(const RotatedSchedule& s, RowSlots* slots) {
+  if (s.groups > kMostRowGroups) return cudaErrorInvalidValue;
+  for (int g = 0; g < s.groups; ++g) {
+    const int cell = g * s.units;
+    const int count = owner_of(s, cell + s.units - 1) - owner_of(s, cell) + 1;
+    if (count > 255) return cudaErrorInvalidValue;
+    slots->count[g] = static_cast<uint8_t>(count);
+  }
+  return cudaSuccess;
+}
+// Those of token m from `column` of row group `row` on (as rotate_locate).
+__device__ __forceinline__ RotateSource row_source(const RotateParams& p, const RowSlots& slots,
+                                                   int row, int m, int column) {
+  return {p.partials + (size_t(row) * p.s.max_slots * p.tokens + m) * kRow + column,
+          size_t(p.tokens) * kRow, slots.count[row]};
+}
+
 // 4 bytes past L1 where `wanted`, else zero (as load_slot).
 __device__ __forceinline__ float load_slot1(const float* at, bool wanted) {
   float v = 0.f;
@@ -17,6 +40,10 @@ __device__ __forceinline__ float load_slot1(const float* at, bool wanted) {
 // A constant that is loaded where it stands, before the wait.
 __device__ __forceinline__ float load_float(const float* p) {
   return __uint_as_float(load_word(p));
+}
+__device__ __forceinline__ float2 load_floats(const float* p) {
+  const uint2 w = load_cached8(p);
+  return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
 }
 __device__ __forceinline__ uint32_t load_byte(const int8_t* p) {
   uint32_t v;

@@ -15,7 +15,7 @@
 // not rounded before its rotation, as in norm_rotate.cu.
 #include "clusters.cuh"
 #include "enqueue.cuh"
-#include "hadamard.cuh"
+#include "mix_columns.cuh"
 #include "norm_rotate.h"
 
 namespace aqlm {
@@ -141,104 +141,105 @@ mix_norm_kernel(const __grid_constant__ MixNormParams p) {
       make_uint2(round2<T>(sum.x * scale, sum.y * scale), round2<T>(sum.z * scale, sum.w * scale));
 }
 
-__device__ __forceinline__ float2 load_floats(const float* p) {
-  const uint2 w = load_cached8(p);
-  return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
-}
-
-constexpr int kRow = 512, kSlots = 9;  // partial sums in flight
-
-// The same after a matmul with row groups of 512 and partial sums of them, for some tokens. Adding
-// all sums in every block would read them n / 512 times, 2.3 MB of 4096 x 14336. So a block of a
-// cluster adds those of its own row group and gives them to the others; two columns a thread, of
-// which every block then has all rows. (With 64 registers: 16 tokens 5.4 and 6.4 us after down and
-// o, 3.8 and 3.8 without the limit.) Grid: (C, tokens), clusters of C = n / 512.
+// The same after a matmul with row groups of 512 and partial sums of them, for some tokens, by a
+// cluster of C = n / 512 blocks. Block r adds the slots of row r. Above bit 8 both rotations leave
+// columns independent, and a norm wants only a sum of squares: so the blocks exchange rows for
+// columns (512 / C of them, of all rows), and these for rows again, 2 KB a block each time.
+//   slots of row r | to columns | S_C, sum, squares | S_C, S_64 | to rows | S_8
+// Grid: (C, tokens). Two neighbouring columns a thread: first of row r, then of row
+// tid / kPairs of the block's own columns, then of row r again.
 template <typename T, int C>
-__global__ void __launch_bounds__(kMixNormThreads, 1)
+__global__ void __launch_bounds__(kMixNormThreads, 2)
 mix_norm_sums_kernel(const __grid_constant__ MixNormParams p,
-                     const __grid_constant__ RotateParams sums) {
-  __shared__ __align__(16) float2 z[C * kMixNormThreads];
+                     const __grid_constant__ RotateParams sums,
+                     const __grid_constant__ RowSlots slots) {
+  constexpr int kSlots = 18;  // in flight: all those of 4096 rows, on 132 SMs
+  constexpr int kPairs = kRow / C / 2, kSquares = C * kMixNormWarps;
+  __shared__ __align__(16) float2 columns[kMixNormThreads];  // [C][kPairs]
   __shared__ __align__(16) float2 turned[kMixNormThreads];
-  __shared__ float warp_squares[kMixNormWarps];
-  const int tid = threadIdx.x, warp = tid / 32, own = blockIdx.x, m = blockIdx.y;
-  const int column = 2 * tid;
-  grid_dependents_start();
-  float2 sv[C], su[C];  // su with the weight, and the sign that row r has in the own one
-#pragma unroll
-  for (int r = 0; r < C; ++r) {
-    sv[r] = load_floats(p.sv + r * kRow + column);
-    const float2 u = load_floats(p.su + r * kRow + column);
-    const float2 w = unpack2(load_word(static_cast<const T*>(p.weight) + r * kRow + column), T());
-    const float sign = __popc(r & own) & 1 ? -1.f : 1.f;
-    su[r] = make_float2(u.x * w.x * sign, u.y * w.y * sign);
+  __shared__ __align__(16) float2 row[kMixNormThreads];
+  __shared__ float squares[kSquares];
+  __shared__ uint64_t columns_here, row_here;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, own = blockIdx.x, m = blockIdx.y;
+  const int r = tid / kPairs, pair = tid % kPairs;
+  if (tid == 0) {
+    expect_from_cluster(&columns_here, kRow * 4);
+    expect_from_cluster(&row_here, (kRow + kSquares) * 4);
   }
-  const RotateSource source = rotate_locate(sums, m, own * kRow + column);
-  cluster_barrier();  // all blocks have begun
+  cluster_arrive();
+  grid_dependents_start();
+  const int at = r * kRow + 2 * (own * kPairs + pair);
+  const float2 sv = load_floats(p.sv + at), su = load_floats(p.su + at);
+  const uint32_t weight = load_word(static_cast<const T*>(p.weight) + at);
+  const RotateSource source = row_source(sums, slots, own, m, 2 * tid);
+  cluster_wait();  // all blocks have begun
   grid_dependency_wait();
 
+  const size_t first = size_t(m) * p.n;
+  const uint32_t x = load_word(static_cast<const T*>(p.x) + first + at);
   float2 sum = make_float2(0.f, 0.f);
   add_slots2<kSlots>(source, sum.x, sum.y);
+  send_cluster(columns + own * kPairs + pair, r, sum, &columns_here);
+  // Row r of U over the rows of what lies there.
+  auto over_rows = [&](const float2* from) {
+    float2 v = make_float2(0.f, 0.f);
 #pragma unroll
-  for (int r = 0; r < C; ++r) store_cluster(z + own * kMixNormThreads + tid, r, sum);
-  const size_t at = size_t(m) * p.n + column;
-  uint32_t x[C];
+    for (int k = 0; k < C; ++k) {
+      const float2 o = from[k * kPairs + pair];
+      const float sign = __popc(k & r) & 1 ? -1.f : 1.f;
+      v = make_float2(fmaf(sign, o.x, v.x), fmaf(sign, o.y, v.y));
+    }
+    return v;
+  };
+  wait_for_cluster(&columns_here);
+  float2 v = over_rows(columns);
+  const uint32_t total =
+      add2(x, round2<T>(v.x * (p.gain * sv.x), v.y * (p.gain * sv.y)), T());
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(p.sum) + first + at) = total;
+  const float2 t = unpack2(total, T()), w = unpack2(weight, T());
+  turned[tid] = make_float2(t.x * (su.x * w.x), t.y * (su.y * w.y));
+  float square = t.x * t.x + t.y * t.y;
 #pragma unroll
-  for (int r = 0; r < C; ++r) x[r] = load_word(static_cast<const T*>(p.x) + at + r * kRow);
-  cluster_barrier();
+  for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
+  if (lane < C) send_cluster(squares + own * kMixNormWarps + warp, lane, square, &row_here);
+  __syncthreads();
 
-  float2 v[C];
-#pragma unroll
-  for (int r = 0; r < C; ++r) v[r] = z[r * kMixNormThreads + tid];
-#pragma unroll
-  for (int b = 1; b < C; b *= 2)
-#pragma unroll
-    for (int r = 0; r < C; ++r)
-      if ((r & b) == 0) {
-        const float2 s = v[r], d = v[r + b];
-        v[r] = make_float2(s.x + d.x, s.y + d.y);
-        v[r + b] = make_float2(s.x - d.x, s.y - d.y);
-      }
-  float squares = 0.f;
-  float2 out = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int r = 0; r < C; ++r) {
-    const uint32_t pair =
-        add2(x[r], round2<T>(v[r].x * (p.gain * sv[r].x), v[r].y * (p.gain * sv[r].y)), T());
-    if (r == own) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.sum) + at + r * kRow) = pair;
-    const float2 a = unpack2(pair, T());
-    squares += a.x * a.x + a.y * a.y;
-    out = make_float2(fmaf(a.x, su[r].x, out.x), fmaf(a.y, su[r].y, out.y));
-  }
-  // S_512: bit 0 in the thread, 1 .. 5 in the lanes, 6 .. 8 are the warp.
-  out = make_float2(out.x + out.y, out.x - out.y);
+  v = over_rows(turned);
+  // S_512 of a row: bit 0 in the thread, 1 .. 5 in the lanes; 6 .. 8 are the warp of the last part.
+  v = make_float2(v.x + v.y, v.x - v.y);
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const float sign = tid & d ? -1.f : 1.f;
-    out = make_float2(fmaf(sign, out.x, __shfl_xor_sync(~0u, out.x, d)),
-                      fmaf(sign, out.y, __shfl_xor_sync(~0u, out.y, d)));
-    squares += __shfl_xor_sync(~0u, squares, d);
+    v = make_float2(fmaf(sign, v.x, __shfl_xor_sync(~0u, v.x, d)),
+                    fmaf(sign, v.y, __shfl_xor_sync(~0u, v.y, d)));
   }
-  turned[tid] = out;
-  if (tid % 32 == 0) warp_squares[warp] = squares;
-  __syncthreads();
-  float total = 0.f;
-  out = make_float2(0.f, 0.f);
+  send_cluster(row + own * kPairs + pair, r, v, &row_here);
+  wait_for_cluster(&row_here);
+  float all = 0.f;
 #pragma unroll
-  for (int w = 0; w < kMixNormWarps; ++w) {
-    const float2 o = turned[w * 32 + tid % 32];
-    const float sign = __popc(w & warp) & 1 ? -1.f : 1.f;
+  for (int k = 0; k < kSquares; k += 32)
+    all += kSquares % 32 == 0 || lane < kSquares % 32 ? squares[k + lane] : 0.f;
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) all += __shfl_xor_sync(~0u, all, d);
+  float2 out = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int k = 0; k < kMixNormWarps; ++k) {
+    const float2 o = row[k * 32 + lane];
+    const float sign = __popc(k & warp) & 1 ? -1.f : 1.f;
     out = make_float2(fmaf(sign, o.x, out.x), fmaf(sign, o.y, out.y));
-    total += warp_squares[w];
   }
-  const float scale = p.gain * rsqrtf(total / p.n + p.eps);
-  *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + at + own * kRow) =
+  const float scale = p.gain * rsqrtf(all * (1.f / (C * kRow)) + p.eps);
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + first + own * kRow + 2 * tid) =
       round2<T>(out.x * scale, out.y * scale);
 }
 
 template <typename T, int C>
 cudaError_t mix_norm_sums(const MixNormParams& p, const RotateParams& sums, cudaStream_t stream) {
+  RowSlots slots;
+  const cudaError_t e = row_slots(sums.s, &slots);
+  if (e != cudaSuccess) return e;
   return enqueue_clusters(C, mix_norm_sums_kernel<T, C>, dim3(C, sums.tokens), kMixNormThreads, 0,
-                          stream, p, sums);
+                          stream, p, sums, slots);
 }
 
 template <typename T>

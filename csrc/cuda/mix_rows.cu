@@ -1,6 +1,7 @@
 // The second kernel of a matmul whose output is rotated (hadamard_mix.cuh), for few tokens of q, k
 // and v or gate and up, in the shape of mix_swiglu.cu: a thread makes one number, its signs of H_F
-// are in registers before the matmul ends. Architectures sm_80+.
+// are on their way before the matmul ends. Nothing waits for a constant before the sums are on their
+// way too: in a step of many tokens the blocks begin when those of the matmul end. Architectures sm_80+.
 #include "mix_rows.h"
 
 #include "enqueue.cuh"
@@ -14,7 +15,7 @@ constexpr int kMostTokens = 16;
 // Grid: (512 / 8, tokens); F Q * 8 threads.
 template <typename T, int F, int kLogQ>
 __global__ void __launch_bounds__((F << kLogQ) * kColumns, 1)
-mix_rows_kernel(const __grid_constant__ RotateParams p) {
+mix_rows_kernel(const __grid_constant__ RotateParams p, const __grid_constant__ RowSlots slots) {
   constexpr int kRows = F << kLogQ, kWords = F / 4;
   __shared__ float z[kRows * kColumns];
   const int tid = threadIdx.x, m = blockIdx.y, column = tid % kColumns, row = tid / kColumns;
@@ -23,10 +24,9 @@ mix_rows_kernel(const __grid_constant__ RotateParams p) {
   grid_dependents_start();
   uint32_t signs[kWords];
 #pragma unroll
-  for (int k = 0; k < kWords; ++k) signs[k] = sign_bytes(load_word(p.r.h + a * F + 4 * k));
-  const float scale = p.gain * load_float(static_cast<const float*>(p.post) + at);
-  const RotateSource source = rotate_locate(p, m, at);
-  prefetch_constant(source.from);
+  for (int k = 0; k < kWords; ++k) signs[k] = load_word(p.r.h + a * F + 4 * k);
+  const float scale = load_float(static_cast<const float*>(p.post) + at);
+  const RotateSource source = row_source(p, slots, row, m, blockIdx.x * kColumns + column);
   grid_dependency_wait();
 
   constexpr int kSlots = 12;
@@ -41,18 +41,23 @@ mix_rows_kernel(const __grid_constant__ RotateParams p) {
   }
   butterflies<3, 3 + kLogQ>(sum);
   z[tid] = sum[0];
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) signs[k] = sign_bytes(signs[k]);
   __syncthreads();
   float out = 0.f;
 #pragma unroll
   for (int k = 0; k < F; ++k)
     out = fmaf(signed_one(signs[k / 4], k % 4), z[((k << kLogQ) + q) * kColumns + column], out);
-  static_cast<T*>(p.y)[size_t(m) * p.r.n + at] = from_float<T>(out * scale);
+  static_cast<T*>(p.y)[size_t(m) * p.r.n + at] = from_float<T>(out * (p.gain * scale));
 }
 
 template <typename T, int F, int kLogQ>
 cudaError_t mix(const RotateParams& p, cudaStream_t stream) {
+  RowSlots slots;
+  const cudaError_t e = row_slots(p.s, &slots);
+  if (e != cudaSuccess) return e;
   return enqueue(mix_rows_kernel<T, F, kLogQ>, dim3(kRow / kColumns, p.tokens),
-                 (F << kLogQ) * kColumns, 0, stream, p);
+                 (F << kLogQ) * kColumns, 0, stream, p, slots);
 }
 
 template <typename T>

@@ -12,14 +12,14 @@ struct MixSwigluParams {
   RotateParams product;  // partials, s, r of 2 n, local_bits, tokens, gain; post: float32 [2 n]
   const float* su;       // [n]
   const int8_t* h;       // [F, F] of the rotation of n
-  float* columns;        // workspace [tokens, n]
   void* y;               // [tokens, n] contiguous
   DType type;            // 16-bit
   float gain;            // of the rotation of n
   bool up_first;         // up is the first half
 };
 
-// Whether a matmul whose rows were transformed over `local_bits` is finished so.
+// Whether a matmul whose rows were transformed over `local_bits` is finished so; on devices with
+// clusters.
 bool takes_mix_swiglu(const Rotation& r, int local_bits);
 
 cudaError_t launch_mix_swiglu(const MixSwigluParams& p, cudaStream_t stream);

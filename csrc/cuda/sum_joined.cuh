@@ -146,9 +146,10 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   extern __shared__ __align__(128) float sums[];
   __shared__ float squares[kMostCluster * kSumWarps];
   __shared__ float peaks[kInt8 ? kMostCluster * kSumWarps : 1];
-  __shared__ uint64_t barrier;
+  __shared__ uint64_t barrier, gathered;
   const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
   const MatmulParams& product = p.product;
+  if (tid == 0) expect_from_cluster(&gathered, (kInt8 ? 2 : 1) * blocks * kSumWarps * 4);
   begin(&barrier);
   cluster_arrive();
   const int group = rank * kEach, column = group * kGroup + 4 * tid;
@@ -200,13 +201,13 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
-  if (tid % 32 < blocks) store_cluster(squares + rank * kSumWarps + tid / 32, tid % 32, square);
+  const int from = rank * kSumWarps + tid / 32;
+  if (tid % 32 < blocks) send_cluster(squares + from, tid % 32, square, &gathered);
   if constexpr (kInt8) {
     peak = largest_of_warp(peak);
-    if (tid % 32 < blocks) store_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak);
+    if (tid % 32 < blocks) send_cluster(peaks + from, tid % 32, peak, &gathered);
   }
-  cluster_arrive();
-  cluster_wait();
+  wait_for_cluster(&gathered);
   float total = tid % 32 < blocks * kSumWarps ? squares[tid % 32] : 0.f;  // at most 32
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
@@ -281,10 +282,11 @@ sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
   extern __shared__ __align__(128) float shared[];
   __shared__ float peaks[kMostCluster * kSumWarps];
   __shared__ Slots slots[kSumThreads];
-  __shared__ uint64_t barrier;
+  __shared__ uint64_t barrier, gathered;
   const int tid = threadIdx.x, m = blockIdx.y, rank = blockIdx.x, blocks = gridDim.x;
   const int groups = blocks * each, first = rank * each, n = groups * kGroup;
   const MatmulParams& product = p.product;
+  if (tid == 0) expect_from_cluster(&gathered, blocks * kSumWarps * 4);
   begin(&barrier);
   cluster_arrive();
   float* const sums = shared + each * kGroup;
@@ -326,9 +328,9 @@ sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
     from += (low + high) * kGroup;
   }
   peak = largest_of_warp(peak);
-  if (tid % 32 < blocks) store_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak);
-  cluster_arrive();
-  cluster_wait();
+  if (tid % 32 < blocks)
+    send_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak, &gathered);
+  wait_for_cluster(&gathered);
   peak = largest_of_warp(tid % 32 < blocks * kSumWarps ? peaks[tid % 32] : 0.f);
   const float inverse = peak > 0.f ? kActivationMax / peak : 0.f;
   if (rank == 0 && tid == 0) p.to.scales[m] = peak / kActivationMax;
