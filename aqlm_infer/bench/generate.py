@@ -28,9 +28,10 @@ MODES = ("eager", "no-graph", "prepared")
 """A model as it is loaded, after ``prepare_for_generation(graphs=False)``, and after it with graphs
 where the device has them."""
 
-_REPEATS = 3
-_ENOUGH_SECONDS = 5.0
-"""No further run of a case that has taken this long."""
+_ALONE, _IN_TURNS = (3, 5.0), (7, 15.0)
+"""Most runs of a model by itself and in turns with another, and the seconds of its runs after which
+there are no more. In turns: what is launched one by one runs at the rate of the host, which scatters
+by a third from minute to minute (H200 machines, 2026-11-29)."""
 
 _REPLAYS = 20
 
@@ -72,49 +73,86 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-@torch.inference_mode()
 def measure(model: nn.Module, case: Case) -> Rate:
     """Greedy generation of exactly ``new_tokens`` tokens after a random prompt, a few times."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, vocabulary, (case.batch, case.prompt_tokens), generator=generator)
-    device = next(model.parameters()).device
-    prompt = prompt.to(device)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+    return measure_in_turns([model], case, _ALONE)[0][0]
 
-    def run(count: int) -> tuple[TokenClock, float]:
+
+@torch.inference_mode()
+def measure_in_turns(
+    models: Sequence[nn.Module], case: Case, limits: tuple[int, float] = _IN_TURNS
+) -> tuple[list[Rate], list[list[float]]]:
+    """``measure`` of several models, one run of each in every round.
+
+    Returns their rates, and for each round the tokens/s of each model's median step.
+    """
+    turns, (rounds, seconds) = [_Turns(model, case) for model in models], limits
+    for turn in turns:
+        turn.warm_up()
+    while len(turns[0].runs) < rounds and max(turn.seconds for turn in turns) < seconds:
+        for turn in turns:
+            turn.run()
+    medians = [[statistics.median(clock.steps()) for clock in turn.runs] for turn in turns]
+    return (
+        [turn.rate() for turn in turns],
+        [[case.batch / step for step in steps] for steps in zip(*medians, strict=True)],
+    )
+
+
+class _Turns:
+    """Runs of one model."""
+
+    def __init__(self, model: nn.Module, case: Case):
+        self.model, self.case, self.device = model, case, next(model.parameters()).device
+        vocabulary = model.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        shape = case.batch, case.prompt_tokens
+        self.prompt = torch.randint(0, vocabulary, shape, generator=generator).to(self.device)
+        self.runs: list[TokenClock] = []
+        self.seconds, self.last, self.peak = 0.0, 0.0, 0
+
+    def _generate(self, count: int) -> TokenClock:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         clock = TokenClock()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+        self.model.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
             do_sample=False,
             max_new_tokens=count,
             min_new_tokens=count,
             pad_token_id=0,
             streamer=clock,
         )
-        return clock, time.perf_counter() - clock.start
+        self.last = time.perf_counter() - clock.start
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
+        return clock
 
-    # On a GPU all of it: graphs belong to a cache length, which follows from the number of tokens,
-    # and in eager mode the host settles slowly (2x8: after 2 tokens a fifth of the steps of three
-    # runs took three times the fastest ones).
-    _, first = run(case.new_tokens if on_gpu else 2)
-    runs = [run(case.new_tokens)]
-    while len(runs) < _REPEATS and sum(seconds for _, seconds in runs) < _ENOUGH_SECONDS:
-        runs.append(run(case.new_tokens))
-    steps = [step for clock, _ in runs for step in clock.steps()]
-    fast, median, slow = _percentiles(steps)
-    return Rate(
-        tokens_per_s=case.batch / median,
-        p20_tokens_per_s=case.batch / slow,
-        p80_tokens_per_s=case.batch / fast,
-        ttft_ms=1e3 * statistics.median(clock.ttft_s for clock, _ in runs),
-        step_us=_step_us(model),
-        capture_s=max(0.0, first - runs[-1][1]) if on_gpu and _runner(model) else None,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-    )
+    def warm_up(self) -> None:
+        # On a GPU a whole run: graphs belong to a cache length, which follows from the number of
+        # tokens, and in eager mode the host settles slowly (2x8: after 2 tokens a fifth of the
+        # steps of three runs took three times the fastest ones).
+        self._generate(self.case.new_tokens if self.device.type == "cuda" else 2)
+        self.first = self.last
+
+    def run(self) -> None:
+        self.runs.append(self._generate(self.case.new_tokens))
+        self.seconds += self.last
+
+    def rate(self) -> Rate:
+        fast, median, slow = _percentiles([step for clock in self.runs for step in clock.steps()])
+        batch, on_gpu = self.case.batch, self.device.type == "cuda"
+        captures = on_gpu and _runner(self.model) is not None
+        return Rate(
+            tokens_per_s=batch / median,
+            p20_tokens_per_s=batch / slow,
+            p80_tokens_per_s=batch / fast,
+            ttft_ms=1e3 * statistics.median(clock.ttft_s for clock in self.runs),
+            step_us=_step_us(self.model),
+            capture_s=max(0.0, self.first - self.last) if captures else None,
+            peak_bytes=self.peak if on_gpu else None,
+        )
 
 
 def _percentiles(steps: Sequence[float]) -> tuple[float, float, float]:
@@ -177,18 +215,19 @@ def context_of(model: nn.Module) -> int | None:
 
 
 class Dense:
-    """A dense model and its rates, measured once for all the schemes that are compared with it."""
+    """A dense model and its rates, measured once for all the schemes that are compared with it, but
+    those in turns with a scheme: ``rates`` has the last of a case."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._eager: dict[Case, Rate] = {}
+        self.rates: dict[Case, Rate] = {}
         self._compiled: dict[Case, Rate] = {}
 
     def eager(self, case: Case) -> Rate:
         """As loaded."""
-        if case not in self._eager:
-            self._eager[case] = measure(self.model, case)
-        return self._eager[case]
+        if case not in self.rates:
+            self.rates[case] = measure(self.model, case)
+        return self.rates[case]
 
     def compiled(self, case: Case) -> Rate | None:
         """Compiled and captured as a prepared model is; None on the CPU."""
@@ -240,7 +279,9 @@ def bench_generate(
     """One row for each mode, thread count, batch and prompt length.
 
     Dense fields are None without a dense model: ``dense_*`` are those of the model as loaded,
-    ``dense_compiled_*`` of the compiled and captured one (on a GPU, beside mode "prepared").
+    ``dense_compiled_*`` of the compiled and captured one (on a GPU, beside mode "prepared"). In the
+    modes without graphs the two models run in turns: ``rounds`` are [tokens/s, dense] of each
+    round, ``times_dense`` is the median of their ratios.
     """
     check_sizes(quantized, batches, new_tokens, prompt_tokens)
     layers = [layer for _, layer in quantized_layers(quantized)]
@@ -259,7 +300,10 @@ def bench_generate(
             for count, batch, prompt in product(threads, batches, prompt_tokens):
                 case = Case(batch, prompt, new_tokens, count)
                 with num_threads(count):
-                    rates = rate_fields(measure(model, case)) | dense_fields(dense, case, mode)
+                    if dense is None or mode == "prepared":
+                        rates = rate_fields(measure(model, case)) | dense_fields(dense, case, mode)
+                    else:
+                        rates = _beside(model, dense, case)
                 shared = environment("generate", device)
                 yield rounded({**shared, **described, **case_fields(case), **rates})
 
@@ -291,6 +335,17 @@ def dense_fields(dense: Dense | None, case: Case, mode: str) -> Row:
         "dense_compiled_ttft_ms": compiled and compiled.ttft_ms,
         "dense_step_us": compiled and compiled.step_us,
         "dense_bytes": model_bytes(dense.model) if dense is not None else None,
+    }
+
+
+def _beside(model: nn.Module, dense: Dense, case: Case) -> Row:
+    """The columns of both, measured in turns."""
+    (rate, dense.rates[case]), rounds = measure_in_turns([model, dense.model], case)
+    return {
+        **rate_fields(rate),
+        **dense_fields(dense, case, "eager"),
+        "rounds": [[round(value, 2) for value in pair] for pair in rounds],
+        "times_dense": statistics.median(ours / theirs for ours, theirs in rounds),
     }
 
 
