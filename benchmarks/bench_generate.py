@@ -91,7 +91,8 @@ def main() -> None:
                 f"{row['backend']} {row['scheme']} {row['mode']} head {row['lm_head']} batch"
                 f" {row['batch']} prompt {row['prompt_tokens']}: {row['tokens_per_s']} tokens/s"
                 f" (dense {row['dense_tokens_per_s']}, compiled"
-                f" {row['dense_compiled_tokens_per_s']}, in turns {row.get('times_dense')}), first token {row['ttft_ms']} ms"
+                f" {row['dense_compiled_tokens_per_s']}, in turns {row.get('times_dense')}),"
+                f" first token {row['ttft_ms']} ms"
                 f" ({row['dense_ttft_ms']}), step {row['step_us']} us"
             )
 
