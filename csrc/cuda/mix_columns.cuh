@@ -1,11 +1,11 @@
-// What kernels share that finish a rotation of few tokens eight columns at a time, in rows of 512.
+// What kernels share that finish a rotation of few tokens some columns at a time, in rows of 512.
 #pragma once
 
 #include "hadamard.cuh"
 
 namespace aqlm {
 
-constexpr int kRow = 512, kLocalBits = 9, kColumns = 8;
+constexpr int kRow = 512, kLocalBits = 9;
 
 // Partial sums of each row group of a matmul, of 512 rows; found out by the host, since a block that
 // begins when the matmul ends waits for its divisions.
@@ -14,7 +14,7 @@ struct RowSlots {
   uint8_t count[kMostRowGroups];
 };
 inline cudaError_t row_slots(const RotatedSchedule& s, RowSlots* slots) {
-  if (s.groups > kMostRowGroups) return cudaErrorInvalidValue;
+  if (s.groups > kMostRowGroups || s.group_rows != kRow) return cudaErrorInvalidValue;
   for (int g = 0; g < s.groups; ++g) {
     const int cell = g * s.units;
     const int count = owner_of(s, cell + s.units - 1) - owner_of(s, cell) + 1;
@@ -23,24 +23,17 @@ inline cudaError_t row_slots(const RotatedSchedule& s, RowSlots* slots) {
   }
   return cudaSuccess;
 }
-// Those of token m from `column` of row group `row` on (as rotate_locate).
+// Those of token m from `column` of row group `row` on (as rotate_locate), known where it is called:
+// before the wait.
 __device__ __forceinline__ RotateSource row_source(const RotateParams& p, const RowSlots& slots,
                                                    int row, int m, int column) {
-  return {p.partials + (size_t(row) * p.s.max_slots * p.tokens + m) * kRow + column,
-          size_t(p.tokens) * kRow, slots.count[row]};
+  RotateSource s = {p.partials + (size_t(row) * p.s.max_slots * p.tokens + m) * kRow + column,
+                    size_t(p.tokens) * kRow, slots.count[row]};
+  asm volatile("" : "+l"(s.from), "+r"(s.slots));
+  return s;
 }
 
-// 4 bytes past L1 where `wanted`, else zero (as load_slot).
-__device__ __forceinline__ float load_slot1(const float* at, bool wanted) {
-  float v = 0.f;
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0;\n\t@p ld.global.cg.f32 %0, [%1];}"
-               : "+f"(v) : "l"(at), "r"(uint32_t(wanted)) : "memory");
-  return v;
-}
-// A constant that is loaded where it stands, before the wait.
-__device__ __forceinline__ float load_float(const float* p) {
-  return __uint_as_float(load_word(p));
-}
+// Constants that are loaded where they stand, before the wait.
 __device__ __forceinline__ float2 load_floats(const float* p) {
   const uint2 w = load_cached8(p);
   return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));

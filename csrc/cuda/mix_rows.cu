@@ -1,7 +1,7 @@
 // The second kernel of a matmul whose output is rotated (hadamard_mix.cuh), for few tokens of q, k
-// and v or gate and up, in the shape of mix_swiglu.cu: a thread makes one number, its signs of H_F
-// are on their way before the matmul ends. Nothing waits for a constant before the sums are on their
-// way too: in a step of many tokens the blocks begin when those of the matmul end. Architectures sm_80+.
+// and v or gate and up: a thread makes two numbers, its signs of H_F are on their way before the
+// matmul ends. Nothing waits for a constant before the sums are on their way too: of many tokens,
+// blocks begin when those of the matmul end. Architectures sm_80+.
 #include "mix_rows.h"
 
 #include "enqueue.cuh"
@@ -10,45 +10,43 @@
 namespace aqlm {
 namespace {
 
-constexpr int kMostTokens = 16;
+constexpr int kMostTokens = 16, kPairs = 8;
 
-// Grid: (512 / 8, tokens); F Q * 8 threads.
+// Grid: (512 / 16, tokens); F Q * 8 threads, two neighbouring columns of a row each.
 template <typename T, int F, int kLogQ>
-__global__ void __launch_bounds__((F << kLogQ) * kColumns, 1)
+__global__ void __launch_bounds__((F << kLogQ) * kPairs, 1)
 mix_rows_kernel(const __grid_constant__ RotateParams p, const __grid_constant__ RowSlots slots) {
-  constexpr int kRows = F << kLogQ, kWords = F / 4;
-  __shared__ float z[kRows * kColumns];
-  const int tid = threadIdx.x, m = blockIdx.y, column = tid % kColumns, row = tid / kColumns;
+  constexpr int kRows = F << kLogQ, kWords = F / 4, kSlots = 12;
+  __shared__ float2 z[kRows * kPairs];
+  const int tid = threadIdx.x, m = blockIdx.y, pair = tid % kPairs, row = tid / kPairs;
   const int a = row >> kLogQ, q = row & ((1 << kLogQ) - 1);
-  const int at = row * kRow + blockIdx.x * kColumns + column;
+  const int column = 2 * (blockIdx.x * kPairs + pair), at = row * kRow + column;
   grid_dependents_start();
   uint32_t signs[kWords];
 #pragma unroll
   for (int k = 0; k < kWords; ++k) signs[k] = load_word(p.r.h + a * F + 4 * k);
-  const float scale = load_float(static_cast<const float*>(p.post) + at);
-  const RotateSource source = row_source(p, slots, row, m, blockIdx.x * kColumns + column);
+  const float2 scale = load_floats(static_cast<const float*>(p.post) + at);
+  const RotateSource source = row_source(p, slots, row, m, column);
   grid_dependency_wait();
 
-  constexpr int kSlots = 12;
-  float sum[1] = {0.f};
-  for (int k = 0; k < source.slots; k += kSlots) {
-    float part[kSlots];
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j)
-      part[j] = load_slot1(source.from + (k + j) * source.stride, k + j < source.slots);
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) sum[0] += part[j];
-  }
+  float sum[2] = {};
+  add_slots2<kSlots>(source, sum[0], sum[1]);
   butterflies<3, 3 + kLogQ>(sum);
-  z[tid] = sum[0];
+  z[tid] = make_float2(sum[0], sum[1]);
 #pragma unroll
   for (int k = 0; k < kWords; ++k) signs[k] = sign_bytes(signs[k]);
   __syncthreads();
-  float out = 0.f;
+  float2 out = make_float2(0.f, 0.f);
 #pragma unroll
-  for (int k = 0; k < F; ++k)
-    out = fmaf(signed_one(signs[k / 4], k % 4), z[((k << kLogQ) + q) * kColumns + column], out);
-  static_cast<T*>(p.y)[size_t(m) * p.r.n + at] = from_float<T>(out * (p.gain * scale));
+  for (int k = 0; k < F; ++k) {
+    const float sign = signed_one(signs[k / 4], k % 4);
+    const float2 v = z[((k << kLogQ) + q) * kPairs + pair];
+    out = make_float2(fmaf(sign, v.x, out.x), fmaf(sign, v.y, out.y));
+  }
+  const T y[2] = {from_float<T>(out.x * (p.gain * scale.x)),
+                  from_float<T>(out.y * (p.gain * scale.y))};
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + size_t(m) * p.r.n + at) =
+      *reinterpret_cast<const uint32_t*>(y);
 }
 
 template <typename T, int F, int kLogQ>
@@ -56,8 +54,8 @@ cudaError_t mix(const RotateParams& p, cudaStream_t stream) {
   RowSlots slots;
   const cudaError_t e = row_slots(p.s, &slots);
   if (e != cudaSuccess) return e;
-  return enqueue(mix_rows_kernel<T, F, kLogQ>, dim3(kRow / kColumns, p.tokens),
-                 (F << kLogQ) * kColumns, 0, stream, p, slots);
+  return enqueue(mix_rows_kernel<T, F, kLogQ>, dim3(kRow / 2 / kPairs, p.tokens),
+                 (F << kLogQ) * kPairs, 0, stream, p, slots);
 }
 
 template <typename T>

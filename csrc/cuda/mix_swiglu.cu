@@ -119,10 +119,21 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
 #pragma unroll
     for (int k = 0; k < kFactor; ++k) bytes[k] = load_byte(p.h + k * kFactor + row);
   }
+  static_assert(kLoaders == (kWarps - 1) * 32, "one warp does not load slots");
+  const int quad = tid % 16 * 4, loaded = min(tid / 16, kHalf - 1);  // and loaded + kHalf
+  RotateSource source[2][kQ];
+  int most = 0;
+#pragma unroll
+  for (int e = 0; e < 2; ++e)
+#pragma unroll
+    for (int q = 0; q < kQ; ++q) {
+      const int row = (loaded + e * kHalf) * kQ + q;
+      source[e][q] = row_source(p.product, slots, row, m, own * kSpan + quad);
+      most = max(most, source[e][q].slots);
+    }
   cluster_wait();  // all blocks have begun
   grid_dependency_wait();
 
-  static_assert(kLoaders == (kWarps - 1) * 32, "one warp does not load slots");
   if (warp == kWarps - 1) {
     uint32_t by_row = 0, by_column = 0;
 #pragma unroll
@@ -136,20 +147,9 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
     }
   } else {
     constexpr int kEach = kQ == 2 ? 2 : 1;  // of the two a that a thread has, at a time
-    const int quad = tid % 16 * 4;
 #pragma unroll
     for (int first = 0; first < 2; first += kEach) {
       float4 v[kEach][kQ] = {};
-      RotateSource source[kEach][kQ];
-      int most = 0;
-#pragma unroll
-      for (int e = 0; e < kEach; ++e)
-#pragma unroll
-        for (int q = 0; q < kQ; ++q) {
-          const int row = (tid / 16 + (first + e) * kHalf) * kQ + q;
-          source[e][q] = row_source(p.product, slots, row, m, own * kSpan + quad);
-          most = max(most, source[e][q].slots);
-        }
       for (int k = 0; k < most; k += kSlots) {
         float4 part[kEach][kQ][kSlots];
 #pragma unroll
@@ -158,8 +158,9 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
           for (int q = 0; q < kQ; ++q)
 #pragma unroll
             for (int j = 0; j < kSlots; ++j)
-              part[e][q][j] = load_slot(source[e][q].from + (k + j) * source[e][q].stride,
-                                        k + j < source[e][q].slots);
+              part[e][q][j] =
+                  load_slot(source[first + e][q].from + (k + j) * source[first + e][q].stride,
+                            k + j < source[first + e][q].slots);
 #pragma unroll
         for (int e = 0; e < kEach; ++e)
 #pragma unroll
@@ -180,7 +181,7 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
             }
 #pragma unroll
         for (int q = 0; q < kQ; ++q)
-          *reinterpret_cast<float4*>(z + place<kQ>(tid / 16 + (first + e) * kHalf, q) + quad) =
+          *reinterpret_cast<float4*>(z + place<kQ>(loaded + (first + e) * kHalf, q) + quad) =
               v[e][q];
       }
     }
