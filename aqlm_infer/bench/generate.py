@@ -28,7 +28,7 @@ MODES = ("eager", "no-graph", "prepared")
 """A model as it is loaded, after ``prepare_for_generation(graphs=False)``, and after it with graphs
 where the device has them."""
 
-_ALONE, _IN_TURNS = (3, 5.0), (7, 15.0)
+_ALONE, _IN_TURNS = (3, 5.0), (5, 15.0)
 """Most runs of a model by itself and in turns with another, and the seconds of its runs after which
 there are no more. In turns: what is launched one by one runs at the rate of the host, which
 scatters by a third from minute to minute (H200 machines, 2026-11-29)."""
