@@ -150,6 +150,19 @@ __device__ __forceinline__ void mma_16832(int (&c)[4], const uint32_t (&a)[4], u
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices of 16-bit values in shared memory, transposed; lane 8 i + j has the address of
+// row j of matrix i, and gets of each what the A operand of mma_16816 wants.
+__device__ __forceinline__ void load_matrices_transposed(const void* row, uint32_t (&a)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(smem_address(row)) : "memory");
+}
+// An 8 x 8 matrix of 16-bit values, a pair of row lane / 4 a lane.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 // threadIdx.x read anew, so that nothing derived from it waits in registers through a loop before.
 __device__ __forceinline__ int thread_again() {
   int v;
