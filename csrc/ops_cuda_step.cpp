@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cuda/norm_rotate.h"
+#include "cuda/step_attention.h"
 #include "cuda/step_rows.h"
 #include "ops_cuda_common.h"
 
@@ -195,6 +196,79 @@ Tensor rope_store(const Tensor& q, const Tensor& key, const Tensor& value, const
   return out;
 }
 
+// rope_attention for what launch_step_attention takes (rows), or its image.
+Tensor step_attention(const Tensor& q, const Tensor& key, const Tensor& value, const Tensor& cos,
+                      const Tensor& sin, const Tensor& ids, const Tensor& filled, Tensor keys,
+                      Tensor values, const Tensor& mask, double scale, int64_t image) {
+  CHECK(q.dim() == 3 && keys.dim() == 4, "q must be [B, H, D], keys [B, heads, L, D]");
+  const int64_t B = q.size(0), H = q.size(1), D = q.size(2);
+  const int64_t heads = keys.size(1), L = keys.size(2);
+  const int device = q.get_device_index();
+  const aqlm::DType type = dtype_of(q, "q");
+  auto check = [&](const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
+    bool ok = t.dim() == static_cast<int64_t>(sizes.size()) && t.stride(t.dim() - 1) == 1 &&
+              t.scalar_type() == q.scalar_type() && t.get_device_index() == device &&
+              reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    int64_t i = 0;
+    for (const int64_t size : sizes) {
+      ok = ok && t.size(i) == size && (i + 1 == t.dim() || t.stride(i) % 8 == 0);
+      ++i;
+    }
+    CHECK(ok, name, " does not fit q [", B, ", ", H, ", ", D, "] and a cache of ", heads,
+          " heads and ", L, " positions, or its vectors are not contiguous and 16-byte aligned");
+  };
+  check(q, {B, H, D}, "q");
+  check(key, {B, heads, D}, "key");
+  check(value, {B, heads, D}, "value");
+  check(cos, {L, D}, "cos");
+  check(sin, {L, D}, "sin");
+  check(keys, {B, heads, L, D}, "keys");
+  check(values, {B, heads, L, D}, "values");
+  CHECK(type != aqlm::DType::kFloat32 && (D == 64 || D == 128) && heads > 0 && H % heads == 0 &&
+            H / heads <= aqlm::kMostGroup && cos.stride(0) == D && sin.stride(0) == D &&
+            B < 65536 && heads < 65536 && L < (int64_t(1) << 31),
+        "no clusters for q [", B, ", ", H, ", ", D, "] and ", heads, " heads");
+  CHECK(ids.numel() == B && filled.numel() == 1 && ids.scalar_type() == ScalarType::Long &&
+            filled.scalar_type() == ScalarType::Long && ids.get_device_index() == device &&
+            filled.get_device_index() == device,
+        "ids and filled must be int64 [", B, ", 1] and [1] on q's device");
+  CHECK(mask.dim() == 2 && mask.size(0) == B && mask.size(1) == L && mask.stride(1) == 1 &&
+            mask.scalar_type() == ScalarType::Bool && mask.get_device_index() == device,
+        "mask must be bool [", B, ", ", L, "] on q's device");
+  CHECK(image == 0 || (image >= B && H * D % 32 == 0), "image=", image, " is no image of ", B,
+        " tokens of ", H * D);
+  DeviceGuard guard(device);
+  Tensor out = image ? fresh(q, {H * D / 32, 4, image, 8}) : fresh(q, {B, H, D});
+  if (B == 0) return out;
+  aqlm::StepAttentionParams p = {};
+  p.q = q.const_data_ptr();
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+  p.q_b = q.stride(0), p.q_h = q.stride(1);
+  p.key_b = key.stride(0), p.key_h = key.stride(1);
+  p.value_b = value.stride(0), p.value_h = value.stride(1);
+  p.cos = cos.const_data_ptr();
+  p.sin = sin.const_data_ptr();
+  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.ids_b = ids.stride(0);
+  p.filled = static_cast<const int64_t*>(filled.const_data_ptr());
+  p.keys = keys.mutable_data_ptr();
+  p.values = values.mutable_data_ptr();
+  p.k_b = keys.stride(0), p.k_h = keys.stride(1), p.k_l = keys.stride(2);
+  p.v_b = values.stride(0), p.v_h = values.stride(1), p.v_l = values.stride(2);
+  p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  p.mask_b = mask.stride(0);
+  p.out = out.mutable_data_ptr();
+  p.image = static_cast<int>(image);
+  p.batch = static_cast<int>(B), p.heads = static_cast<int>(heads);
+  p.group = static_cast<int>(H / heads), p.length = static_cast<int>(L);
+  p.head_dim = static_cast<int>(D);
+  p.scale = static_cast<float>(scale);
+  p.type = type;
+  check_cuda(aqlm::launch_step_attention(p, current_stream(device)), "step_attention");
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
@@ -203,4 +277,5 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_infer, CUDA, m) {
   m.impl("eager_embed_norm", TORCH_BOX(&embed_norm));
   m.impl("eager_swiglu", TORCH_BOX(&swiglu));
   m.impl("eager_rope_store", TORCH_BOX(&rope_store));
+  m.impl("step_attention", TORCH_BOX(&step_attention));
 }

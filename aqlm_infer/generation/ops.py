@@ -12,6 +12,7 @@ one new token each, and of a prompt.
     decode_attention(q [B, H, 1, D], k and v [B, Hkv, L, D], mask bool [B, L]) -> [B, 1, H, D]
     rope_attention: the same with the rotary embedding and the cache's update in one launch
     rope_attention_image: its [B, H * D] as an image of ``image`` tokens (``additive_ops``)
+    step_attention: either (image=0: rows) by clusters, for GPUs and sizes that ``by_clusters`` says
     rope_store(q [B, T, H, D], key, value [B, T, Hkv, D]) -> q with the rotary embedding of a
     prompt; key (with it) and value become the first T positions of the cache
 
@@ -51,9 +52,15 @@ _SCHEMAS = (
     "rope_attention_image(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor(c!) counts,"
     " float scale, int image) -> Tensor",
+    "step_attention(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
+    " Tensor filled, Tensor(a!) keys, Tensor(b!) values, Tensor mask, float scale, int image)"
+    " -> Tensor",
     "rope_store(Tensor q, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor ids,"
     " Tensor(a!) keys, Tensor(b!) values) -> Tensor",
 )
+
+_LONGEST_BY_CLUSTERS = 512
+"""Positions of a cache up to which attention by clusters of eight blocks is faster than chunks."""
 
 _EAGER = ("add_rms_norm", "swiglu", "embed_norm", "rope_store")
 """Operators with a second kernel, for launches that no graph holds."""
@@ -266,6 +273,12 @@ def _rope_attention_image(q, key, value, cos, sin, ids, filled, keys, values, ma
     return image_of(y.flatten(1), image)
 
 
+def _step_attention(q, key, value, cos, sin, ids, filled, keys, values, mask, scale, image):
+    counts = torch.zeros(q.shape[0] * keys.shape[1], dtype=torch.int32, device=q.device)
+    given = q, key, value, cos, sin, ids, filled, keys, values, mask, counts, scale
+    return _rope_attention_image(*given, image) if image else _rope_attention(*given)
+
+
 def _rope_store(q, key, value, cos, sin, ids, keys, values):
     check_prompt(q, key, value, cos, sin, ids, keys, values)
     T = q.shape[1]
@@ -328,6 +341,11 @@ def _rope_attention_image_fake(q, key, value, cos, sin, ids, filled, keys, value
     return q.new_empty((q[0].numel() // 32, 4, image, 8))
 
 
+def _step_attention_fake(q, key, value, cos, sin, ids, filled, keys, values, mask, scale, image):
+    check_attention(q, keys, values, mask)
+    return q.new_empty((q[0].numel() // 32, 4, image, 8) if image else q.shape)
+
+
 def _rope_store_fake(q, key, value, cos, sin, ids, keys, values):
     check_prompt(q, key, value, cos, sin, ids, keys, values)
     return q.new_empty(q.shape)
@@ -337,10 +355,10 @@ define(
     _SCHEMAS,
     (_rms_norm_fake, _add_rms_norm_fake, _add_rms_norm_fetch_fake, _swiglu_fake, _embed_norm_fake,
      _rotated_norm_fake, _choose_fake, _decode_attention_fake, _rope_attention_fake,
-     _rope_attention_image_fake, _rope_store_fake,
+     _rope_attention_image_fake, _step_attention_fake, _rope_store_fake,
      _add_rms_norm_fake, _swiglu_fake, _embed_norm_fake, _rope_store_fake),
     (_rms_norm, _add_rms_norm, _add_rms_norm_fetch, _swiglu, _embed_norm, _rotated_norm, _choose,
-     _decode_attention, _rope_attention, _rope_attention_image, _rope_store,
+     _decode_attention, _rope_attention, _rope_attention_image, _step_attention, _rope_store,
      _add_rms_norm, _swiglu, _embed_norm, _rope_store),
 )  # fmt: skip
 
@@ -407,6 +425,8 @@ def _cuda_rope_attention(q, key, value, cos, sin, ids, filled, keys, values, mas
     check_attention(q, keys, values, mask)
     check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
     new = key, value, cos, sin, ids, filled
+    if by_clusters(q, keys):
+        return _ops.step_attention(q, *new, keys, values, mask, scale, 0)
     return _kernels().attention(q, keys, values, mask, scale, new, counts)
 
 
@@ -416,7 +436,26 @@ def _cuda_rope_attention_image(q, key, value, cos, sin, ids, filled, keys, value
     check_new(q, key, value, cos, sin, ids, filled, keys, mask, counts)
     check_image(q.shape[0], q[0].numel(), image)
     new = key, value, cos, sin, ids, filled
+    if by_clusters(q, keys):
+        return _ops.step_attention(q, *new, keys, values, mask, scale, image)
     return _kernels().attention(q, keys, values, mask, scale, new, counts, image=image)
+
+
+import os
+
+
+def by_clusters(q: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether ``step_attention`` takes q [B, H, D] and the cache [B, Hkv, L, D], and is faster."""
+    H, (heads, L, D) = q.shape[1], keys.shape[1:]
+    return (
+        os.environ.get("AQLM_ATTENTION") != "triton"
+        and q.dtype != torch.float32
+        and D in (64, 128)
+        and H // heads <= 8
+        and L <= _LONGEST_BY_CLUSTERS
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and _in_module("step_attention")
+    )
 
 
 def _cuda_rope_store(q, key, value, cos, sin, ids, keys, values):
