@@ -149,6 +149,17 @@ def rotated64(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+def attention64(q, keys, values, mask, cos, sin, ids, filled):
+    """Attention to positions up to ``filled``, whose key and value are stored; what is seen."""
+    seen = mask & (torch.arange(mask.shape[1], device=mask.device) <= filled)
+    rows = rotated64(q, cos[ids], sin[ids]).unflatten(1, (keys.shape[1], -1))
+    stored_k, stored_v = (t[:, :, : filled + 1].double() for t in (keys, values))
+    exact = F.scaled_dot_product_attention(
+        rows, stored_k, stored_v, seen[:, None, None, : filled + 1], scale=0.3
+    )
+    return exact.flatten(1, 2), seen
+
+
 CASES = [
     (1, 32, 8, 512, 128, 256), (1, 32, 8, 512, 128, 0), (2, 4, 4, 100, 64, 99),
     (16, 8, 2, 320, 128, 200), (1, 8, 1, 4096, 128, 3000), (3, 6, 2, 70, 80, 69),
@@ -174,19 +185,38 @@ def test_rope_attention(device, dtype, case):
     assert torch.equal(values[:, :, filled], value)
     assert torch.equal(keys[:, :, :filled], old_keys[:, :, :filled])
     assert not counts.any()
-    seen = mask & (torch.arange(L, device=device) <= filled)
-    rows = rotated64(q, cos[ids], sin[ids]).unflatten(1, (heads, -1))
-    stored_k, stored_v = (t[:, :, : filled + 1].double() for t in (keys, values))
-    exact = F.scaled_dot_product_attention(
-        rows, stored_k, stored_v, seen[:, None, None, : filled + 1], scale=0.3
-    )
-    close(y, exact.flatten(1, 2), dtype)
+    exact, seen = attention64(q, keys, values, mask, cos, sin, ids, filled)
+    close(y, exact, dtype)
     assert torch.equal(ops.rope_attention(*arguments), y)
     keys[:, :, filled:], values[:, :, filled:] = 0.0, 0.0
     keys[:, :, filled] = new_key.to(dtype)
     values[:, :, filled] = value
     turned = rotated64(q, cos[ids], sin[ids]).to(dtype)
     close(ops.decode_attention(turned[:, :, None], keys, values, seen, 0.3)[:, 0], y, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(2, 16, 4, 513, 128, 512), (1, 8, 1, 1000, 64, 700), (3, 4, 4, 2048, 128, 2047),
+     (2, 6, 2, 700, 128, 63), (1, 4, 2, 60, 64, 59)], ids=str,
+)  # fmt: skip
+def test_attention_by_clusters(dtype, case):
+    """Of any length, also where ``rope_attention`` takes the kernel of chunks."""
+    q, key, value, keys, values, mask, cos, sin, ids = attention_case("cuda", dtype, *case)
+    filled = torch.tensor([case[-1]], device="cuda")
+    arguments = (q, key, value, cos, sin, ids, filled, keys, values, mask, 0.3, 0)
+    y = torch.ops.aqlm_infer.step_attention(*arguments)
+    close(keys[:, :, case[-1]], rotated64(key, cos[ids], sin[ids]), dtype)
+    assert torch.equal(values[:, :, case[-1]], value)
+    close(y, attention64(q, keys, values, mask, cos, sin, ids, case[-1])[0], dtype)
+    assert torch.equal(torch.ops.aqlm_infer.step_attention(*arguments), y)
+    many, cache = (torch.zeros(1, n, 64, 64, device="cuda", dtype=dtype) for n in (9, 1))
+    q, table, mask = many[:, :, 0], cache[0, 0], torch.ones(1, 64, device="cuda", dtype=torch.bool)
+    others = table, table, ids[:1], filled, cache, cache, mask
+    with pytest.raises(RuntimeError, match=r"no clusters for q \[1, 9, 64\] and 1 heads"):
+        torch.ops.aqlm_infer.step_attention(q, q[:, :1], q[:, :1], *others, 0.3, 0)
 
 
 PROMPTS = [(1, 32, 8, 300, 512, 128), (3, 6, 2, 17, 40, 80), (2, 4, 4, 1, 1, 64),
