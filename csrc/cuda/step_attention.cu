@@ -79,6 +79,7 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
   __shared__ float2 warp_stats[kWarps][kGroup];                 // largest score, sum of weights
   __shared__ float2 block_stats[C][kGroup];
   __shared__ __align__(16) float sums[C][kOwn][kGroup];
+  __shared__ __align__(16) T turns[kWarps][2][D];  // cos and sin of the new position
   __shared__ uint64_t sums_here;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   const int rank = blockIdx.x, head = blockIdx.y;
@@ -102,24 +103,20 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
            (c ^ (row & 7)) * 16;
   };
   auto first_of = [&](int n) { return (rank + n * C) * kTile + warp * kRows; };
-  auto load = [&](int n) {  // this warp's rows of the block's tile n; the new token's are left out
-    const int first = first_of(n), c = lane % kChunks;
+  // This warp's rows of the block's tile n: zeros past the new token's, which is left out.
+  auto load_rows = [&](const T* from, long long stride, int first, auto place_of) {
+    const int row = lane / kChunks, c = lane % kChunks;
+    from += (first + row) * stride + 8 * c;
 #pragma unroll
-    for (int i = 0; i < kRows * kChunks / 32; ++i) {
-      const int row = lane / kChunks + i * (32 / kChunks), at = min(first + row, filled);
-      if (first + row != filled)
-        copy_async_or_zero(key_place(n & (stages - 1), row, c), keys + at * p.k_l + 8 * c,
-                           first + row < filled);
-    }
+    for (int i = 0; i < kRows; i += 32 / kChunks, from += 32 / kChunks * stride)
+      if (first + row + i != filled)
+        copy_async_or_zero(place_of(row + i, c), from, first + row + i < filled);
     copy_commit();
-#pragma unroll
-    for (int i = 0; i < kRows * kChunks / 32; ++i) {
-      const int row = lane / kChunks + i * (32 / kChunks), at = min(first + row, filled);
-      if (first + row != filled)
-        copy_async_or_zero(value_place(n & (stages - 1), row, c), values + at * p.v_l + 8 * c,
-                           first + row < filled);
-    }
-    copy_commit();
+  };
+  auto load = [&](int n) {
+    const int stage = n & (stages - 1), first = first_of(n);
+    load_rows(keys, p.k_l, first, [&](int row, int c) { return key_place(stage, row, c); });
+    load_rows(values, p.v_l, first, [&](int row, int c) { return value_place(stage, row, c); });
   };
   // Bit i: whether position g + 8 i of the tile is seen; the new one is.
   auto seen_of = [&](int n) {
@@ -131,26 +128,19 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
     }
     return seen;
   };
+  if (lane < 2 * kChunks) {
+    const T* from = static_cast<const T*>(lane < kChunks ? p.cos : p.sin) + place;
+    copy_async(turns[warp][lane / kChunks] + lane % kChunks * 8, from + lane % kChunks * 8);
+  }
+  copy_commit();
   uint32_t seen = 0, seen_next = 0;
   if (count > 0) {
     load(0);
     seen_next = seen_of(0);
   }
-  const T *cos = static_cast<const T*>(p.cos) + place, *sin = static_cast<const T*>(p.sin) + place;
-  uint4 c[kParts], s[kParts];  // of q's chunks 4 j + t
-#pragma unroll
-  for (int j = 0; j < kParts; ++j) {
-    c[j] = load_cached(cos + (4 * j + t) * 8);
-    s[j] = load_cached(sin + (4 * j + t) * 8);
-  }
   // The warp that has position `filled`: lanes of a chunk of the key, then of the value.
   const bool owner = last % C == rank && filled % kTile / kRows == warp;
   const int own_chunk = lane % kChunks;
-  uint4 own_cos = {}, own_sin = {};
-  if (owner && lane < kChunks) {
-    own_cos = load_cached(cos + own_chunk * 8);
-    own_sin = load_cached(sin + own_chunk * 8);
-  }
   cluster_wait();  // all blocks have begun
   grid_dependency_wait();
 
@@ -161,29 +151,35 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
 #pragma unroll
     for (int j = 0; j < kParts; ++j) q[j] = load_cached(from + (4 * j + t) * 8);
   }
+  uint4 own_new = {}, own_other = {};
   if (owner && lane < 2 * kChunks) {
-    const bool is_key = lane < kChunks;
-    const T* from = is_key ? static_cast<const T*>(p.key) + b * p.key_b + head * p.key_h
-                           : static_cast<const T*>(p.value) + b * p.value_b + head * p.value_h;
-    uint4 v = load_cached(from + own_chunk * 8);
-    const int stage = (count - 1) & (stages - 1), row = filled % kRows;
-    if (is_key) {
-      const uint4 other = load_cached(from + (own_chunk ^ kChunks / 2) * 8);
-      v = turned8<T>(v, other, own_cos, own_sin, own_chunk < kChunks / 2);
-    }
-    T* const to = is_key ? keys + filled * p.k_l : values + filled * p.v_l;
-    *reinterpret_cast<uint4*>(to + own_chunk * 8) = v;
-    // With two stages this one may still hold an earlier tile; it is written when that is read.
-    if (count <= stages)
-      *reinterpret_cast<uint4*>(is_key ? key_place(stage, row, own_chunk)
-                                       : value_place(stage, row, own_chunk)) = v;
-    own_cos = v;
+    const T* from = lane < kChunks
+                        ? static_cast<const T*>(p.key) + b * p.key_b + head * p.key_h
+                        : static_cast<const T*>(p.value) + b * p.value_b + head * p.value_h;
+    own_new = load_cached(from + own_chunk * 8);
+    if (lane < kChunks) own_other = load_cached(from + (own_chunk ^ kChunks / 2) * 8);
   }
+  if (count > 0) copy_wait<2>();
+  else copy_wait<0>();
+  __syncwarp();
+  const T* const cos = turns[warp][0];
+  const T* const sin = turns[warp][1];
+  auto chunk = [](const T* from, int i) {
+    return *reinterpret_cast<const uint4*>(from + 8 * i);
+  };
 #pragma unroll
   for (int j = 0; j < kParts / 2; ++j) {
+    const int low_at = 4 * j + t, high_at = low_at + kChunks / 2;
     const uint4 low = q[j], high = q[j + kParts / 2];
-    q[j] = turned8<T>(low, high, c[j], s[j], true);
-    q[j + kParts / 2] = turned8<T>(high, low, c[j + kParts / 2], s[j + kParts / 2], false);
+    q[j] = turned8<T>(low, high, chunk(cos, low_at), chunk(sin, low_at), true);
+    q[j + kParts / 2] = turned8<T>(high, low, chunk(cos, high_at), chunk(sin, high_at), false);
+  }
+  if (owner && lane < 2 * kChunks) {
+    if (lane < kChunks)
+      own_new = turned8<T>(own_new, own_other, chunk(cos, own_chunk), chunk(sin, own_chunk),
+                           own_chunk < kChunks / 2);
+    T* const to = lane < kChunks ? keys + filled * p.k_l : values + filled * p.v_l;
+    *reinterpret_cast<uint4*>(to + own_chunk * 8) = own_new;
   }
 
   float out[D / 16][4] = {};       // dimensions g, g + 8 of a part, heads 2 t, 2 t + 1
@@ -198,10 +194,10 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
     } else {
       copy_wait<1>();
     }
-    if (owner && n + 1 == count && count > stages && lane < 2 * kChunks)
+    if (owner && n + 1 == count && lane < 2 * kChunks)
       *reinterpret_cast<uint4*>(lane < kChunks ? key_place(stage, filled % kRows, own_chunk)
                                                : value_place(stage, filled % kRows, own_chunk)) =
-          own_cos;
+          own_new;
     __syncwarp();
     float scores[2][4] = {};
 #pragma unroll
