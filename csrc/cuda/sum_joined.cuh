@@ -138,6 +138,18 @@ __device__ __forceinline__ float peak_of(uint2 v) {
   const float2 a = unpack2(v.x, T()), b = unpack2(v.y, T());
   return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
 }
+// A warp's number to all blocks of the cluster, to [rank][warp]; and when all of them are there. A
+// block alone is launched without a cluster, which has no asynchronous stores.
+__device__ __forceinline__ void gather(float v, float* to, const uint64_t* barrier) {
+  const int lane = threadIdx.x % 32, blocks = gridDim.x;
+  float* const at = to + blockIdx.x * kSumWarps + threadIdx.x / 32;
+  if (blocks == 1 && lane == 0) *at = v;
+  if (blocks > 1 && lane < blocks) send_cluster(at, lane, v, barrier);
+}
+__device__ __forceinline__ void wait_for_gathered(uint64_t* barrier) {
+  if (gridDim.x == 1) __syncthreads();
+  else wait_for_cluster(barrier);
+}
 // Grid: (C, tokens), clusters of C; a block has kEach groups of 512 rows.
 template <typename T, int kEach, bool kInt8>
 __global__ void __launch_bounds__(kSumThreads, sum_blocks(kInt8 ? 2 : kEach))
@@ -201,13 +213,9 @@ sum_norm_kernel(const __grid_constant__ SumNormParams p) {
   }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
-  const int from = rank * kSumWarps + tid / 32;
-  if (tid % 32 < blocks) send_cluster(squares + from, tid % 32, square, &gathered);
-  if constexpr (kInt8) {
-    peak = largest_of_warp(peak);
-    if (tid % 32 < blocks) send_cluster(peaks + from, tid % 32, peak, &gathered);
-  }
-  wait_for_cluster(&gathered);
+  gather(square, squares, &gathered);
+  if constexpr (kInt8) gather(largest_of_warp(peak), peaks, &gathered);
+  wait_for_gathered(&gathered);
   float total = tid % 32 < blocks * kSumWarps ? squares[tid % 32] : 0.f;  // at most 32
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
@@ -328,9 +336,8 @@ sum_swiglu_int8_kernel(const __grid_constant__ SumSwigluParams p, int each) {
     from += (low + high) * kGroup;
   }
   peak = largest_of_warp(peak);
-  if (tid % 32 < blocks)
-    send_cluster(peaks + rank * kSumWarps + tid / 32, tid % 32, peak, &gathered);
-  wait_for_cluster(&gathered);
+  gather(peak, peaks, &gathered);
+  wait_for_gathered(&gathered);
   peak = largest_of_warp(tid % 32 < blocks * kSumWarps ? peaks[tid % 32] : 0.f);
   const float inverse = peak > 0.f ? kActivationMax / peak : 0.f;
   if (rank == 0 && tid == 0) p.to.scales[m] = peak / kActivationMax;
