@@ -13,6 +13,8 @@
 // matmul end. Architectures sm_90+.
 #include "mix_swiglu.h"
 
+#include <cstdlib>
+
 #include "clusters.cuh"
 #include "enqueue.cuh"
 #include "mix_columns.cuh"
@@ -21,7 +23,6 @@ namespace aqlm {
 namespace {
 
 constexpr int kBlocks = 8, kSpan = kRow / kBlocks;   // of a cluster; columns of a block
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kSlots = 4;  // partial sums in flight; a row group of 512 rows rarely has more
 constexpr int kFactor = 28, kHalf = kFactor / 2;     // F
 
@@ -44,11 +45,11 @@ __device__ __forceinline__ void sign_fragment(const uint32_t (&masks)[2], int st
     a[i] = and_or(masks[i % 2] << (31 - 8 * step - 4 * (i / 2)), 0x80000000u, 0x3F800000u);
 }
 
-// out[h] += signs of half h of F rows, times `columns` [F][8] of a warp, whose row k is at
-// from + where(k). Lane 4 g + t gets rows h * F / 2 + g and + 8 of columns 2 t, 2 t + 1.
-template <typename Where>
-__device__ __forceinline__ void mix_factor(const uint32_t (&masks)[2][2], const float* from,
-                                           Where where, float (&out)[2][4]) {
+// out[h] += signs of half first + h of F rows, times `columns` [F][8] of a warp, whose row k is at
+// from + where(k). Lane 4 g + t gets rows (first + h) * F / 2 + g and + 8 of columns 2 t, 2 t + 1.
+template <int kHalves, typename Where>
+__device__ __forceinline__ void mix_factor(const uint32_t (&masks)[kHalves][2], const float* from,
+                                           Where where, float (&out)[kHalves][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int step = 0; step < (kFactor + 7) / 8; ++step) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ void mix_factor(const uint32_t (&masks)[2][2], const 
       low[i] = __float_as_uint(b[i] - __uint_as_float(high[i]));
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kHalves; ++h) {
       uint32_t a[4];
       sign_fragment(masks[h], step, a);
       mma_1688(out[h], a, high[0], high[1]);
@@ -70,22 +71,26 @@ __device__ __forceinline__ void mix_factor(const uint32_t (&masks)[2][2], const 
   }
 }
 
-// Masks of a lane's rows of `signs` [F].
-__device__ __forceinline__ void load_masks(const uint32_t* signs, uint32_t (&masks)[2][2]) {
+// Masks of a lane's rows of `signs` [F], from half `first` on.
+template <int kHalves>
+__device__ __forceinline__ void load_masks(const uint32_t* signs, int first,
+                                           uint32_t (&masks)[kHalves][2]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
+  for (int h = 0; h < kHalves; ++h)
 #pragma unroll
     for (int i = 0; i < 2; ++i)  // rows past a half are products that nobody uses
-      masks[h][i] = signs[h * kHalf + min(g + 8 * i, kHalf - 1)] >> t;
+      masks[h][i] = signs[(first + h) * kHalf + min(g + 8 * i, kHalf - 1)] >> t;
 }
 
-// Grid: (8, tokens), clusters of 8.
-template <typename T, int kLogQ>
-__global__ void __launch_bounds__(kThreads, kLogQ == 1 ? 2 : 1)
+// Grid: (8, tokens), clusters of 8; 256 * kSplit threads. kSplit warps share eight columns: by q up
+// to SwiGLU, then by halves of the result's rows.
+template <typename T, int kLogQ, int kSplit>
+__global__ void __launch_bounds__(256 * kSplit, kSplit * kLogQ == 1 ? 4 : 2 / kSplit)
 mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
                   const __grid_constant__ RowSlots slots) {
   constexpr int kQ = 1 << kLogQ, kRows = kHalf * kQ;  // of the result
+  constexpr int kOwnQ = kQ / kSplit, kHalves = 2 / kSplit, kWarps = 8 * kSplit;
   constexpr int kMostRows = (kRows + kBlocks - 1) / kBlocks, n = kRows * kRow;
   __shared__ __align__(16) float z[kFactor * (kQ == 2 ? 168 : 296)];
   __shared__ __align__(16) float rows[kMostRows * kRow];
@@ -93,24 +98,27 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
   __shared__ uint64_t rows_here;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, own = blockIdx.x, m = blockIdx.y;
   const int own_rows = (kRows - own + kBlocks - 1) / kBlocks;  // own, own + 8, ..
+  const int part = warp / 8, first_q = part * kOwnQ;
   if (tid == 0) expect_from_cluster(&rows_here, own_rows * kRow * 4);
   cluster_arrive();
   grid_dependents_start();
   // This lane's numbers of the two halves: rows (a, q), a = g and g + 8.
-  const int g = lane / 4, t = lane % 4, column = own * kSpan + 8 * warp + 2 * t;
-  float2 low_scale[kQ][2], high_scale[kQ][2], su[kQ][2];
+  const int g = lane / 4, t = lane % 4, column = own * kSpan + warp % 8 * 8 + 2 * t;
   const float* const sv = static_cast<const float*>(p.product.post);
+  auto place_of = [&](int q, int i) {
+    return (min(g + 8 * i, kHalf - 1) * kQ + first_q + q) * kRow + column;
+  };
 #pragma unroll
-  for (int q = 0; q < kQ; ++q)
+  for (int q = 0; q < kOwnQ; ++q)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = (min(g + 8 * i, kHalf - 1) * kQ + q) * kRow + column;
-      low_scale[q][i] = load_floats(sv + at);
-      high_scale[q][i] = load_floats(sv + n + at);
-      su[q][i] = load_floats(p.su + at);
+      prefetch_constant(sv + place_of(q, i));
+      prefetch_constant(sv + n + place_of(q, i));
+      prefetch_constant(p.su + place_of(q, i));
     }
-  // The last warp makes the masks; 16 threads of the others have a row's slots.
-  constexpr int kLoaders = kHalf * kSpan / 4, kWords = kFactor / 4;
+  // The last warp makes the masks; of the others 16 threads have a row's slots.
+  constexpr int kLoaded = kFactor / kHalves, kWords = kFactor / 4;  // a, at a time
+  static_assert(kLoaded * kSpan / 4 <= (kWarps - 1) * 32, "one warp does not load slots");
   uint32_t words[kWords], bytes[kFactor];
   if (warp == kWarps - 1) {
     const int row = min(lane, kFactor - 1);
@@ -119,18 +127,14 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
 #pragma unroll
     for (int k = 0; k < kFactor; ++k) bytes[k] = load_byte(p.h + k * kFactor + row);
   }
-  static_assert(kLoaders == (kWarps - 1) * 32, "one warp does not load slots");
-  const int quad = tid % 16 * 4, loaded = min(tid / 16, kHalf - 1);  // and loaded + kHalf
-  RotateSource source[2][kQ];
-  int most = 0;
+  const int quad = tid % 16 * 4, loaded = min(tid / 16, kLoaded - 1);
+  RotateSource source[kQ];
+  auto locate = [&](int a) {
 #pragma unroll
-  for (int e = 0; e < 2; ++e)
-#pragma unroll
-    for (int q = 0; q < kQ; ++q) {
-      const int row = (loaded + e * kHalf) * kQ + q;
-      source[e][q] = row_source(p.product, slots, row, m, own * kSpan + quad);
-      most = max(most, source[e][q].slots);
-    }
+    for (int q = 0; q < kQ; ++q)
+      source[q] = row_source(p.product, slots, a * kQ + q, m, own * kSpan + quad);
+  };
+  locate(loaded);
   cluster_wait();  // all blocks have begun
   grid_dependency_wait();
 
@@ -145,59 +149,64 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
       product_signs[lane] = by_row;
       result_signs[lane] = by_column;
     }
-  } else {
-    constexpr int kEach = kQ == 2 ? 2 : 1;  // of the two a that a thread has, at a time
+  } else if (tid / 16 < kLoaded) {
 #pragma unroll
-    for (int first = 0; first < 2; first += kEach) {
-      float4 v[kEach][kQ] = {};
+    for (int a = loaded; a < loaded + kFactor; a += kLoaded) {
+      float4 v[kQ] = {};
+      int most = source[0].slots;
+#pragma unroll
+      for (int q = 1; q < kQ; ++q) most = max(most, source[q].slots);
       for (int k = 0; k < most; k += kSlots) {
-        float4 part[kEach][kQ][kSlots];
-#pragma unroll
-        for (int e = 0; e < kEach; ++e)
-#pragma unroll
-          for (int q = 0; q < kQ; ++q)
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j)
-              part[e][q][j] =
-                  load_slot(source[first + e][q].from + (k + j) * source[first + e][q].stride,
-                            k + j < source[first + e][q].slots);
-#pragma unroll
-        for (int e = 0; e < kEach; ++e)
-#pragma unroll
-          for (int q = 0; q < kQ; ++q)
-#pragma unroll
-            for (int j = 0; j < kSlots; ++j) v[e][q] = add4(v[e][q], part[e][q][j]);
-      }
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-#pragma unroll
-        for (int b = 1; b < kQ; b *= 2)
-#pragma unroll
-          for (int q = 0; q < kQ; ++q)
-            if ((q & b) == 0) {
-              const float4 s = v[e][q], d = v[e][q + b];
-              v[e][q] = add4(s, d);
-              v[e][q + b] = sub4(s, d);
-            }
+        float4 part[kQ][kSlots];
 #pragma unroll
         for (int q = 0; q < kQ; ++q)
-          *reinterpret_cast<float4*>(z + place<kQ>(loaded + (first + e) * kHalf, q) + quad) =
-              v[e][q];
+#pragma unroll
+          for (int j = 0; j < kSlots; ++j)
+            part[q][j] = load_slot(source[q].from + (k + j) * source[q].stride,
+                                   k + j < source[q].slots);
+#pragma unroll
+        for (int q = 0; q < kQ; ++q)
+#pragma unroll
+          for (int j = 0; j < kSlots; ++j) v[q] = add4(v[q], part[q][j]);
       }
+      if (a + kLoaded < kFactor) locate(a + kLoaded);
+#pragma unroll
+      for (int b = 1; b < kQ; b *= 2)
+#pragma unroll
+        for (int q = 0; q < kQ; ++q)
+          if ((q & b) == 0) {
+            const float4 s = v[q], d = v[q + b];
+            v[q] = add4(s, d);
+            v[q + b] = sub4(s, d);
+          }
+#pragma unroll
+      for (int q = 0; q < kQ; ++q)
+        *reinterpret_cast<float4*>(z + place<kQ>(a, q) + quad) = v[q];
     }
   }
+  float2 low_scale[kOwnQ][2], high_scale[kOwnQ][2], su[kOwnQ][2];
+#pragma unroll
+  for (int q = 0; q < kOwnQ; ++q)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      low_scale[q][i] = load_floats(sv + place_of(q, i));
+      high_scale[q][i] = load_floats(sv + n + place_of(q, i));
+    }
   __syncthreads();
 
-  float* const own_columns = z + 8 * warp;  // this warp's, from here on
+  float* const columns = z + warp % 8 * 8;
   uint32_t masks[2][2];
-  load_masks(product_signs, masks);
-  float product[kQ][2][4] = {};
+  load_masks(product_signs, 0, masks);
+  float product[kOwnQ][2][4] = {};
 #pragma unroll
-  for (int q = 0; q < kQ; ++q)
-    mix_factor(masks, own_columns, [&](int a) { return place<kQ>(a, q); }, product[q]);
-  float y[kQ][4];  // of rows g and g + 8, columns 2 t and 2 t + 1
+  for (int q = 0; q < kOwnQ; ++q) {
+    mix_factor(masks, columns, [&](int a) { return place<kQ>(a, first_q + q); }, product[q]);
 #pragma unroll
-  for (int q = 0; q < kQ; ++q)
+    for (int i = 0; i < 2; ++i) su[q][i] = load_floats(p.su + place_of(q, i));
+  }
+  float y[kOwnQ][4];  // of rows g and g + 8, columns 2 t and 2 t + 1
+#pragma unroll
+  for (int q = 0; q < kOwnQ; ++q)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       auto of = [&](const float2& pair) { return i % 2 ? pair.y : pair.x; };
@@ -210,7 +219,7 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
 #pragma unroll
   for (int b = 1; b < kQ / 2; b *= 2)
 #pragma unroll
-    for (int q = 0; q < kQ; ++q)
+    for (int q = 0; q < kOwnQ; ++q)
       if ((q & b) == 0)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -220,51 +229,54 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
         }
   __syncwarp();
 #pragma unroll
-  for (int q = 0; q < kQ; ++q)
+  for (int q = 0; q < kOwnQ; ++q)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (g + 8 * i < kHalf)
-        *reinterpret_cast<float2*>(own_columns + place<kQ>(g + 8 * i, q) + 2 * t) =
+        *reinterpret_cast<float2*>(columns + place<kQ>(g + 8 * i, first_q + q) + 2 * t) =
             make_float2(y[q][2 * i], y[q][2 * i + 1]);
-  __syncwarp();
+  if constexpr (kSplit == 1) __syncwarp();
+  else __syncthreads();
 
-  load_masks(result_signs, masks);
+  uint32_t result_masks[kHalves][2];
+  load_masks(result_signs, part, result_masks);
 #pragma unroll
   for (int c = 0; c < kQ / 2; ++c) {
     // Row b * Q / 2 + c of the result is (b / 2, b % 2 * Q / 2 + c).
-    float out[2][4] = {};
-    mix_factor(masks, own_columns,
+    float out[kHalves][4] = {};
+    mix_factor(result_masks, columns,
                [&](int b) { return place<kQ>(b / 2, b % 2 * (kQ / 2) + c); }, out);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < kHalves; ++h)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (g + 8 * i < kHalf) {
-          const int row = (h * kHalf + g + 8 * i) * (kQ / 2) + c;
+          const int row = ((part + h) * kHalf + g + 8 * i) * (kQ / 2) + c;
           const float2 v = make_float2(out[h][2 * i] * p.gain, out[h][2 * i + 1] * p.gain);
           send_cluster(reinterpret_cast<float2*>(rows + row / kBlocks * kRow + column),
                        row % kBlocks, v, &rows_here);
         }
   }
   wait_for_cluster(&rows_here);
-  // S_512; a warp makes half a row.
-  for (int item = warp; item < 2 * own_rows; item += kWarps) {
-    const float* const from = rows + item / 2 * kRow + 4 * lane;
-    float4 v[2];
+  // S_512; a warp makes 256 or 128 numbers of a row: bits 7 and 8 as `item` has them.
+  constexpr int kPieces = 2 * kSplit;
+  for (int item = warp; item < kPieces * own_rows; item += kWarps) {
+    const int row = item / kPieces, piece = item % kPieces;
+    float4 v[4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float4 a = *reinterpret_cast<const float4*>(from + 128 * j);
-      const float4 b = *reinterpret_cast<const float4*>(from + 128 * j + 256);
-      v[j] = item % 2 ? sub4(a, b) : add4(a, b);
-    }
-    const float4 sums[2] = {add4(v[0], v[1]), sub4(v[0], v[1])};
-    const size_t at = size_t(m) * n + (own + item / 2 * kBlocks) * kRow + item % 2 * 256 + 4 * lane;
+    for (int j = 0; j < 4; ++j)
+      v[j] = *reinterpret_cast<const float4*>(rows + row * kRow + 128 * j + 4 * lane);
+    const bool upper = piece * 2 / kPieces;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float4 sum = rotate_lanes(sums[j], 7);
+    for (int j = 0; j < 2; ++j) v[j] = upper ? sub4(v[j], v[j + 2]) : add4(v[j], v[j + 2]);
+    T* const to = static_cast<T*>(p.y) + size_t(m) * n + (own + row * kBlocks) * kRow + 4 * lane;
+#pragma unroll
+    for (int j = 0; j < 2 / kSplit; ++j) {
+      const int bit = kSplit == 1 ? j : piece % 2;
+      const float4 sum = rotate_lanes(bit ? sub4(v[0], v[1]) : add4(v[0], v[1]), 7);
       const T out[4] = {from_float<T>(sum.x), from_float<T>(sum.y), from_float<T>(sum.z),
                         from_float<T>(sum.w)};
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + at + 128 * j) =
+      *reinterpret_cast<uint2*>(to + 256 * upper + 128 * bit) =
           *reinterpret_cast<const uint2*>(out);
     }
   }
@@ -276,13 +288,19 @@ int log_q_of(const Rotation& r) {
   return bits - kLocalBits;
 }
 
-template <typename T, int kLogQ>
+template <typename T, int kLogQ, int kSplit>
 cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
   RowSlots slots;
   const cudaError_t e = row_slots(p.product.s, &slots);
   if (e != cudaSuccess) return e;
-  return enqueue_clusters(kBlocks, mix_swiglu_kernel<T, kLogQ>, dim3(kBlocks, p.product.tokens),
-                          kThreads, 0, stream, p, slots);
+  return enqueue_clusters(kBlocks, mix_swiglu_kernel<T, kLogQ, kSplit>,
+                          dim3(kBlocks, p.product.tokens), 256 * kSplit, 0, stream, p, slots);
+}
+template <typename T, int kLogQ>
+cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
+  static const char* knob = getenv("AQLM_SPLIT");
+  const int few = knob ? atoi(knob) : kFewTokens;
+  return p.product.tokens <= few ? mix<T, kLogQ, 1>(p, stream) : mix<T, kLogQ, 2>(p, stream);
 }
 
 template <typename T>
