@@ -67,10 +67,11 @@ __device__ __forceinline__ float weight_of(float v, float top) {
 }
 
 // Grid: (C, heads, batch), clusters of C: 4 or 8. kGroup: query heads, rounded up to a power of two from 2.
-// Dynamic shared memory: `stages` of [keys 64][D], [values 64][D].
-template <typename T, int D, int kGroup, int C>
-__global__ void __launch_bounds__(kThreads, 4)
-step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages) {
+// kMany: a block may have more than one tile, and two stages for them.
+// Dynamic shared memory: stages of [keys 64][D], [values 64][D].
+template <typename T, int D, int kGroup, int C, bool kMany>
+__global__ void __launch_bounds__(kThreads, kMany ? 4 : 5)
+step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
   constexpr int kChunks = D / 8, kRowBytes = 2 * D, kWarpBytes = kRows * kRowBytes;
   constexpr int kTileBytes = kTile * kRowBytes, kOwn = D / C;  // dimensions that a block ends with
   constexpr int kParts = D / 32;                               // of a row, 4 chunks each
@@ -114,7 +115,7 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
     copy_commit();
   };
   auto load = [&](int n) {
-    const int stage = n & (stages - 1), first = first_of(n);
+    const int stage = kMany ? n % 2 : 0, first = first_of(n);
     load_rows(keys, p.k_l, first, [&](int row, int c) { return key_place(stage, row, c); });
     load_rows(values, p.v_l, first, [&](int row, int c) { return value_place(stage, row, c); });
   };
@@ -184,17 +185,18 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
 
   float out[D / 16][4] = {};       // dimensions g, g + 8 of a part, heads 2 t, 2 t + 1
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-  for (int n = 0; n < count; ++n) {
-    const int stage = n & (stages - 1);
+  for (int n = 0; n < (kMany ? count : min(count, 1)); ++n) {
+    const int stage = kMany ? n % 2 : 0;
+    const bool more = kMany && n + 1 < count;
     seen = seen_next;
-    if (n + 1 < count) {
+    if (more) {
       load(n + 1);
       seen_next = seen_of(n + 1);
       copy_wait<3>();
     } else {
       copy_wait<1>();
     }
-    if (owner && n + 1 == count && lane < 2 * kChunks)
+    if (owner && !more && lane < 2 * kChunks)
       *reinterpret_cast<uint4*>(lane < kChunks ? key_place(stage, filled % kRows, own_chunk)
                                                : value_place(stage, filled % kRows, own_chunk)) =
           own_new;
@@ -217,17 +219,22 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
         v[i] = seen >> i & 1 ? score : -INFINITY;
       }
       const float high = fmaxf(top[h], most_over_rows(fmaxf(v[0], v[1])));
-      const float shrink = weight_of(top[h], high);
+      if constexpr (kMany) {
+        const float shrink = weight_of(top[h], high);
+        total[h] *= shrink;
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m) out[m][h] *= shrink, out[m][2 + h] *= shrink;
+      }
       top[h] = high;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) weights[2 * i + h] = weight_of(v[i], high);
-      total[h] = total[h] * shrink + weights[h] + weights[2 + h];
-#pragma unroll
-      for (int m = 0; m < D / 16; ++m) out[m][h] *= shrink, out[m][2 + h] *= shrink;
+      for (int i = 0; i < 2; ++i) {
+        weights[2 * i + h] = weight_of(v[i], high);
+        total[h] += weights[2 * i + h];
+      }
     }
     const uint32_t b0 = transpose_8x8(round2<T>(weights[0], weights[1]));
     const uint32_t b1 = transpose_8x8(round2<T>(weights[2], weights[3]));
-    if (n + 1 < count) copy_wait<2>();
+    if (more) copy_wait<2>();
     else copy_wait<0>();
     __syncwarp();
 #pragma unroll
@@ -310,25 +317,24 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p, int stages)
   }
 }
 
-template <typename T, int D, int kGroup, int C>
+template <typename T, int D, int kGroup, int C, bool kMany>
 cudaError_t attend(const StepAttentionParams& p, cudaStream_t stream) {
-  const int tiles = (p.length + kTile - 1) / kTile, stages = tiles > C ? 2 : 1;
-  const auto kernel = step_attention_kernel<T, D, kGroup, C>;
-  constexpr int kStage = 2 * kTile * 2 * D, kLimit = 2 * kStage;
-  const dim3 grid(C, p.heads, p.batch);
+  const auto kernel = step_attention_kernel<T, D, kGroup, C, kMany>;
+  constexpr int kBytes = (kMany ? 2 : 1) * 2 * kTile * 2 * D;
   static std::atomic<unsigned long long> done{0};
   int device = 0;
   cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = allow_smem(kernel, &done, device, kLimit);
+  if (e == cudaSuccess) e = allow_smem(kernel, &done, device, kBytes);
   if (e != cudaSuccess) return e;
-  return enqueue_clusters(C, kernel, grid, kThreads, stages * kStage, stream, p, stages);
+  return enqueue_clusters(C, kernel, dim3(C, p.heads, p.batch), kThreads, kBytes, stream, p);
 }
 
 template <typename T, int D, int kGroup>
 cudaError_t attend(const StepAttentionParams& p, cudaStream_t stream) {
   const int tiles = (p.length + kTile - 1) / kTile;
-  return tiles <= 4 ? attend<T, D, kGroup, 4>(p, stream)
-                    : attend<T, D, kGroup, kMostBlocks>(p, stream);
+  if (tiles <= 4) return attend<T, D, kGroup, 4, false>(p, stream);
+  return tiles <= kMostBlocks ? attend<T, D, kGroup, kMostBlocks, false>(p, stream)
+                              : attend<T, D, kGroup, kMostBlocks, true>(p, stream);
 }
 
 template <typename T, int D>
