@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from aqlm_infer.bench.shapes import random_model, shape_config
 from aqlm_infer.generation import prepare_for_generation
 
-BLOCK, LAST = "_attend", "_choose"
-"""Launches that are there once a block, and at the end of a step."""
+BLOCK, LAST = ("_attend", "step_attention_kernel"), "_choose"
+"""Launches one of which is there once a block, and at the end of a step."""
 
 REPLAYS = 5
 
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 def short(name: str) -> str:
     """A kernel's name without types, arguments and numbers of its compilation."""
-    name = re.sub(r"^void |\(.*$|aqlm::|\(anonymous namespace\)::", "", name)
+    name = re.sub(r"^void |aqlm::|\(anonymous namespace\)::|\(.*$", "", name)
     return re.sub(r"<.*$", "", name)[:44]
 
 
@@ -70,7 +70,7 @@ def table(steps: list[list[tuple[str, float]]]) -> Iterator[str]:
     names = [name for name, _ in steps[0]]
     same = [step for step in steps if [name for name, _ in step] == names]
     adds = [statistics.median(step[i][1] for step in same) for i in range(len(names))]
-    starts = [i for i, name in enumerate(names) if BLOCK in name]
+    starts = [i for i, name in enumerate(names) if name in BLOCK]
     size = starts[2] - starts[1]
     inner = range(1, len(starts) - 1)
     for j in range(size):

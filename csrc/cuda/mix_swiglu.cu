@@ -92,6 +92,7 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
   constexpr int kQ = 1 << kLogQ, kRows = kHalf * kQ;  // of the result
   constexpr int kOwnQ = kQ / kSplit, kHalves = 2 / kSplit, kWarps = 8 * kSplit;
   constexpr int kMostRows = (kRows + kBlocks - 1) / kBlocks, n = kRows * kRow;
+  constexpr bool kLate = kSplit * kLogQ == 1;  // 64 registers: su is loaded when there is room
   __shared__ __align__(16) float z[kFactor * (kQ == 2 ? 168 : 296)];
   __shared__ __align__(16) float rows[kMostRows * kRow];
   __shared__ uint32_t product_signs[kFactor], result_signs[kFactor];
@@ -108,24 +109,28 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
   auto place_of = [&](int q, int i) {
     return (min(g + 8 * i, kHalf - 1) * kQ + first_q + q) * kRow + column;
   };
+  float2 low_scale[kOwnQ][2], high_scale[kOwnQ][2], su[kOwnQ][2];
 #pragma unroll
   for (int q = 0; q < kOwnQ; ++q)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      prefetch_constant(sv + place_of(q, i));
-      prefetch_constant(sv + n + place_of(q, i));
-      prefetch_constant(p.su + place_of(q, i));
+      low_scale[q][i] = load_floats(sv + place_of(q, i));
+      high_scale[q][i] = load_floats(sv + n + place_of(q, i));
+      if (!kLate) su[q][i] = load_floats(p.su + place_of(q, i));
     }
+  if (kLate)  // bring them to L2 (prefetches of scattered lanes cost 3 us)
+    for (int i = tid; i < kRows * kSpan / 4; i += 32 * kWarps)
+      load_cached(p.su + i / (kSpan / 4) * kRow + own * kSpan + i % (kSpan / 4) * 4);
   // The last warp makes the masks; of the others 16 threads have a row's slots.
   constexpr int kLoaded = kFactor / kHalves, kWords = kFactor / 4;  // a, at a time
   static_assert(kLoaded * kSpan / 4 <= (kWarps - 1) * 32, "one warp does not load slots");
-  uint32_t words[kWords], bytes[kFactor];
+  uint32_t product_h[kWords], result_h[kWords];  // row `lane`
   if (warp == kWarps - 1) {
-    const int row = min(lane, kFactor - 1);
+    const int at = min(lane, kFactor - 1) * kFactor;
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) words[k] = load_word(p.product.r.h + row * kFactor + 4 * k);
+    for (int k = 0; k < kWords; ++k) product_h[k] = load_word(p.product.r.h + at + 4 * k);
 #pragma unroll
-    for (int k = 0; k < kFactor; ++k) bytes[k] = load_byte(p.h + k * kFactor + row);
+    for (int k = 0; k < kWords; ++k) result_h[k] = load_word(p.h + at + 4 * k);
   }
   const int quad = tid % 16 * 4, loaded = min(tid / 16, kLoaded - 1);
   RotateSource source[kQ];
@@ -142,8 +147,9 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
     uint32_t by_row = 0, by_column = 0;
 #pragma unroll
     for (int k = 0; k < kFactor; ++k) {
-      by_row |= (words[k / 4] >> (8 * (k % 4) + 7) & 1) << k;
-      by_column |= (bytes[k] >> 7) << k;
+      by_row |= (product_h[k / 4] >> (8 * (k % 4) + 7) & 1) << k;
+      const uint32_t column = __ballot_sync(~0u, result_h[k / 4] >> (8 * (k % 4) + 7) & 1);
+      if (lane == k) by_column = column;
     }
     if (lane < kFactor) {
       product_signs[lane] = by_row;
@@ -184,14 +190,6 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
         *reinterpret_cast<float4*>(z + place<kQ>(a, q) + quad) = v[q];
     }
   }
-  float2 low_scale[kOwnQ][2], high_scale[kOwnQ][2], su[kOwnQ][2];
-#pragma unroll
-  for (int q = 0; q < kOwnQ; ++q)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      low_scale[q][i] = load_floats(sv + place_of(q, i));
-      high_scale[q][i] = load_floats(sv + n + place_of(q, i));
-    }
   __syncthreads();
 
   float* const columns = z + warp % 8 * 8;
@@ -202,7 +200,7 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
   for (int q = 0; q < kOwnQ; ++q) {
     mix_factor(masks, columns, [&](int a) { return place<kQ>(a, first_q + q); }, product[q]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) su[q][i] = load_floats(p.su + place_of(q, i));
+    for (int i = 0; kLate && i < 2; ++i) su[q][i] = load_floats(p.su + place_of(q, i));
   }
   float y[kOwnQ][4];  // of rows g and g + 8, columns 2 t and 2 t + 1
 #pragma unroll
