@@ -86,13 +86,13 @@ __device__ __forceinline__ void load_masks(const uint32_t* signs, int first,
 // Grid: (8, tokens), clusters of 8; 256 * kSplit threads. kSplit warps share eight columns: by q up
 // to SwiGLU, then by halves of the result's rows.
 template <typename T, int kLogQ, int kSplit>
-__global__ void __launch_bounds__(256 * kSplit, kSplit * kLogQ == 1 ? 4 : 2 / kSplit)
+__global__ void __launch_bounds__(256 * kSplit, (kLogQ == 1 ? 4 : 2) / kSplit)
 mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
                   const __grid_constant__ RowSlots slots) {
   constexpr int kQ = 1 << kLogQ, kRows = kHalf * kQ;  // of the result
   constexpr int kOwnQ = kQ / kSplit, kHalves = 2 / kSplit, kWarps = 8 * kSplit;
   constexpr int kMostRows = (kRows + kBlocks - 1) / kBlocks, n = kRows * kRow;
-  constexpr bool kLate = kSplit * kLogQ == 1;  // 64 registers: su is loaded when there is room
+  constexpr bool kLate = kLogQ == 1;  // 64 registers: su is loaded when there is room
   __shared__ __align__(16) float z[kFactor * (kQ == 2 ? 168 : 296)];
   __shared__ __align__(16) float rows[kMostRows * kRow];
   __shared__ uint32_t product_signs[kFactor], result_signs[kFactor];
