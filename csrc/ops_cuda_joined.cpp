@@ -98,7 +98,7 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   m.tokens = tokens;
   aqlm::schedule_rotated(config, info, &m);
   m.local_bits = aqlm::local_bits_of(config, m.s, r, info);
-  if (!aqlm::takes_mix_swiglu(r, m.local_bits) || info.arch < 90) return false;
+  if (!aqlm::takes_mix_swiglu(r, m.local_bits)) return false;
   const Tensor workspace = launch_product(config, z, p.type, &m, stream);
   p.product.r = r;
   p.product.s = m.s;
@@ -112,6 +112,12 @@ bool matmul_swiglu(const aqlm::RotatedWeight& w, const Tensor& z, const std::opt
   p.h = next.h;
   p.y = y.mutable_data_ptr();
   p.gain = 1.f / std::sqrt(static_cast<float>(n));
+  if (info.arch >= 90 && tokens >= aqlm::kSwigluClusterTokens) {
+    check_cuda(aqlm::launch_mix_swiglu_clusters(p, stream), "mix_swiglu");
+    return true;
+  }
+  Tensor columns = fresh(z, {tokens, n}, ScalarType::Float);
+  p.columns = static_cast<float*>(columns.mutable_data_ptr());
   check_cuda(aqlm::launch_mix_swiglu(p, stream), "mix_swiglu");
   return true;
 }

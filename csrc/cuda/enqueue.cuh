@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
 #include <utility>
 
 #include "launch.h"
@@ -43,19 +42,13 @@ cudaError_t enqueue_placed(Placement place, void (*kernel)(Params...), dim3 grid
   DeviceInfo info;
   if (e == cudaSuccess) e = device_info(device, &info);
   if (e != cudaSuccess) return e;
-  cudaLaunchAttribute attributes[4];
+  cudaLaunchAttribute attributes[3];
   int count = 0;
   if (place.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count].val.clusterDim.x = place.cluster;
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
     ++count;
-    static const char* knob = getenv("AQLM_SPREAD");
-    if (knob == nullptr || knob[0] != '0') {
-    attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-    attributes[count].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
-    ++count;
-    }
   }
   if (info.arch >= 90 && dependent_launch) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;

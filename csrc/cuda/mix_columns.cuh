@@ -34,9 +34,17 @@ __device__ __forceinline__ RotateSource row_source(const RotateParams& p, const 
 }
 
 // Constants that are loaded where they stand, before the wait.
+__device__ __forceinline__ float load_float(const float* p) {
+  return __uint_as_float(load_word(p));
+}
 __device__ __forceinline__ float2 load_floats(const float* p) {
   const uint2 w = load_cached8(p);
   return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
+}
+__device__ __forceinline__ uint32_t load_byte(const int8_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
 }
 // Bytes of +-1 as `signed_one` takes them.
 __device__ __forceinline__ uint32_t sign_bytes(uint32_t h) {
