@@ -3,8 +3,13 @@
 //
 // With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
 // through rings: the x of a block's whole range lies in shared memory, and codes come to registers.
-// Bulk copies bring what stage_kernel has made of x, a barrier a step. A warp decodes 32 x 64
-// cells, two a step; a row's last cell may be missing: its x is zeros.
+// A warp decodes 32 x 64 cells, two a step; a row's last cell may be missing: its x is zeros.
+//
+//   kOwn   the block quantizes its range of x itself, a warp a token; no kernel before this one
+//   else   bulk copies bring what stage_kernel has made of x, a barrier a step
+//
+// The words of a step are looked up while the MMAs of the one before are under way, those of the
+// first while x comes.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -54,14 +59,74 @@ struct StepStream {
   }
 };
 
-template <int kTiles>
-__global__ void __launch_bounds__(tune::kResidentWarps * 32, 1)
+// A token's part of a block's range of x: a warp's loads, all in flight, and its integers.
+struct TokenRange {
+  static constexpr int kLoads = tune::kResidentOwnCells / 4;  // of a lane: eight values of a cell
+  uint4 raw[kLoads];
+
+  // Cells [cell0, cell0 + count) of a row of `row_cells`, the last of which may lie past K.
+  __device__ __forceinline__ void load(const RotatedMatmul& p, int token, int cell0, int count,
+                                       int row_cells, int lane) {
+    const uint16_t* const row = static_cast<const uint16_t*>(p.x) + token * p.x_stride;
+    auto each = [&](auto read) {
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int slot = 4 * j + lane / 8, cell = cell0 + slot;
+        const int k = (cell < row_cells ? cell : cell - row_cells) * kCellColumns + lane % 8 * 8;
+        raw[j] = make_uint4(0, 0, 0, 0);
+        read(row + k, token < p.tokens && slot < count && k < p.w.K, &raw[j]);
+      }
+    };
+    if (reinterpret_cast<uintptr_t>(row) % 16 == 0) {
+      each([](const uint16_t* at, bool wanted, uint4* v) { load_cached_if(wanted, at, v); });
+    } else {
+      each([](const uint16_t* at, bool wanted, uint4* v) {
+        if (wanted)
+          *v = make_uint4(at[0] | at[1] << 16, at[2] | at[3] << 16, at[4] | at[5] << 16,
+                          at[6] | at[7] << 16);
+      });
+    }
+  }
+  // To the token's two columns of `count` cells. Returns the scale.
+  template <typename T>
+  __device__ __forceinline__ float stage(uint8_t* columns, int count, int cell_bytes,
+                                         const StageLayout& layout, int lane) const {
+    uint32_t most = 0;  // the largest magnitude, which is in the order of its bits
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const uint32_t w[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) most = __vmaxu2(most, w[i] & 0x7fff7fffu);
+    }
+    most = __reduce_max_sync(~0u, max(most & 0xffffu, most >> 16));
+    const float peak = unpack2(most, T()).x;
+    const float inverse = peak > 0.f ? __fdividef(kStageMax, peak) : 0.f;
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int slot = 4 * j + lane / 8;
+      float v[8];
+      unpack8<T>(raw[j], v);
+      int sum[2];
+      if (slot < count)
+        stage_eight<true>(v, inverse, columns + slot * cell_bytes, lane % 8, layout, sum);
+    }
+    return peak / kStageMax;
+  }
+};
+
+template <int kTiles, bool kOwn, int kGroup>
+__global__ void __launch_bounds__(kGroup == 1 ? 640 : tune::kResidentWarps * 32, 1)
 rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kWarps = tune::kResidentWarps, kColumns = 8 * kTiles, kDepth = 2;
-  constexpr int kX = kColumns * kStageColumn, kStep = 2 * kX;  // bytes of x: a cell, a step
+  constexpr int kWarps = tune::kResidentWarps, kDepth = 2;
+  // Bytes of x: 16 rows of K of all columns, a cell, a step.
+  constexpr int kChunk = tune::rotated_resident_chunk(kTiles, kOwn);
+  constexpr int kX = tune::rotated_resident_cell(kTiles, kOwn), kStep = 2 * kX;
   extern __shared__ __align__(1024) unsigned char smem[];
-  unsigned char* const cells = smem + tune::rotated_tables(Coding::kE8p, 2);
+  unsigned char* const head = smem + tune::rotated_tables(Coding::kE8p, 2);
+  unsigned char* const cells = head + tune::kResidentHead;
+  float* const own_scales = reinterpret_cast<float*>(head + 16);     // kOwn
+  uint64_t* const full = reinterpret_cast<uint64_t*>(head + 128);  // else
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
@@ -69,35 +134,64 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0, group0 = share.first / units;
   float* const exchange = reinterpret_cast<float*>(cells + count * kStep);  // [token][warp][row]
-  uint64_t* const full = reinterpret_cast<uint64_t*>(exchange + tokens * kWarps * kCellRows);
-
   // Codes: a register ring, filled ahead of the activations.
   StepStream codes(p, share, warp, lane);
   uint4 ring[kDepth][2] = {};
   grid_dependents_start();
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  if (threadIdx.x == 0) {
+  if (!kOwn && threadIdx.x == 0) {
     for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
     mbar::init_fence();
   }
   fill_e8p_tables<2>(smem, kWarps * 32);
   codes.prefetch(lane);  // after the tables' loads, which would wait for it
   const int slot0 = first_slot(p, group0);
+  if constexpr (kOwn)
+    prefetch_line(static_cast<const uint16_t*>(p.x) + min(warp, tokens - 1) * p.x_stride +
+                  unit0 * 2 * kCellColumns);
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   __syncthreads();
   grid_dependency_wait();
-  if (lane == 0) {
-    for (int i = warp; i < count; i += kWarps) {
-      const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
-      mbar::expect(full + i, kStep);
-      mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
+  TokenRange x_range;
+  if constexpr (kOwn) {
+    x_range.load(p, warp, unit0 * 2, count * 2, units * 2, lane);
+  } else {
+    if (lane == 0) {
+      for (int i = warp; i < count; i += kWarps) {
+        const int unit = unit0 + i < units ? unit0 + i : unit0 + i - units;
+        mbar::expect(full + i, kStep);
+        mbar::bulk_copy(cells + i * kStep, p.x_cells + size_t(unit) * kStep, kStep, full + i);
+      }
     }
+    __syncwarp();
   }
-  __syncwarp();
+
+  // Of kGroup cells, whose MMAs are waited for together: row tile i % 2 of cell i / 2.
+  uint32_t words[2 * kGroup][4];
+  const uint32_t lane_offset = lane * 4;
+  auto look_up = [&](const uint4 (&c)[2], int cell) {
+#pragma unroll
+    for (int i = 0; i < 2 * kGroup; ++i)
+      e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
+                   words[i]);
+  };
+  look_up(ring[0], 0);
+  if constexpr (kGroup == 2) codes.fetch(ring[0]);
+  if constexpr (kOwn) {
+    if (warp < tokens) {
+      unsigned char* const to = cells + 2 * warp * 16;
+      const StageLayout layout = {16, 4, kChunk};
+      const float scale = p.x_type == DType::kFloat16
+                              ? x_range.stage<__half>(to, count * 2, kX, layout, lane)
+                              : x_range.stage<__nv_bfloat16>(to, count * 2, kX, layout, lane);
+      if (lane == 0) own_scales[warp] = scale;
+    }
+    async_proxy_fence();  // MMAs read it
+    __syncthreads();
+  }
 
   int acc[2][kTiles * 4] = {};
-  const uint32_t lane_offset = lane * 4;
   // The compiler orders uses of `acc` by its values alone, not by the wait.
   auto finished = [&] {
 #pragma unroll
@@ -109,32 +203,39 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     return 256.f * v[0] + v[1];
   };
 
-  const uint64_t x_begin = core_matrices(cells, kColumns * 16, 128);
-  auto step = [&](int i, uint4 (&c)[2]) {
-    uint32_t words[4][4], a[4][2][4];  // of row tile i % 2, cell i / 2
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      e8p_words<2>(c[i / 2], c[i / 2], make_uint2(0, 0), 0, i % 2, lane_offset, words[i]);
-    codes.fetch(c);
-    mma_groups_wait<0>();
-    mbar::wait(full + i, 0);
-    // MMAs read their A registers until they are waited for, which the compiler does not know:
-    // what writes them must depend on something that comes after the wait.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
-      e8p_expand<2>(words[i], 0, a[i]);
-    }
+  const uint64_t x_begin = core_matrices(cells, kChunk, 128);
+  // Step i, whose first words are there; `now` is its codes, looks up the first of `next`.
+  auto step = [&](int i, uint4 (&now)[2], uint4 (&next)[2]) {
     const uint64_t x = x_begin + (i * kStep >> 4);
-    mma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = i / 2 * kX;
-      wgmma(acc[i % 2], a[i][0], x + (at >> 4));
-      wgmma(acc[i % 2], a[i][1], x + (at + 2 * kColumns * 16 >> 4));
+    for (int cell = 0; cell < 2; cell += kGroup) {
+      uint32_t a[2 * kGroup][2][4];
+      mma_groups_wait<0>();
+      if (!kOwn && cell == 0) mbar::wait(full + i, 0);
+      // MMAs read their A registers until they are waited for, which the compiler does not know:
+      // what writes them must depend on something that comes after the wait.
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+        e8p_expand<2>(words[i], 0, a[i]);
+      }
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i) {
+        const int at = (cell + i / 2) * kX;
+        wgmma(acc[i % 2], a[i][0], x + (at >> 4));
+        wgmma(acc[i % 2], a[i][1], x + (at + 2 * kChunk >> 4));
+      }
+      mma_group_commit();
+      if (cell + kGroup < 2) {
+        look_up(now, cell + kGroup);
+        codes.fetch(now);
+      } else {
+        look_up(next, 0);
+        if constexpr (kGroup == 2) codes.fetch(next);
+      }
     }
-    mma_group_commit();
   };
 
   auto swap = [&] {
@@ -151,12 +252,12 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     const int end = min(count, begin + units - unit);
     for (int i = begin;;) {
       if (i == end) break;
-      step(i++, ring[0]);
+      step(i++, ring[0], ring[1]);
       if (i == end) {  // the next row group begins with the ring's first registers
         swap();
         break;
       }
-      step(i++, ring[1]);
+      step(i++, ring[1], ring[0]);
     }
     mma_groups_wait<0>();
     finished();
@@ -172,7 +273,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       for (int n = 0; n < kTiles; ++n) {
         if (n * 4 >= tokens) break;
         const int m = n * 4 + first, token = min(m, tokens - 1);
-        const float x_scale = p.x_scales[token];
+        const float x_scale = kOwn ? own_scales[token] : p.x_scales[token];
         float v[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) v[r] = combined(r, n) * (x_scale * (1.f / 32.f));

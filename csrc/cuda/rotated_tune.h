@@ -111,10 +111,21 @@ constexpr int kResidentWarps = 16, kResidentLeastCells = 12;
 AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles) {
   return tiles == 4 && coding == Coding::kE8p && bits == 2;
 }
+// Cells of a block up to which it quantizes its range of x itself.
+constexpr int kResidentOwnCells = 28;
+// Bytes of x in shared memory: 16 rows of K (a core matrix of every eight columns), a cell. A block
+// that writes it itself pads both, so that a warp's stores of four cells are to 32 banks.
+AQLM_HD constexpr int rotated_resident_chunk(int tiles, bool own) {
+  return tiles * 128 + (own ? 16 : 0);
+}
+AQLM_HD constexpr int rotated_resident_cell(int tiles, bool own) {
+  return 4 * rotated_resident_chunk(tiles, own) + (own ? 32 : 0);
+}
 // steps: of x of a block.
-AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, int tokens) {
-  return rotated_tables(coding, bits) + steps * (2 * 4 * 512 + 8) +
-         tokens * kResidentWarps * kCellRows * 4;
+constexpr int kResidentHead = 640;  // a slot, scales of x, barriers
+AQLM_HD constexpr int rotated_resident_smem(int steps, int tokens, bool own) {
+  return rotated_tables(Coding::kE8p, 2) + kResidentHead +
+         steps * 2 * rotated_resident_cell(4, own) + tokens * kResidentWarps * kCellRows * 4;
 }
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of

@@ -1,4 +1,6 @@
 // Instantiates cuda.e8p or cuda.scalar for AQLM_CODING and AQLM_BITS.
+#include <cstdlib>
+
 #include "../enqueue.cuh"
 #include "../rotated_bodies.h"
 #include "../rotated_dequant.cuh"
@@ -65,13 +67,13 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
-template <int kTiles>
+template <int kTiles, bool kOwn, int kGroup>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_resident_kernel<kTiles>;
-  const int steps = tune::local_cells(p.s);
-  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, steps, p.tokens);
-  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
-                           p);
+  auto kernel = rotated_resident_kernel<kTiles, kOwn, kGroup>;
+  const int smem = tune::rotated_resident_smem(tune::local_cells(p.s), p.tokens, kOwn);
+  const int carve = getenv("AQLM_X_CARVE") ? atoi(getenv("AQLM_X_CARVE")) : 0;
+  return AQLM_ENQUEUE_PLACED((Placement{1, carve}), kernel, 227 << 10, p.s.ctas,
+                             tune::kResidentWarps * 32, smem, stream, p);
 }
 
 template <int kTiles>
@@ -124,9 +126,14 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   }
   if (c.wgmma) {
     if (tiles == 4) {
-      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4))
-        return matmul_resident<4>(p, stream);
-      else
+      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4)) {
+        const int group = getenv("AQLM_X_GROUP") ? atoi(getenv("AQLM_X_GROUP")) : 2;
+        if (group == 1)
+          return c.share == Share::kLocal ? matmul_resident<4, true, 1>(p, stream)
+                                          : matmul_resident<4, false, 1>(p, stream);
+        return c.share == Share::kLocal ? matmul_resident<4, true, 2>(p, stream)
+                                        : matmul_resident<4, false, 2>(p, stream);
+      } else
         return wgmma_tiles<4, kGrouped>(p, stream);
     }
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
