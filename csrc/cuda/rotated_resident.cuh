@@ -50,6 +50,18 @@ struct StepStream {
       c[0] = load_stream(from);
       if (missing == 0 || wrap > 1) c[1] = load_stream(from + kCodes);
     }
+    advance();
+  }
+  // Starts copying the next step to shared memory: every lane its own.
+  __device__ __forceinline__ void copy(unsigned char* to) {
+    if (left > 0) {
+      copy_async(to, from);
+      if (missing == 0 || wrap > 1) copy_async(to + kCodes, from + kCodes);
+    }
+    copy_commit();
+    advance();
+  }
+  __device__ __forceinline__ void advance() {
     --left;
     from += 2 * kCodes;
     if (--wrap == 0) {
@@ -114,11 +126,13 @@ struct TokenRange {
   }
 };
 
-template <int kTiles, bool kOwn, int kGroup>
-__global__ void __launch_bounds__(kGroup == 1 ? 640 : tune::kResidentWarps * 32, 1)
+template <int kTiles, bool kOwn, int kForm>
+__global__ void __launch_bounds__(kForm == 3 ? 768 : kForm == 1 ? 640 : tune::kResidentWarps * 32, 1)
 rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kWarps = tune::kResidentWarps, kDepth = 2;
+  constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kGroup = kForm == 2 ? 2 : 1;
+  constexpr bool kShared = kForm == 3;
+  constexpr int kSlots = 3, kStepCodes = 2 * StepStream::kCodes;
   // Bytes of x: 16 rows of K of all columns, a cell, a step.
   constexpr int kChunk = tune::rotated_resident_chunk(kTiles, kOwn);
   constexpr int kX = tune::rotated_resident_cell(kTiles, kOwn), kStep = 2 * kX;
@@ -138,8 +152,17 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   StepStream codes(p, share, warp, lane);
   uint4 ring[kDepth][2] = {};
   grid_dependents_start();
+  float* const after = exchange + tokens * kWarps * kCellRows;
+  unsigned char* const own_codes =
+      reinterpret_cast<unsigned char*>(after) + warp * kSlots * kStepCodes + lane * 16;
+  int read = 0;
+  if constexpr (kShared) {
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
+    for (int d = 0; d < kSlots; ++d) codes.copy(own_codes + d * kStepCodes);
+  } else {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
+  }
   if (!kOwn && threadIdx.x == 0) {
     for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
     mbar::init_fence();
@@ -176,8 +199,20 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
                    words[i]);
   };
-  look_up(ring[0], 0);
-  if constexpr (kGroup == 2) codes.fetch(ring[0]);
+  auto look_up_shared = [&](int cell) {
+    const uint4 c[1] = {*reinterpret_cast<const uint4*>(own_codes + read * kStepCodes +
+                                                        cell * StepStream::kCodes)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      e8p_words<2>(c[0], c[0], make_uint2(0, 0), 0, i, lane_offset, words[i]);
+  };
+  if constexpr (kShared) {
+    copy_wait<kSlots - 1>();
+    look_up_shared(0);
+  } else {
+    look_up(ring[0], 0);
+  }
+  if constexpr (kForm == 2) codes.fetch(ring[0]);
   if constexpr (kOwn) {
     if (warp < tokens) {
       unsigned char* const to = cells + 2 * warp * 16;
@@ -204,30 +239,33 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   };
 
   const uint64_t x_begin = core_matrices(cells, kChunk, 128);
+  auto multiply = [&](int i, int cell) {
+    const uint64_t x = x_begin + (i * kStep + cell * kX >> 4);
+    uint32_t a[2 * kGroup][2][4];
+    mma_groups_wait<0>();
+    if (!kOwn && cell == 0) mbar::wait(full + i, 0);
+    // MMAs read their A registers until they are waited for, which the compiler does not know:
+    // what writes them must depend on something that comes after the wait.
+#pragma unroll
+    for (int i = 0; i < 2 * kGroup; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+      e8p_expand<2>(words[i], 0, a[i]);
+    }
+    mma_fence();
+#pragma unroll
+    for (int i = 0; i < 2 * kGroup; ++i) {
+      const int at = i / 2 * kX;
+      wgmma(acc[i % 2], a[i][0], x + (at >> 4));
+      wgmma(acc[i % 2], a[i][1], x + (at + 2 * kChunk >> 4));
+    }
+    mma_group_commit();
+  };
   // Step i, whose first words are there; `now` is its codes, looks up the first of `next`.
   auto step = [&](int i, uint4 (&now)[2], uint4 (&next)[2]) {
-    const uint64_t x = x_begin + (i * kStep >> 4);
 #pragma unroll
     for (int cell = 0; cell < 2; cell += kGroup) {
-      uint32_t a[2 * kGroup][2][4];
-      mma_groups_wait<0>();
-      if (!kOwn && cell == 0) mbar::wait(full + i, 0);
-      // MMAs read their A registers until they are waited for, which the compiler does not know:
-      // what writes them must depend on something that comes after the wait.
-#pragma unroll
-      for (int i = 0; i < 2 * kGroup; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
-        e8p_expand<2>(words[i], 0, a[i]);
-      }
-      mma_fence();
-#pragma unroll
-      for (int i = 0; i < 2 * kGroup; ++i) {
-        const int at = (cell + i / 2) * kX;
-        wgmma(acc[i % 2], a[i][0], x + (at >> 4));
-        wgmma(acc[i % 2], a[i][1], x + (at + 2 * kChunk >> 4));
-      }
-      mma_group_commit();
+      multiply(i, cell);
       if (cell + kGroup < 2) {
         look_up(now, cell + kGroup);
         codes.fetch(now);
@@ -250,7 +288,17 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   int begin = 0, group = group0, unit = unit0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
-    for (int i = begin;;) {
+    if constexpr (kShared) {
+      for (int i = begin; i < end; ++i) {
+        multiply(i, 0);
+        look_up_shared(1);
+        codes.copy(own_codes + read * kStepCodes);
+        multiply(i, 1);
+        copy_wait<kSlots - 1>();
+        if (++read == kSlots) read = 0;
+        look_up_shared(0);
+      }
+    } else for (int i = begin;;) {
       if (i == end) break;
       step(i++, ring[0], ring[1]);
       if (i == end) {  // the next row group begins with the ring's first registers
