@@ -188,8 +188,10 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
+  if (getenv("AQLM_X_FIVE") && hopper && c.tiles == 2 && tune::rotated_resident(w.coding, w.bits, 4))
+    c.tiles = 4;
   const bool resident =
-      hopper && !c.half && tune::rotated_resident(w.coding, w.bits, c.tiles) && tokens > 8;
+      hopper && !c.half && tune::rotated_resident(w.coding, w.bits, c.tiles);
   const bool own = resident && resident_stages(c, w, x_type, tokens, device);
   c.share = c.tiles == 1 || own || stages_itself(c, w, tokens, device) ? Share::kLocal
                                                                        : Share::kRing;
