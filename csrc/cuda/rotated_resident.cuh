@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kForm == 3 ? 768 : kForm == 1 ? 640 : tune::kR
 rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kGroup = kForm == 2 ? 2 : 1;
+  constexpr int kPad = tune::kResidentPad;
   constexpr bool kShared = kForm == 3;
   constexpr int kSlots = 3, kStepCodes = 2 * StepStream::kCodes;
   // Bytes of x: 16 rows of K of all columns, a cell, a step.
@@ -152,7 +153,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   StepStream codes(p, share, warp, lane);
   uint4 ring[kDepth][2] = {};
   grid_dependents_start();
-  float* const after = exchange + tokens * kWarps * kCellRows;
+  float* const after = exchange + tokens * (kWarps * kCellRows + kPad);
   unsigned char* const own_codes =
       reinterpret_cast<unsigned char*>(after) + warp * kSlots * kStepCodes + lane * 16;
   int read = 0;
@@ -327,14 +328,15 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
         for (int r = 0; r < 4; ++r) v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
         if (p.local_bits > 0) transform_rows(v, p.local_bits);
         if (m < tokens) {
-          float* const to = (exchanged ? exchange : out) + (m * kWarps + warp) * kCellRows + g;
+          float* const to = (exchanged ? exchange + m * kPad : out) +
+                            (m * kWarps + warp) * kCellRows + g;
 #pragma unroll
           for (int r = 0; r < 4; ++r) to[r * 8] = v[r];
         }
       }
       if (exchanged) {
         __syncthreads();
-        transform_warps<kWarps>(exchange, tokens, p.local_bits - 5, out, blocks - group * kWarps,
+        transform_warps<kWarps, kPad>(exchange, tokens, p.local_bits - 5, out, blocks - group * kWarps,
                                 warp);
         if (end < count) __syncthreads();  // the next row group writes there
       }

@@ -111,15 +111,15 @@ __device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
 // The next bits of the row, those of the warp's index, by all kWarps warps of the block: `from`
 // holds 32 rows of every warp for `tokens` tokens. A warp does one half of one transform of a token,
 // eight values a lane at most, which is what registers allow beside accumulators. Blocks from
-// `blocks` on are not stored. first: the warp's first item.
-template <int kWarps>
+// `blocks` on are not stored. first: the warp's first item. kPad: floats between two tokens' rows.
+template <int kWarps, int kPad = 0>
 __device__ __forceinline__ void transform_warps(const float* from, int tokens, int bits, float* to,
                                                 int blocks, int first) {
   const int lane = threadIdx.x % 32, size = 1 << bits, parts = kWarps >> bits;
   const int halves = bits > 3 ? 2 : 1;
   for (int item = first; item < tokens * parts * halves; item += kWarps) {
     const int half = item % halves, row = item / halves * size;  // row: of warps, over all tokens
-    const float* at = from + row * kCellRows + lane;
+    const float* at = from + row * kCellRows + row / kWarps * kPad + lane;
     float v[8];
 #pragma unroll
     for (int w = 0; w < 8; ++w) {

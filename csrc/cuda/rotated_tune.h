@@ -122,10 +122,12 @@ AQLM_HD constexpr int rotated_resident_cell(int tiles, bool own) {
   return 4 * rotated_resident_chunk(tiles, own) + (own ? 32 : 0);
 }
 // steps: of x of a block.
+// Floats between the exchanged rows of two tokens: four tokens of a store in banks of their own.
+constexpr int kResidentPad = 8;
 constexpr int kResidentHead = 640;  // a slot, scales of x, barriers
 AQLM_HD constexpr int rotated_resident_smem(int steps, int tokens, bool own) {
   return rotated_tables(Coding::kE8p, 2) + kResidentHead +
-         steps * 2 * rotated_resident_cell(4, own) + tokens * kResidentWarps * kCellRows * 4 + (own ? 48 << 10 : 0);
+         steps * 2 * rotated_resident_cell(4, own) + tokens * (kResidentWarps * kCellRows + kResidentPad) * 4 + (own ? 48 << 10 : 0);
 }
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of
