@@ -335,9 +335,10 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       const bool few = p.tokens <= kFewTokens;
       const int threads = few ? 64 : kFlatThreads;  // few tokens: more SMs
       const bool several = p.partials != nullptr && p.tokens > 16;
-      const int each = several ? kSumTokens : 1;
+      const int form = getenv("AQLM_X_SUM") ? atoi(getenv("AQLM_X_SUM")) : 42;
+      const int each = several ? form / 10 : 1;
       const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), (p.tokens + each - 1) / each);
-      const auto kernel = several ? rotate_sums_kernel
+      const auto kernel = several ? (form == 42 ? rotate_sums_kernel<4, 2> : form == 52 ? rotate_sums_kernel<5, 2> : form == 43 ? rotate_sums_kernel<4, 3> : form == 53 ? rotate_sums_kernel<5, 3> : rotate_sums_kernel<3, 3>)
                           : few   ? rotate_flat_kernel<kFewSlots>
                                   : rotate_flat_kernel<kManySlots>;
       e = enqueue(kernel, grid, threads, 0, stream, p);
