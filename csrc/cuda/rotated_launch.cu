@@ -123,19 +123,20 @@ cudaError_t scalar_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaSt
   return RotatedBodies<Coding::kScalar, kBits>::matmul(c, p, stream);
 }
 
-// Whether blocks of rotated_resident.cuh quantize their range of x.
-bool resident_stages(RotatedConfig c, const RotatedWeight& w, DType x_type, int tokens,
-                     const DeviceInfo& device) {
+// Whether rotated_resident.cuh takes 5 .. 16 tokens and its blocks quantize their range of x.
+bool resident_stages(const RotatedWeight& w, DType x_type, int tokens, const DeviceInfo& device) {
+  if (tokens > 16 || x_type == DType::kFloat32 || !tune::rotated_resident(w.coding, w.bits, 4))
+    return false;
+  RotatedConfig c = {};
+  c.tiles = 4;
   c.wgmma = true;
   c.share = Share::kLocal;
   RotatedMatmul p = {};
   p.w = w;
   p.tokens = tokens;
   schedule_rotated(c, device, &p);
-  const int most = getenv("AQLM_X_MOST") ? atoi(getenv("AQLM_X_MOST")) : 28;
-  const int least = getenv("AQLM_X_LEAST") ? atoi(getenv("AQLM_X_LEAST")) : 1;
-  const int cells = 2 * tune::local_cells(p.s);
-  return x_type != DType::kFloat32 && cells <= most && cells >= least;
+  const int most = getenv("AQLM_X_MOST") ? atoi(getenv("AQLM_X_MOST")) : tune::kResidentOwnCells;
+  return 2 * tune::local_cells(p.s) <= most;
 }
 
 // Whether blocks have room for their range of x of more than four tokens.
@@ -188,11 +189,8 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
-  if (getenv("AQLM_X_FIVE") && hopper && c.tiles == 2 && tune::rotated_resident(w.coding, w.bits, 4))
-    c.tiles = 4;
-  const bool resident =
-      hopper && !c.half && tune::rotated_resident(w.coding, w.bits, c.tiles);
-  const bool own = resident && resident_stages(c, w, x_type, tokens, device);
+  const bool own = hopper && tokens > 4 && resident_stages(w, x_type, tokens, device);
+  if (own) c.tiles = 4;
   c.share = c.tiles == 1 || own || stages_itself(c, w, tokens, device) ? Share::kLocal
                                                                        : Share::kRing;
   if (c.tiles == 1 && !c.grouped && x_type != DType::kFloat32 &&

@@ -27,7 +27,7 @@
 namespace aqlm {
 
 // A pair's codes: four cells a step, of one row block, in the order of the block's share.
-template <int kBits, bool kSplit>
+template <int kBits>
 struct PairRing {
   static constexpr int kCells = tune::kPairCells, kSlots = tune::kPairStages;
   static constexpr int kCodes = kCellRows * kCellColumns / 8 * kBits;  // of a cell
@@ -52,8 +52,8 @@ struct PairRing {
     jump = (kPairs * row_cells - (units - 1) * kCells) * kCodes;
     from = p.w.packed + (size_t(block) * row_cells + share.unit0 * kCells + begin) * kCodes +
            lane * 16;
-    to = space + pair * kSlots * kStep + begin * kCodes + lane * (kSplit ? 8 : 16);
-    own = space + pair * kSlots * kStep + (kSplit ? half * 256 + lane * 8 : half * 8 + lane * 16);
+    to = space + pair * kSlots * kStep + begin * kCodes + lane * 16;
+    own = space + pair * kSlots * kStep + half * 8 + lane * 16;
     full = barriers + pair * kSlots;
   }
   // Starts copying the warp's half of the next step.
@@ -63,16 +63,8 @@ struct PairRing {
       for (int n = 0; n < kCells / 2; ++n) {
         if (wrap == 1 && n >= last) break;
 #pragma unroll
-        for (int i = 0; i < kCodes / 512; ++i) {
-          unsigned char* const at = to + slot * kStep + n * kCodes + i * 512;
-          const uint8_t* const of = from + n * kCodes + i * 512;
-          if constexpr (kSplit) {
-            copy_async8(at, of);
-            copy_async8(at + 256, of + 8);
-          } else {
-            copy_async(at, of);
-          }
-        }
+        for (int i = 0; i < kCodes / 512; ++i)
+          copy_async(to + slot * kStep + n * kCodes + i * 512, from + n * kCodes + i * 512);
       }
     }
     mbar::arrive_after_copies(full + slot);
@@ -118,14 +110,14 @@ struct TurnRing {
   }
 };
 
-template <Coding kCoding, int kBits, int kTiles, bool kSplit>
+template <Coding kCoding, int kBits, int kTiles>
 __global__ void __launch_bounds__(tune::kPairWarps * 32, 1)
 rotated_pairs_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kE8p = kCoding == Coding::kE8p;
   constexpr int kWarps = tune::kPairWarps, kColumns = 8 * kTiles, kStages = tune::kPairStages;
   constexpr int kCells = tune::kPairCells, kX = kColumns * kStageColumn;  // bytes of a cell
-  using Codes = PairRing<kBits, kSplit>;
+  using Codes = PairRing<kBits>;
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const code_space = smem + tune::rotated_tables(kCoding, kBits);
   unsigned char* const cells = code_space + kWarps / 2 * kStages * Codes::kStep;

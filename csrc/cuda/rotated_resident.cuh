@@ -52,15 +52,6 @@ struct StepStream {
     }
     advance();
   }
-  // Starts copying the next step to shared memory: every lane its own.
-  __device__ __forceinline__ void copy(unsigned char* to) {
-    if (left > 0) {
-      copy_async(to, from);
-      if (missing == 0 || wrap > 1) copy_async(to + kCodes, from + kCodes);
-    }
-    copy_commit();
-    advance();
-  }
   __device__ __forceinline__ void advance() {
     --left;
     from += 2 * kCodes;
@@ -126,14 +117,10 @@ struct TokenRange {
   }
 };
 
-template <int kTiles, bool kOwn, int kForm>
-__global__ void __launch_bounds__(kForm == 3 ? 768 : kForm == 1 ? 640 : tune::kResidentWarps * 32, 1)
-rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
+template <int kTiles, bool kOwn, int kGroup>
+__device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kGroup = kForm == 2 ? 2 : 1;
-  constexpr int kPad = tune::kResidentPad;
-  constexpr bool kShared = kForm == 3;
-  constexpr int kSlots = 3, kStepCodes = 2 * StepStream::kCodes;
+  constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kPad = tune::kResidentPad;
   // Bytes of x: 16 rows of K of all columns, a cell, a step.
   constexpr int kChunk = tune::rotated_resident_chunk(kTiles, kOwn);
   constexpr int kX = tune::rotated_resident_cell(kTiles, kOwn), kStep = 2 * kX;
@@ -153,17 +140,8 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   StepStream codes(p, share, warp, lane);
   uint4 ring[kDepth][2] = {};
   grid_dependents_start();
-  float* const after = exchange + tokens * (kWarps * kCellRows + kPad);
-  unsigned char* const own_codes =
-      reinterpret_cast<unsigned char*>(after) + warp * kSlots * kStepCodes + lane * 16;
-  int read = 0;
-  if constexpr (kShared) {
 #pragma unroll
-    for (int d = 0; d < kSlots; ++d) codes.copy(own_codes + d * kStepCodes);
-  } else {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
-  }
+  for (int d = 0; d < kDepth; ++d) codes.fetch(ring[d]);
   if (!kOwn && threadIdx.x == 0) {
     for (int i = 0; i < count; ++i) mbar::init(full + i, 1);
     mbar::init_fence();
@@ -200,20 +178,8 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
       e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
                    words[i]);
   };
-  auto look_up_shared = [&](int cell) {
-    const uint4 c[1] = {*reinterpret_cast<const uint4*>(own_codes + read * kStepCodes +
-                                                        cell * StepStream::kCodes)};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      e8p_words<2>(c[0], c[0], make_uint2(0, 0), 0, i, lane_offset, words[i]);
-  };
-  if constexpr (kShared) {
-    copy_wait<kSlots - 1>();
-    look_up_shared(0);
-  } else {
-    look_up(ring[0], 0);
-  }
-  if constexpr (kForm == 2) codes.fetch(ring[0]);
+  look_up(ring[0], 0);
+  if constexpr (kGroup == 2) codes.fetch(ring[0]);
   if constexpr (kOwn) {
     if (warp < tokens) {
       unsigned char* const to = cells + 2 * warp * 16;
@@ -240,6 +206,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   };
 
   const uint64_t x_begin = core_matrices(cells, kChunk, 128);
+  // Of the group of cells from `cell` on.
   auto multiply = [&](int i, int cell) {
     const uint64_t x = x_begin + (i * kStep + cell * kX >> 4);
     uint32_t a[2 * kGroup][2][4];
@@ -268,10 +235,10 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     for (int cell = 0; cell < 2; cell += kGroup) {
       multiply(i, cell);
       if (cell + kGroup < 2) {
-        look_up(now, cell + kGroup);
+        if (tokens > 0) look_up(now, cell + kGroup);
         codes.fetch(now);
       } else {
-        look_up(next, 0);
+        if (i + 1 < count) look_up(next, 0);
         if constexpr (kGroup == 2) codes.fetch(next);
       }
     }
@@ -289,17 +256,7 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   int begin = 0, group = group0, unit = unit0;
   for (;;) {  // row groups
     const int end = min(count, begin + units - unit);
-    if constexpr (kShared) {
-      for (int i = begin; i < end; ++i) {
-        multiply(i, 0);
-        look_up_shared(1);
-        codes.copy(own_codes + read * kStepCodes);
-        multiply(i, 1);
-        copy_wait<kSlots - 1>();
-        if (++read == kSlots) read = 0;
-        look_up_shared(0);
-      }
-    } else for (int i = begin;;) {
+    for (int i = begin;;) {
       if (i == end) break;
       step(i++, ring[0], ring[1]);
       if (i == end) {  // the next row group begins with the ring's first registers
@@ -350,6 +307,16 @@ rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
     ++group;
   }
 #endif
+}
+
+template <int kTiles, bool kOwn>
+__global__ void __maxnreg__(88) rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
+  resident_body<kTiles, kOwn, 1>(p);
+}
+template <int kTiles, bool kOwn>
+__global__ void __launch_bounds__(512, 1)
+rotated_resident_kernel2(const __grid_constant__ RotatedMatmul p) {
+  resident_body<kTiles, kOwn, 2>(p);
 }
 
 }  // namespace aqlm

@@ -127,7 +127,7 @@ constexpr int kResidentPad = 8;
 constexpr int kResidentHead = 640;  // a slot, scales of x, barriers
 AQLM_HD constexpr int rotated_resident_smem(int steps, int tokens, bool own) {
   return rotated_tables(Coding::kE8p, 2) + kResidentHead +
-         steps * 2 * rotated_resident_cell(4, own) + tokens * (kResidentWarps * kCellRows + kResidentPad) * 4 + (own ? 48 << 10 : 0);
+         steps * 2 * rotated_resident_cell(4, own) + tokens * (kResidentWarps * kCellRows + kResidentPad) * 4;
 }
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of

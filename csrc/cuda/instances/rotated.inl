@@ -69,7 +69,7 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
 
 template <int kTiles, bool kOwn, int kGroup>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_resident_kernel<kTiles, kOwn, kGroup>;
+  auto kernel = kGroup == 1 ? rotated_resident_kernel<kTiles, kOwn> : rotated_resident_kernel2<kTiles, kOwn>;
   const int smem = tune::rotated_resident_smem(tune::local_cells(p.s), p.tokens, kOwn);
   const int carve = getenv("AQLM_X_CARVE") ? atoi(getenv("AQLM_X_CARVE")) : 0;
   return AQLM_ENQUEUE_PLACED((Placement{1, carve}), kernel, 227 << 10, p.s.ctas,
@@ -78,12 +78,7 @@ cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
 
 template <int kTiles>
 cudaError_t matmul_pairs(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles, false>;
-  if (getenv("AQLM_X_SPLIT")) {
-    auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles, true>;
-    constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
-    return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
-  }
+  auto kernel = rotated_pairs_kernel<AQLM_CODING, AQLM_BITS, kTiles>;
   constexpr int kSmem = tune::rotated_pair_smem(AQLM_CODING, AQLM_BITS);
   static_assert(kTiles != 16 || kSmem <= 227 << 10, "a block of sm_90 has 227 KB");
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, tune::kPairWarps * 32, kSmem, stream, p);
@@ -133,7 +128,6 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
     if (tiles == 4) {
       if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4)) {
         const int group = getenv("AQLM_X_GROUP") ? atoi(getenv("AQLM_X_GROUP")) : 2;
-        if (group == 3 && c.share == Share::kLocal) return matmul_resident<4, true, 3>(p, stream);
         if (group == 1)
           return c.share == Share::kLocal ? matmul_resident<4, true, 1>(p, stream)
                                           : matmul_resident<4, false, 1>(p, stream);
