@@ -77,7 +77,7 @@ struct TokenRange {
         const int slot = 4 * j + lane / 8, cell = cell0 + slot;
         const int k = (cell < row_cells ? cell : cell - row_cells) * kCellColumns + lane % 8 * 8;
         raw[j] = make_uint4(0, 0, 0, 0);
-        read(row + k, token < p.tokens && slot < count && k < p.w.K, &raw[j]);
+        if (4 * j < count) read(row + k, token < p.tokens && slot < count && k < p.w.K, &raw[j]);
       }
     };
     if (reinterpret_cast<uintptr_t>(row) % 16 == 0) {
@@ -97,6 +97,7 @@ struct TokenRange {
     uint32_t most = 0;  // the largest magnitude, which is in the order of its bits
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
+      if (4 * j >= count) break;
       const uint32_t w[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) most = __vmaxu2(most, w[i] & 0x7fff7fffu);
@@ -275,27 +276,32 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
       float* const out = partials_of(p, group, begin == 0 ? slot0 : 0);
       int first = t;  // token of tile 0, and no addresses of all tokens held through the loop
       asm volatile("" : "+r"(first));
+      auto tiles = [&](auto transform, float* to, int stride) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if (n * 4 >= tokens) break;
-        const int m = n * 4 + first, token = min(m, tokens - 1);
-        const float x_scale = kOwn ? own_scales[token] : p.x_scales[token];
-        float v[4];
+        for (int n = 0; n < kTiles; ++n) {
+          if (n * 4 >= tokens) break;
+          const int m = n * 4 + first, token = min(m, tokens - 1);
+          const float x_scale = kOwn ? own_scales[token] : p.x_scales[token];
+          float v[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
-        if (p.local_bits > 0) transform_rows(v, p.local_bits);
-        if (m < tokens) {
-          float* const to = (exchanged ? exchange + m * kPad : out) +
-                            (m * kWarps + warp) * kCellRows + g;
+          for (int r = 0; r < 4; ++r) v[r] = combined(r, n) * (x_scale * (1.f / 32.f));
+          transform(v);
+          if (m < tokens) {
+            float* const at = to + m * stride + warp * kCellRows + g;
 #pragma unroll
-          for (int r = 0; r < 4; ++r) to[r * 8] = v[r];
+            for (int r = 0; r < 4; ++r) at[r * 8] = v[r];
+          }
         }
-      }
+      };
       if (exchanged) {
+        tiles([](float (&v)[4]) { transform_all_rows(v); }, exchange, kWarps * kCellRows + kPad);
         __syncthreads();
-        transform_warps<kWarps, kPad>(exchange, tokens, p.local_bits - 5, out, blocks - group * kWarps,
-                                warp);
+        transform_warps<kWarps, kPad>(exchange, tokens, p.local_bits - 5, out,
+                                      blocks - group * kWarps, warp);
         if (end < count) __syncthreads();  // the next row group writes there
+      } else {
+        tiles([&](float (&v)[4]) { if (p.local_bits > 0) transform_rows(v, p.local_bits); }, out,
+              kWarps * kCellRows);
       }
     }
     if (end == count) break;
@@ -310,7 +316,7 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
 }
 
 template <int kTiles, bool kOwn>
-__global__ void __maxnreg__(88) rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
+__global__ void __maxnreg__(kOwn ? 88 : 104) rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
   resident_body<kTiles, kOwn, 1>(p);
 }
 template <int kTiles, bool kOwn>

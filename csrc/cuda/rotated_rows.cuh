@@ -108,6 +108,22 @@ __device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
   }
 }
 
+// All five bits, in half the instructions: of tile after tile.
+__device__ __forceinline__ void transform_all_rows(float (&v)[4]) {
+  const int lane = threadIdx.x % 32;
+  const float sums[2] = {v[0] + v[1], v[2] + v[3]}, differences[2] = {v[0] - v[1], v[2] - v[3]};
+  v[0] = sums[0] + sums[1];
+  v[1] = differences[0] + differences[1];
+  v[2] = sums[0] - sums[1];
+  v[3] = differences[0] - differences[1];
+#pragma unroll
+  for (int b = 4; b < 32; b *= 2) {
+    const float sign = lane & b ? -1.f : 1.f;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) v[r] = fmaf(sign, v[r], __shfl_xor_sync(~0u, v[r], b));
+  }
+}
+
 // The next bits of the row, those of the warp's index, by all kWarps warps of the block: `from`
 // holds 32 rows of every warp for `tokens` tokens. A warp does one half of one transform of a token,
 // eight values a lane at most, which is what registers allow beside accumulators. Blocks from
