@@ -118,7 +118,7 @@ struct TokenRange {
   }
 };
 
-template <int kTiles, bool kOwn, int kGroup>
+template <int kTiles, bool kOwn, int kGroup, bool kAhead>
 __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kPad = tune::kResidentPad;
@@ -179,8 +179,10 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
       e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
                    words[i]);
   };
-  look_up(ring[0], 0);
-  if constexpr (kGroup == 2) codes.fetch(ring[0]);
+  if constexpr (kAhead) {
+    look_up(ring[0], 0);
+    if constexpr (kGroup == 2) codes.fetch(ring[0]);
+  }
   if constexpr (kOwn) {
     if (warp < tokens) {
       unsigned char* const to = cells + 2 * warp * 16;
@@ -234,7 +236,12 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
   auto step = [&](int i, uint4 (&now)[2], uint4 (&next)[2]) {
 #pragma unroll
     for (int cell = 0; cell < 2; cell += kGroup) {
+      if constexpr (!kAhead) {
+        if (cell == 0 || tokens > 0) look_up(now, cell);
+        if (cell + kGroup == 2) codes.fetch(now);
+      }
       multiply(i, cell);
+      if constexpr (!kAhead) continue;
       if (cell + kGroup < 2) {
         if (tokens > 0) look_up(now, cell + kGroup);
         codes.fetch(now);
@@ -315,14 +322,15 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
 #endif
 }
 
-template <int kTiles, bool kOwn>
-__global__ void __maxnreg__(kOwn ? 88 : 104) rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
-  resident_body<kTiles, kOwn, 1>(p);
+template <int kTiles, bool kOwn, bool kAhead>
+__global__ void __maxnreg__(kOwn ? 88 : 104)
+rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
+  resident_body<kTiles, kOwn, 1, kAhead>(p);
 }
-template <int kTiles, bool kOwn>
+template <int kTiles, bool kOwn, bool kAhead>
 __global__ void __launch_bounds__(512, 1)
 rotated_resident_kernel2(const __grid_constant__ RotatedMatmul p) {
-  resident_body<kTiles, kOwn, 2>(p);
+  resident_body<kTiles, kOwn, 2, kAhead>(p);
 }
 
 }  // namespace aqlm

@@ -67,9 +67,11 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
-template <int kTiles, bool kOwn, int kGroup>
+template <int kTiles, bool kOwn, int kForm>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = kGroup == 1 ? rotated_resident_kernel<kTiles, kOwn> : rotated_resident_kernel2<kTiles, kOwn>;
+  constexpr bool kAhead = kForm >= 2;
+  auto kernel = kForm % 2 == 1 ? rotated_resident_kernel<kTiles, kOwn, kAhead>
+                               : rotated_resident_kernel2<kTiles, kOwn, kAhead>;
   const int smem = tune::rotated_resident_smem(tune::local_cells(p.s), p.tokens, kOwn);
   const int carve = getenv("AQLM_X_CARVE") ? atoi(getenv("AQLM_X_CARVE")) : 0;
   return AQLM_ENQUEUE_PLACED((Placement{1, carve}), kernel, 227 << 10, p.s.ctas,
@@ -127,12 +129,12 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   if (c.wgmma) {
     if (tiles == 4) {
       if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4)) {
-        const int group = getenv("AQLM_X_GROUP") ? atoi(getenv("AQLM_X_GROUP")) : 2;
-        if (group == 1)
-          return c.share == Share::kLocal ? matmul_resident<4, true, 1>(p, stream)
-                                          : matmul_resident<4, false, 1>(p, stream);
-        return c.share == Share::kLocal ? matmul_resident<4, true, 2>(p, stream)
-                                        : matmul_resident<4, false, 2>(p, stream);
+        const int form = getenv("AQLM_X_FORM") ? atoi(getenv("AQLM_X_FORM")) : 0;
+        const bool own = c.share == Share::kLocal;
+        if (form == 1) return own ? matmul_resident<4, true, 1>(p, stream) : matmul_resident<4, false, 1>(p, stream);
+        if (form == 2) return own ? matmul_resident<4, true, 2>(p, stream) : matmul_resident<4, false, 2>(p, stream);
+        if (form == 3) return own ? matmul_resident<4, true, 3>(p, stream) : matmul_resident<4, false, 3>(p, stream);
+        return own ? matmul_resident<4, true, 0>(p, stream) : matmul_resident<4, false, 0>(p, stream);
       } else
         return wgmma_tiles<4, kGrouped>(p, stream);
     }
