@@ -18,10 +18,10 @@ GRAPH_REPLAYS = 15
 
 REST_SECONDS = 0.1
 """Idle time before a measurement whose GPU may have been busy with heavier work, such as a dense
-reference or the making of random weights: that leaves lower clocks for tens of milliseconds. An H200
-after 0.3 s of dense GEMMs, microseconds of a 64-token E8P matmul of 28672 x 8192 begun 0, 0.02, 0.05,
-0.1, 0.2 s later: 70.3, 60.4, 55.2, 54.0, 53.6; of one token of 4-bit scalars: 34.3, 32.6, 32.8, 32.6,
-32.3 (2026-11-29)."""
+reference or the making of random weights, after which kernels are slow for tens of milliseconds
+(presumably the clock). An H200 after 0.3 s of dense GEMMs, microseconds of a 64-token E8P matmul of
+28672 x 8192 begun 0, 0.02, 0.05, 0.1, 0.2 s later: 70.3, 60.4, 55.2, 54.0, 53.6; of one token of
+4-bit scalars: 34.3, 32.6, 32.8, 32.6, 32.3 (2026-11-29)."""
 
 
 @dataclass(frozen=True)
