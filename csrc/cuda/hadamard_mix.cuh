@@ -77,9 +77,9 @@ rotate_mix_kernel(const __grid_constant__ RotateParams p, int log_q) {
 
 // rotate_flat_kernel for the partial sums of many tokens, kSumTokens a thread: where their slots
 // lie is found out once. Grid: (chunks of a row, tokens / kSumTokens).
-template <int kTokens, int kSlots>
-__global__ void __launch_bounds__(kFlatThreads, kTokens == 3 ? 4 : 3)
+__global__ void __launch_bounds__(kFlatThreads, 3)
 rotate_sums_kernel(const __grid_constant__ RotateParams p) {
+  constexpr int kSlots = 2, kTokens = kSumTokens;  // in flight
   const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4, first = blockIdx.y * kTokens;
   const bool inside = i < p.r.n;
   grid_dependents_start();

@@ -1,7 +1,6 @@
 // Host side of the rotated and scalar kernels: schedule, workspace, dispatch; rotation and packing.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 
 #include "enqueue.cuh"
 #include "hadamard_many.h"
@@ -135,8 +134,7 @@ bool resident_stages(const RotatedWeight& w, DType x_type, int tokens, const Dev
   p.w = w;
   p.tokens = tokens;
   schedule_rotated(c, device, &p);
-  const int most = getenv("AQLM_X_MOST") ? atoi(getenv("AQLM_X_MOST")) : tune::kResidentOwnCells;
-  return 2 * tune::local_cells(p.s) <= most;
+  return 2 * tune::local_cells(p.s) <= tune::kResidentOwnCells;
 }
 
 // Whether blocks have room for their range of x of more than four tokens.
@@ -333,10 +331,9 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
       const bool few = p.tokens <= kFewTokens;
       const int threads = few ? 64 : kFlatThreads;  // few tokens: more SMs
       const bool several = p.partials != nullptr && p.tokens > 16;
-      const int form = getenv("AQLM_X_SUM") ? atoi(getenv("AQLM_X_SUM")) : 42;
-      const int each = several ? form / 10 : 1;
+      const int each = several ? kSumTokens : 1;
       const dim3 grid((p.r.n + 4 * threads - 1) / (4 * threads), (p.tokens + each - 1) / each);
-      const auto kernel = several ? (form == 42 ? rotate_sums_kernel<4, 2> : form == 52 ? rotate_sums_kernel<5, 2> : form == 43 ? rotate_sums_kernel<4, 3> : form == 53 ? rotate_sums_kernel<5, 3> : rotate_sums_kernel<3, 3>)
+      const auto kernel = several ? rotate_sums_kernel
                           : few   ? rotate_flat_kernel<kFewSlots>
                                   : rotate_flat_kernel<kManySlots>;
       e = enqueue(kernel, grid, threads, 0, stream, p);

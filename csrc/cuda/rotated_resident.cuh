@@ -1,4 +1,4 @@
-// cuda.e8p at 2 bits on Hopper for 9 .. 16 tokens: warpgroup MMAs as in rotated_wgmma.cuh, in a
+// cuda.e8p at 2 bits on Hopper for 5 .. 16 tokens: warpgroup MMAs as in rotated_wgmma.cuh, in a
 // loop of little else than decoding.
 //
 // With 32 columns of x the MMAs are short, and instructions are what counts. So nothing travels
@@ -7,9 +7,6 @@
 //
 //   kOwn   the block quantizes its range of x itself, a warp a token; no kernel before this one
 //   else   bulk copies bring what stage_kernel has made of x, a barrier a step
-//
-// The words of a step are looked up while the MMAs of the one before are under way, those of the
-// first while x comes.
 //
 // Architecture sm_90a only.
 #pragma once
@@ -50,9 +47,6 @@ struct StepStream {
       c[0] = load_stream(from);
       if (missing == 0 || wrap > 1) c[1] = load_stream(from + kCodes);
     }
-    advance();
-  }
-  __device__ __forceinline__ void advance() {
     --left;
     from += 2 * kCodes;
     if (--wrap == 0) {
@@ -77,7 +71,7 @@ struct TokenRange {
         const int slot = 4 * j + lane / 8, cell = cell0 + slot;
         const int k = (cell < row_cells ? cell : cell - row_cells) * kCellColumns + lane % 8 * 8;
         raw[j] = make_uint4(0, 0, 0, 0);
-        if (4 * j < count) read(row + k, token < p.tokens && slot < count && k < p.w.K, &raw[j]);
+        if (4 * j < count) read(row + k, slot < count && k < p.w.K, &raw[j]);
       }
     };
     if (reinterpret_cast<uintptr_t>(row) % 16 == 0) {
@@ -118,8 +112,10 @@ struct TokenRange {
   }
 };
 
-template <int kTiles, bool kOwn, int kGroup, bool kAhead>
-__device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
+// kGroup: cells whose MMAs are waited for together.
+template <int kTiles, bool kOwn, int kGroup>
+__global__ void __maxnreg__(tune::rotated_resident_registers(kGroup))
+rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kWarps = tune::kResidentWarps, kDepth = 2, kPad = tune::kResidentPad;
   // Bytes of x: 16 rows of K of all columns, a cell, a step.
@@ -128,8 +124,8 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned char* const head = smem + tune::rotated_tables(Coding::kE8p, 2);
   unsigned char* const cells = head + tune::kResidentHead;
-  float* const own_scales = reinterpret_cast<float*>(head + 16);     // kOwn
-  uint64_t* const full = reinterpret_cast<uint64_t*>(head + 128);  // else
+  float* const own_scales = reinterpret_cast<float*>(head);  // kOwn
+  uint64_t* const full = reinterpret_cast<uint64_t*>(head);  // else
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, which the compiler cannot see
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const RotatedSchedule& s = p.s;
@@ -137,6 +133,7 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
   const BlockShare share(s);
   const int count = share.count, unit0 = share.unit0, group0 = share.first / units;
   float* const exchange = reinterpret_cast<float*>(cells + count * kStep);  // [token][warp][row]
+
   // Codes: a register ring, filled ahead of the activations.
   StepStream codes(p, share, warp, lane);
   uint4 ring[kDepth][2] = {};
@@ -156,9 +153,19 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
   if (p.local_bits < 0) __trap();  // touches the last line of the parameters
   __syncthreads();
   grid_dependency_wait();
-  TokenRange x_range;
   if constexpr (kOwn) {
-    x_range.load(p, warp, unit0 * 2, count * 2, units * 2, lane);
+    if (warp < tokens) {
+      TokenRange range;
+      range.load(p, warp, unit0 * 2, count * 2, units * 2, lane);
+      unsigned char* const to = cells + 2 * warp * 16;
+      const StageLayout layout = {16, 4, kChunk};
+      const float scale = p.x_type == DType::kFloat16
+                              ? range.stage<__half>(to, count * 2, kX, layout, lane)
+                              : range.stage<__nv_bfloat16>(to, count * 2, kX, layout, lane);
+      if (lane == 0) own_scales[warp] = scale;
+    }
+    async_proxy_fence();  // MMAs read it
+    __syncthreads();
   } else {
     if (lane == 0) {
       for (int i = warp; i < count; i += kWarps) {
@@ -168,32 +175,6 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
       }
     }
     __syncwarp();
-  }
-
-  // Of kGroup cells, whose MMAs are waited for together: row tile i % 2 of cell i / 2.
-  uint32_t words[2 * kGroup][4];
-  const uint32_t lane_offset = lane * 4;
-  auto look_up = [&](const uint4 (&c)[2], int cell) {
-#pragma unroll
-    for (int i = 0; i < 2 * kGroup; ++i)
-      e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
-                   words[i]);
-  };
-  if constexpr (kAhead) {
-    look_up(ring[0], 0);
-    if constexpr (kGroup == 2) codes.fetch(ring[0]);
-  }
-  if constexpr (kOwn) {
-    if (warp < tokens) {
-      unsigned char* const to = cells + 2 * warp * 16;
-      const StageLayout layout = {16, 4, kChunk};
-      const float scale = p.x_type == DType::kFloat16
-                              ? x_range.stage<__half>(to, count * 2, kX, layout, lane)
-                              : x_range.stage<__nv_bfloat16>(to, count * 2, kX, layout, lane);
-      if (lane == 0) own_scales[warp] = scale;
-    }
-    async_proxy_fence();  // MMAs read it
-    __syncthreads();
   }
 
   int acc[2][kTiles * 4] = {};
@@ -209,46 +190,38 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
   };
 
   const uint64_t x_begin = core_matrices(cells, kChunk, 128);
-  // Of the group of cells from `cell` on.
-  auto multiply = [&](int i, int cell) {
-    const uint64_t x = x_begin + (i * kStep + cell * kX >> 4);
-    uint32_t a[2 * kGroup][2][4];
-    mma_groups_wait<0>();
-    if (!kOwn && cell == 0) mbar::wait(full + i, 0);
-    // MMAs read their A registers until they are waited for, which the compiler does not know:
-    // what writes them must depend on something that comes after the wait.
-#pragma unroll
-    for (int i = 0; i < 2 * kGroup; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
-      e8p_expand<2>(words[i], 0, a[i]);
-    }
-    mma_fence();
-#pragma unroll
-    for (int i = 0; i < 2 * kGroup; ++i) {
-      const int at = i / 2 * kX;
-      wgmma(acc[i % 2], a[i][0], x + (at >> 4));
-      wgmma(acc[i % 2], a[i][1], x + (at + 2 * kChunk >> 4));
-    }
-    mma_group_commit();
-  };
-  // Step i, whose first words are there; `now` is its codes, looks up the first of `next`.
-  auto step = [&](int i, uint4 (&now)[2], uint4 (&next)[2]) {
+  const uint32_t lane_offset = lane * 4;
+  auto step = [&](int i, uint4 (&c)[2]) {
 #pragma unroll
     for (int cell = 0; cell < 2; cell += kGroup) {
-      if constexpr (!kAhead) {
-        if (cell == 0 || tokens > 0) look_up(now, cell);
-        if (cell + kGroup == 2) codes.fetch(now);
+      const uint64_t x = x_begin + (i * kStep + cell * kX >> 4);
+      uint32_t words[2 * kGroup][4], a[2 * kGroup][2][4];  // of row tile i % 2, cell i / 2
+      // The second cell's as a branch: else its lookups come between the first one's MMAs.
+      if (cell == 0 || tokens > 0) {
+#pragma unroll
+        for (int i = 0; i < 2 * kGroup; ++i)
+          e8p_words<2>(c[cell + i / 2], c[cell + i / 2], make_uint2(0, 0), 0, i % 2, lane_offset,
+                       words[i]);
       }
-      multiply(i, cell);
-      if constexpr (!kAhead) continue;
-      if (cell + kGroup < 2) {
-        if (tokens > 0) look_up(now, cell + kGroup);
-        codes.fetch(now);
-      } else {
-        if (i + 1 < count) look_up(next, 0);
-        if constexpr (kGroup == 2) codes.fetch(next);
+      if (cell + kGroup == 2) codes.fetch(c);
+      mma_groups_wait<0>();
+      if (!kOwn && cell == 0) mbar::wait(full + i, 0);
+      // MMAs read their A registers until they are waited for, which the compiler does not know:
+      // what writes them must depend on something that comes after the wait.
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(words[i][j]));
+        e8p_expand<2>(words[i], 0, a[i]);
       }
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i) {
+        const int at = i / 2 * kX;
+        wgmma(acc[i % 2], a[i][0], x + (at >> 4));
+        wgmma(acc[i % 2], a[i][1], x + (at + 2 * kChunk >> 4));
+      }
+      mma_group_commit();
     }
   };
 
@@ -266,12 +239,12 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
     const int end = min(count, begin + units - unit);
     for (int i = begin;;) {
       if (i == end) break;
-      step(i++, ring[0], ring[1]);
+      step(i++, ring[0]);
       if (i == end) {  // the next row group begins with the ring's first registers
         swap();
         break;
       }
-      step(i++, ring[1], ring[0]);
+      step(i++, ring[1]);
     }
     mma_groups_wait<0>();
     finished();
@@ -320,17 +293,6 @@ __device__ __forceinline__ void resident_body(const RotatedMatmul& p) {
     ++group;
   }
 #endif
-}
-
-template <int kTiles, bool kOwn, bool kAhead>
-__global__ void __maxnreg__(kOwn ? 88 : 104)
-rotated_resident_kernel(const __grid_constant__ RotatedMatmul p) {
-  resident_body<kTiles, kOwn, 1, kAhead>(p);
-}
-template <int kTiles, bool kOwn, bool kAhead>
-__global__ void __launch_bounds__(512, 1)
-rotated_resident_kernel2(const __grid_constant__ RotatedMatmul p) {
-  resident_body<kTiles, kOwn, 2, kAhead>(p);
 }
 
 }  // namespace aqlm

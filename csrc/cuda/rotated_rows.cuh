@@ -108,7 +108,7 @@ __device__ __forceinline__ void transform_rows(float (&v)[4], int bits) {
   }
 }
 
-// All five bits, in half the instructions: of tile after tile.
+// All five bits, in fewer instructions: for bodies that ask once for all tiles.
 __device__ __forceinline__ void transform_all_rows(float (&v)[4]) {
   const int lane = threadIdx.x % 32;
   const float sums[2] = {v[0] + v[1], v[2] + v[3]}, differences[2] = {v[0] - v[1], v[2] - v[3]};

@@ -1,6 +1,4 @@
 // Instantiates cuda.e8p or cuda.scalar for AQLM_CODING and AQLM_BITS.
-#include <cstdlib>
-
 #include "../enqueue.cuh"
 #include "../rotated_bodies.h"
 #include "../rotated_dequant.cuh"
@@ -67,15 +65,20 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
-template <int kTiles, bool kOwn, int kForm>
+template <int kTiles, bool kOwn, int kGroup>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  constexpr bool kAhead = kForm >= 2;
-  auto kernel = kForm % 2 == 1 ? rotated_resident_kernel<kTiles, kOwn, kAhead>
-                               : rotated_resident_kernel2<kTiles, kOwn, kAhead>;
+  auto kernel = rotated_resident_kernel<kTiles, kOwn, kGroup>;
   const int smem = tune::rotated_resident_smem(tune::local_cells(p.s), p.tokens, kOwn);
-  const int carve = getenv("AQLM_X_CARVE") ? atoi(getenv("AQLM_X_CARVE")) : 0;
-  return AQLM_ENQUEUE_PLACED((Placement{1, carve}), kernel, 227 << 10, p.s.ctas,
-                             tune::kResidentWarps * 32, smem, stream, p);
+  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
+                           p);
+}
+template <int kTiles>
+cudaError_t matmul_resident(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  if (c.share != Share::kLocal) return matmul_resident<kTiles, false, 2>(p, stream);
+  const int cells = 2 * tune::local_cells(p.s);
+  return tune::rotated_resident_group(p.tokens, cells) == 1
+             ? matmul_resident<kTiles, true, 1>(p, stream)
+             : matmul_resident<kTiles, true, 2>(p, stream);
 }
 
 template <int kTiles>
@@ -128,14 +131,9 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   }
   if (c.wgmma) {
     if (tiles == 4) {
-      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4)) {
-        const int form = getenv("AQLM_X_FORM") ? atoi(getenv("AQLM_X_FORM")) : 0;
-        const bool own = c.share == Share::kLocal;
-        if (form == 1) return own ? matmul_resident<4, true, 1>(p, stream) : matmul_resident<4, false, 1>(p, stream);
-        if (form == 2) return own ? matmul_resident<4, true, 2>(p, stream) : matmul_resident<4, false, 2>(p, stream);
-        if (form == 3) return own ? matmul_resident<4, true, 3>(p, stream) : matmul_resident<4, false, 3>(p, stream);
-        return own ? matmul_resident<4, true, 0>(p, stream) : matmul_resident<4, false, 0>(p, stream);
-      } else
+      if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4))
+        return matmul_resident<4>(c, p, stream);
+      else
         return wgmma_tiles<4, kGrouped>(p, stream);
     }
     if (tiles == 8) return wgmma_tiles<8, kGrouped>(p, stream);
