@@ -33,7 +33,7 @@ CASES = {
         (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
                              "ASM": True, "WARPS": 8}),
         (planes._planes, {"BLOCK": 256}),
-        (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 8, "ASM": True,
+        (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "ASM": True,
                               "WARPS": 16}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
@@ -101,9 +101,9 @@ for body, constants in CASES:
     kernel = triton.compile(source, target=target, options={"num_warps": values.get("WARPS", 4)})
     assert kernel.asm["cubin"]
     if body is planes._planes_dot:
-        # What tl.gather leaves fills all of Triton's share: it begins where look-ups begin. The
-        # loop over it must not move anything through shared memory.
-        assert kernel.metadata.shared == 4 * planes.HALF.value
+        # The buffers that are left fill all of Triton's share: they begin where look-ups expect
+        # them. The loop over them must not move anything through shared memory.
+        assert kernel.metadata.shared == 4 * (planes.BUFFERS * planes.BUFFER).value
         lines = kernel.asm["ttgir"].splitlines()
         dots = [i for i, line in enumerate(lines) if "tt.dot" in line]
         first = max(i for i in range(dots[0]) if "scf.for" in lines[i])

@@ -147,12 +147,14 @@ class _Part:
         rows, width = self.rows_of_a_word(), config["WIDTH"]
         wide = rows > 1 and width in (2, 4) and self.N % (rows * width) == 0
         wide = wide and self.codes.storage_offset() % (rows * width) == 0
-        parts = planes.PLANES.value * self.B
+        parts = planes.PARTS.value * self.B
         tiles = triton.cdiv(self.N, 8 * warps * rows * width)
         turns = triton.cdiv(self.in_groups, planes.GROUPS.value * at_once)
         pairs, programs = turns * at_once, max(1, min(config["PROGRAMS"] // parts, tiles * turns))
         share, entries = slots(tiles, turns, programs), self.B * self.entries
-        plane = torch.empty(4 * entries, dtype=torch.int32, device=x.device)
+        # Buffers of parts begin MOVED entries before them and end that far past the last one.
+        places = planes.PLANES.value * entries + 2 * planes.MOVED.value
+        plane = torch.empty(places, dtype=torch.int32, device=x.device)
         inputs = torch.empty(1024 * pairs, dtype=torch.int32, device=x.device)
         wrap_triton(planes._planes)[(triton.cdiv(entries, 256),)](
             x, self.codebooks, plane, inputs, M, self.K, x.stride(0), entries, pairs, BLOCK=256,
@@ -160,8 +162,8 @@ class _Part:
         partial = torch.empty((share * parts, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(planes._planes_dot)[(parts, programs)](
             inputs, self.codes, self.codebooks, plane, partial, M, self.N, self.in_groups, pairs,
-            share, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], ASM=has_dp4a(x),
-            WARPS=warps, num_warps=warps,
+            share, planes.BUFFERS.value, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide,
+            Q=config["Q"], ASM=has_dp4a(x), WARPS=warps, num_warps=warps,
         )  # fmt: skip
         return partial
 
