@@ -101,8 +101,8 @@ for body, constants in CASES:
     kernel = triton.compile(source, target=target, options={"num_warps": values.get("WARPS", 4)})
     assert kernel.asm["cubin"]
     if body is planes._planes_dot:
-        # The buffers that are left fill all of Triton's share: they begin where look-ups expect
-        # them. The loop over them must not move anything through shared memory.
+        # The buffers fill all of Triton's share: they begin where the table is put. The loop over
+        # it must not move anything through shared memory.
         assert kernel.metadata.shared == 4 * (planes.BUFFERS * planes.BUFFER).value
         lines = kernel.asm["ttgir"].splitlines()
         dots = [i for i, line in enumerate(lines) if "tt.dot" in line]

@@ -152,9 +152,7 @@ class _Part:
         turns = triton.cdiv(self.in_groups, planes.GROUPS.value * at_once)
         pairs, programs = turns * at_once, max(1, min(config["PROGRAMS"] // parts, tiles * turns))
         share, entries = slots(tiles, turns, programs), self.B * self.entries
-        # Buffers of parts begin MOVED entries before them and end that far past the last one.
-        places = planes.PLANES.value * entries + 2 * planes.MOVED.value
-        plane = torch.empty(places, dtype=torch.int32, device=x.device)
+        plane = torch.empty(4 * entries, dtype=torch.int32, device=x.device)
         inputs = torch.empty(1024 * pairs, dtype=torch.int32, device=x.device)
         wrap_triton(planes._planes)[(triton.cdiv(entries, 256),)](
             x, self.codebooks, plane, inputs, M, self.K, x.stride(0), entries, pairs, BLOCK=256,
@@ -162,8 +160,8 @@ class _Part:
         partial = torch.empty((share * parts, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(planes._planes_dot)[(parts, programs)](
             inputs, self.codes, self.codebooks, plane, partial, M, self.N, self.in_groups, pairs,
-            share, planes.BUFFERS.value, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide,
-            Q=config["Q"], ASM=has_dp4a(x), WARPS=warps, num_warps=warps,
+            share, 0, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], ASM=has_dp4a(x),
+            WARPS=warps, num_warps=warps,
         )  # fmt: skip
         return partial
 

@@ -7,34 +7,37 @@ beginning of the next, which never are of the same entries. So it looks each cod
 once at most: 10 bytes of L2 a code instead of 32. Numbers go straight into the operand of MMAs, as
 in ``words``: those of the first plane into one, those of the second into another.
 
-Triton has no shared memory that lasts. But a loop of loads that are asked for ahead has buffers
-there, side by side, and with as many turns as buffers all of them are left as they were loaded.
-Inline assembly reads them afterwards, which needs their address: 0 of Triton's own share, where
-they are in a kernel whose share is theirs (``test_triton_build`` looks). What Triton moves through
-shared memory later it moves through the first words, so those of the fifth begin after them.
+Triton has no shared memory of the kernel's own, and asks for more than 48 KB for what it moves
+itself alone. A loop of loads that are asked for ahead has buffers there, side by side. Here it
+never takes a turn, and inline assembly fills and reads the buffers, which needs their address: 0 of
+Triton's share, where they are in a kernel whose share is theirs (``test_triton_build`` looks). What
+Triton moves through shared memory later it moves through the first words, so the fifth begins after
+them.
 """
 
 import triton
 import triton.language as tl
 
 from .operands import _place
+from .shared import _load4, _store4
 from .words import _by_lane, _codes, _halves
 
 ENTRIES = tl.constexpr(65536)
 PLANES = tl.constexpr(4)  # of a codebook
 PARTS = tl.constexpr(5)  # of its planes
 PART = tl.constexpr(52432)  # entries of a part; of the last one fewer
-BUFFER = tl.constexpr(8192)  # entries
+BUFFER = tl.constexpr(8192)  # words
 BUFFERS = tl.constexpr(7)
-MOVED = tl.constexpr(4096)  # entries of the first buffer that Triton uses later
+MOVED = tl.constexpr(4096)  # words of the first buffer that Triton uses later
+QUADS = tl.constexpr(4096)  # of entries that a program copies at once
 GROUPS = tl.constexpr(16)  # of a pair of tiles of 16 inputs (``operands``), which are two a group
 
 
 @triton.jit
 def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pairs,
             BLOCK: tl.constexpr):  # fmt: skip
-    """planes[MOVED + (b, n, e)]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[n]:
-    the inputs that they meet as ``operands``' of a tile of 16 tokens, past M and K zeros.
+    """planes[b, n, e]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[n]: the inputs
+    that they meet as ``operands``' of a tile of 16 tokens, past M and K zeros.
 
     Group 4 q + t of a pair is lane t's, at low q // 2 and j q % 2.
     """
@@ -42,7 +45,7 @@ def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pair
     e = p * BLOCK + tl.arange(0, BLOCK)[:, None]
     n = tl.arange(0, 4)[None, :]
     word = tl.load(books_ptr.to(tl.pointer_type(tl.int32)) + e * 4 + n, mask=e < entries)
-    to = MOVED + (e // ENTRIES * PLANES + n) * ENTRIES + e % ENTRIES
+    to = (e // ENTRIES * PLANES + n) * ENTRIES + e % ENTRIES
     tl.store(planes_ptr + to, word, mask=e < entries)
     i = tl.arange(0, 16)[:, None, None, None]
     group = tl.arange(0, GROUPS)[None, :, None, None]
@@ -60,39 +63,51 @@ def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pair
 
 
 @triton.jit
-def _left(table_ptr, buffers, ASM: tl.constexpr):
-    """The shared address where a loop over ``buffers`` (BUFFERS) has left a table."""
-    e = tl.arange(0, BUFFER)
-    total = tl.zeros((BUFFER,), tl.int32)
-    for i in tl.range(0, buffers, num_stages=BUFFERS + 1):
-        total += tl.load(table_ptr + i * BUFFER + e)
-    found = tl.sum(total, 0)  # waits for all warps
+def _address(after):
+    """The shared address of words that Triton moves nothing through, once ``after`` is there."""
+    share = tl.inline_asm_elementwise(
+        "{ .reg .b32 a; mov.u32 a, global_smem; and.b32 $0, $1, 0; add.u32 $0, $0, a; }",
+        "=&r,r", [after], tl.int32, True, 1,
+    )  # fmt: skip
+    return share + 4 * MOVED
+
+
+@triton.jit
+def _copied(part_ptr, count, never, ASM: tl.constexpr):
+    """The shared address of a copy of ``count`` entries. ``never`` is 0."""
     if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; mov.u32 a, global_smem; and.b32 $0, $1, 0; add.u32 $0, $0, a; }",
-            "=&r,r", [found], tl.int32, True, 1,
-        )  # fmt: skip
+        e = tl.arange(0, BUFFER)
+        total = tl.zeros((BUFFER,), tl.int32)
+        for i in tl.range(0, never, num_stages=BUFFERS + 1):
+            total += tl.load(part_ptr + i * BUFFER + e)
+        to = _address(tl.sum(total, 0))
+        stored = tl.zeros((QUADS,), tl.int32)
+        for first in tl.static_range(0, PART // 4, QUADS):
+            quad = tl.minimum(first + tl.arange(0, QUADS), count // 4 - 1)
+            w0, w1, w2, w3 = _load4(part_ptr + quad * 4, False)
+            stored += _store4(to + quad * 16, w0, w1, w2, w3)
+        return _address(tl.sum(stored, 0))  # waits for all warps
     else:
         return 0
 
 
 @triton.jit
-def _look_up(part_ptr, base, word, r, turned, first, count, ASM: tl.constexpr):
+def _look_up(part_ptr, base, word, r, begins, first, count, ASM: tl.constexpr):
     """The numbers of the codes in halves r of words: of a part's first plane, or 0, and of its
-    second one, or 0; int32. An entry lies ``turned`` bytes after its code's place; ``first`` bytes
-    of the part are of the first plane, ``count`` of both."""
+    second one, or 0; int32. The part begins with entry ``begins`` of all planes; of its ``count``
+    entries the ``first`` are of the first plane."""
     if ASM:
         return tl.inline_asm_elementwise(
             """{ .reg .pred p, q, s; .reg .b32 a, v; shf.l.wrap.b32 a, $3, $3, $4;
             add.u32 a, a, $5; and.b32 a, a, 262140; setp.lt.u32 p, a, $7;
             setp.lt.and.u32 q|s, a, $6, p; add.u32 a, a, $2; @p ld.shared.b32 v, [a];
             selp.b32 $0, v, 0, q; selp.b32 $1, v, 0, s; }""",
-            "=r,=r,r,r,r,r,r,r", [base, word, 2 + 16 * r, turned, first, count],
+            "=r,=r,r,r,r,r,r,r", [base, word, 2 + 16 * r, -4 * begins, 4 * first, 4 * count],
             (tl.int32, tl.int32), True, 1,
         )  # fmt: skip
     else:
-        at = (((word >> (16 * r)) & 0xFFFF) * 4 + turned) & 262140
-        number = tl.load(part_ptr + at // 4, mask=at < count, other=0)
+        at = ((word >> (16 * r)) - begins) & (ENTRIES - 1)
+        number = tl.load(part_ptr + at, mask=at < count, other=0)
         return tl.where(at < first, number, 0), tl.where(at < first, 0, number)
 
 
@@ -116,9 +131,9 @@ def _operand(x_ptr, pair, M, PAIRS: tl.constexpr, ASM: tl.constexpr):
     return tl.permute(words, (0, 5, 3, 1, 6, 4, 2))
 
 
-@triton.jit(do_not_specialize=["M", "share", "buffers"])
+@triton.jit(do_not_specialize=["M", "share", "never"])
 def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, share,
-                buffers, B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                never, B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                 WIDE: tl.constexpr, Q: tl.constexpr, ASM: tl.constexpr,
                 WARPS: tl.constexpr):  # fmt: skip
     """Partial sums [slot, b, part, m, n] of x[m] . words[n], at most 16 tokens.
@@ -140,9 +155,8 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     book = part // PARTS
     begins = part % PARTS * PART
     plane = begins // ENTRIES
-    turned = -4 * begins
-    first_bytes = 4 * ((plane + 1) * ENTRIES - begins)
-    count = 4 * tl.minimum(PART, PLANES * ENTRIES - begins)
+    firsts = (plane + 1) * ENTRIES - begins
+    count = tl.minimum(PART, PLANES * ENTRIES - begins)
     part_ptr = planes_ptr + book * (PLANES * ENTRIES) + part % PARTS * PART
     first_x = x_ptr + plane * (pairs * 256)
     second_x = x_ptr + tl.minimum(plane + 1, PLANES - 1) * (pairs * 256)
@@ -157,7 +171,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     turns = pairs // AT_ONCE
     units = (N + TILE - 1) // TILE * turns
     begin, end = p * units // programs, (p + 1) * units // programs
-    base = _left(part_ptr, buffers, ASM) + 4 * MOVED
+    base = _copied(part_ptr, count, never, ASM)
     for block in range(begin // turns, (end + turns - 1) // turns):
         first = tl.maximum(begin - block * turns, 0)
         last = tl.minimum(end - block * turns, turns)
@@ -183,8 +197,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
             next_y = _operand(second_x, then * AT_ONCE, M, AT_ONCE, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
-                numbers = _look_up(part_ptr + MOVED, base, words[i], r, turned, first_bytes, count,
-                                   ASM)  # fmt: skip
+                numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, ASM)
                 old = total[i]
                 for half in tl.static_range(2):
                     tile = _halves(numbers[half], TYPE)
