@@ -92,17 +92,21 @@ def _copied(part_ptr, count, never, ASM: tl.constexpr):
 
 
 @triton.jit
-def _look_up(part_ptr, base, word, r, begins, first, count, ASM: tl.constexpr):
+def _look_up(part_ptr, base, word, r, begins, first, count, never, ASM: tl.constexpr):
     """The numbers of the codes in halves r of words: of a part's first plane, or 0, and of its
     second one, or 0; int32. The part begins with entry ``begins`` of all planes; of its ``count``
-    entries the ``first`` are of the first plane."""
+    entries the ``first`` are of the first plane.
+
+    Logic and comparisons run at half the rate of products, so a product with ``never`` - 1, whose
+    value the compiler does not know, subtracts."""
     if ASM:
         return tl.inline_asm_elementwise(
-            """{ .reg .pred p, q, s; .reg .b32 a, v; shf.l.wrap.b32 a, $3, $3, $4;
-            add.u32 a, a, $5; and.b32 a, a, 262140; setp.lt.u32 p, a, $7;
-            setp.lt.and.u32 q|s, a, $6, p; add.u32 a, a, $2; @p ld.shared.b32 v, [a];
-            selp.b32 $0, v, 0, q; selp.b32 $1, v, 0, s; }""",
-            "=r,=r,r,r,r,r,r,r", [base, word, 2 + 16 * r, -4 * begins, 4 * first, 4 * count],
+            """{ .reg .pred p, q; .reg .b32 a, v; shf.l.wrap.b32 a, $3, $3, $4; add.u32 a, a, $5;
+            and.b32 a, a, 262140; setp.lt.u32 p, a, $7; setp.lt.u32 q, a, $6; add.u32 a, a, $2;
+            mov.b32 v, 0; @p ld.shared.b32 v, [a]; selp.b32 $0, v, 0, q;
+            mad.lo.s32 $1, $0, $8, v; }""",
+            "=&r,=r,r,r,r,r,r,r,r",
+            [base, word, 2 + 16 * r, -4 * begins, 4 * first, 4 * count, never - 1],
             (tl.int32, tl.int32), True, 1,
         )  # fmt: skip
     else:
@@ -197,7 +201,8 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
             next_y = _operand(second_x, then * AT_ONCE, M, AT_ONCE, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
-                numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, ASM)
+                numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, never,
+                                   ASM)  # fmt: skip
                 old = total[i]
                 for half in tl.static_range(2):
                     tile = _halves(numbers[half], TYPE)
