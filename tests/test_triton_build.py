@@ -132,7 +132,7 @@ import torch
 import torch._higher_order_ops.triton_kernel_wrap as wrap
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from aqlm_infer.triton_kernels import e8p, scalar_integers as integers, words
+from aqlm_infer.triton_kernels import e8p, planes, scalar_integers as integers, words
 
 class NoGpu:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -147,6 +147,8 @@ CASES = [
     (words._words_dot, {**W, "BOOKS": 1, "COPIES": 8, "WIDTH": 4, "WIDE": True, "Q": 4,
                         "FIRST": False, "DEALT": False, "WARPS": 4, "BLOCK_M": 16}),
     (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
+    (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "ASM": True,
+                          "WARPS": 16}),
     (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
     (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),
     (integers._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
@@ -156,7 +158,7 @@ CASES = [
 TYPES = {
     "x_ptr": torch.int32, "tables_ptr": torch.int32, "words_ptr": torch.int32,
     "codes_ptr": torch.int16, "rest_ptr": torch.int16, "partial_ptr": torch.float32,
-    "unit_ptr": torch.float32, "sums_ptr": torch.float32,
+    "unit_ptr": torch.float32, "sums_ptr": torch.float32, "planes_ptr": torch.int32,
 }
 for body, constants in CASES:
     values = {n: torch.zeros(64, dtype=TYPES.get(n, torch.float16)) if n.endswith("_ptr") else 64
@@ -179,8 +181,9 @@ def test_torch_compile_sees_that_kernels_write_their_results_only(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", WRITTEN], env=env, capture_output=True, text=True, timeout=300
     )
-    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_integers partial_ptr"]
-    expected += ["_integer_dot partial_ptr"] * 2 + ["_first_dot partial_ptr"]
+    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_planes_dot partial_ptr"]
+    expected += ["_integers partial_ptr"] + ["_integer_dot partial_ptr"] * 2
+    expected += ["_first_dot partial_ptr"]
     assert run.stdout.splitlines() == expected, run.stderr[-2000:]
 
 
