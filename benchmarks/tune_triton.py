@@ -154,7 +154,7 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
             continue
         if body in (("lookup", "words_dot") if large_books else ("planes_dot",)):
             continue
-        if body == "planes_dot" and M > 16:
+        if body == "planes_dot" and M > 32:
             continue
         # Portable bodies lost wherever another one takes the scheme, but for large codebooks.
         if name in ("e8p.gemv", "e8p.dot") or (name == "additive.dot" and not large_books):

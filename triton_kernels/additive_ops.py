@@ -20,7 +20,7 @@ from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 DEQUANTIZE_WARPS, DEQUANTIZE_STEPS = 8, 16  # of a program of ``words``
-PLANES_TOKENS = 16  # the most of ``planes``
+PLANES_TOKENS = 32  # the most of ``planes``
 
 
 def _copies(books: int, entries: int) -> tuple[int, int]:
@@ -142,7 +142,7 @@ class _Part:
         return partial
 
     def planes_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 16 tokens, with codebooks of 16 bits of their type."""
+        """Partial sums [S, M, N] of at most 32 tokens, with codebooks of 16 bits of their type."""
         M, warps, at_once = x.shape[0], config["num_warps"], config["Q"] // 4
         rows, width = self.rows_of_a_word(), config["WIDTH"]
         wide = rows > 1 and width in (2, 4) and self.N % (rows * width) == 0
@@ -153,15 +153,16 @@ class _Part:
         pairs, programs = turns * at_once, max(1, min(config["PROGRAMS"] // parts, tiles * turns))
         share, entries = slots(tiles, turns, programs), self.B * self.entries
         plane = torch.empty(4 * entries, dtype=torch.int32, device=x.device)
-        inputs = torch.empty(1024 * pairs, dtype=torch.int32, device=x.device)
+        tokens = triton.cdiv(M, 16)  # tiles of them
+        inputs = torch.empty(1024 * pairs * tokens, dtype=torch.int32, device=x.device)
         wrap_triton(planes._planes)[(triton.cdiv(entries, 256),)](
             x, self.codebooks, plane, inputs, M, self.K, x.stride(0), entries, pairs, BLOCK=256,
         )  # fmt: skip
         partial = torch.empty((share * parts, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(planes._planes_dot)[(parts, programs)](
             inputs, self.codes, self.codebooks, plane, partial, M, self.N, self.in_groups, pairs,
-            share, 0, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], ASM=has_dp4a(x),
-            WARPS=warps, num_warps=warps,
+            share, 0, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], TILES=tokens,
+            ASM=has_dp4a(x), WARPS=warps, num_warps=warps,
         )  # fmt: skip
         return partial
 

@@ -36,8 +36,8 @@ GROUPS = tl.constexpr(16)  # of a pair of tiles of 16 inputs (``operands``), whi
 @triton.jit
 def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pairs,
             BLOCK: tl.constexpr):  # fmt: skip
-    """planes[b, n, e]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[n]: the inputs
-    that they meet as ``operands``' of a tile of 16 tokens, past M and K zeros.
+    """planes[b, n, e]: the numbers 2n and 2n + 1 of codebook b's word e, int32. out[tile, n]: the
+    inputs that they meet as ``operands``' of each tile of 16 tokens, past M and K zeros.
 
     Group 4 q + t of a pair is lane t's, at low q // 2 and j q % 2.
     """
@@ -51,14 +51,15 @@ def _planes(x_ptr, books_ptr, planes_ptr, out_ptr, M, K, x_stride, entries, pair
     group = tl.arange(0, GROUPS)[None, :, None, None]
     n = tl.arange(0, 4)[None, None, :, None]
     half = tl.arange(0, 2)[None, None, None, :]
-    for pair in range(p, pairs, tl.num_programs(0)):
+    for unit in range(p, (M + 15) // 16 * pairs, tl.num_programs(0)):
+        tile, pair = unit // pairs, unit % pairs
         k = (pair * GROUPS + group) * 8 + 2 * n + half
-        ok = (i < M) & (k < K)
-        x = tl.load(x_ptr + i * x_stride + k, mask=ok, other=0.0)
+        m = tile * 16 + i
+        x = tl.load(x_ptr + m * x_stride + k, mask=(m < M) & (k < K), other=0.0)
         both = tl.sum((x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * half), 3)
         q = group // 4
         place = _place(pair, q // 2, group % 4, q % 2, i, 0, 1, 1)
-        place += n * (pairs * 256)
+        place += (tile * 4 + n) * (pairs * 256)
         tl.store(out_ptr + tl.reshape(place, (16, GROUPS, 4)), both)
 
 
@@ -116,7 +117,7 @@ def _look_up(part_ptr, base, word, r, begins, first, count, never, ASM: tl.const
 
 
 @triton.jit
-def _operand(x_ptr, pair, M, PAIRS: tl.constexpr, ASM: tl.constexpr):
+def _tokens(x_ptr, pair, M, PAIRS: tl.constexpr, ASM: tl.constexpr):
     """``operands._operand`` of 16 tokens, of which lanes of tokens past M read nothing."""
     pairs = tl.arange(0, PAIRS)[None, :, None, None, None]
     j = tl.arange(0, 2)[None, None, :, None, None]
@@ -135,12 +136,24 @@ def _operand(x_ptr, pair, M, PAIRS: tl.constexpr, ASM: tl.constexpr):
     return tl.permute(words, (0, 5, 3, 1, 6, 4, 2))
 
 
+@triton.jit
+def _inputs(first_ptr, second_ptr, pair, pairs, M, PAIRS: tl.constexpr, TILES: tl.constexpr,
+            ASM: tl.constexpr):  # fmt: skip
+    """The inputs of each tile of tokens for a part's first plane and for its second one."""
+    inputs = ()
+    for h in tl.static_range(TILES):
+        skip = h * (PLANES * pairs * 256)
+        inputs += (_tokens(first_ptr + skip, pair, M - 16 * h, PAIRS, ASM),)
+        inputs += (_tokens(second_ptr + skip, pair, M - 16 * h, PAIRS, ASM),)
+    return inputs
+
+
 @triton.jit(do_not_specialize=["M", "share", "never"])
 def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, share,
                 never, B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-                WIDE: tl.constexpr, Q: tl.constexpr, ASM: tl.constexpr,
+                WIDE: tl.constexpr, Q: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
                 WARPS: tl.constexpr):  # fmt: skip
-    """Partial sums [slot, b, part, m, n] of x[m] . words[n], at most 16 tokens.
+    """Partial sums [slot, b, part, m, n] of x[m] . words[n], at most 16 TILES tokens.
 
     x and planes are ``_planes'``. A program has a part for as long as it runs: turns of all tiles
     of rows, one tile after the other, are dealt evenly to the programs of a part, and a tile's
@@ -170,7 +183,6 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     q = tl.reshape(tl.arange(0, Q), (1, 1, 1, Q, 1))
     r = tl.reshape(tl.arange(0, EACH), (1, 1, 1, 1, EACH))
     c = tl.arange(0, LANES * ROWS)
-    tokens = tl.arange(0, 16)
     zero = tl.zeros((16, LANES * EACH), tl.float32)
     turns = pairs // AT_ONCE
     units = (N + TILE - 1) // TILE * turns
@@ -183,43 +195,49 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
         if WIDE:
             row = tl.minimum(row, N - ROWS * WIDTH)
         total = ()
-        for _ in tl.static_range(WIDTH):
+        for _ in tl.static_range(WIDTH * TILES):
             total += (zero,)
-        # Codes and inputs are loaded one turn ahead.
+        # Codes are loaded one turn ahead, and inputs where registers suffice.
         ahead = _codes(codes_ptr, first * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
                        ROWS, WIDE, ASM)  # fmt: skip
-        next_x = _operand(first_x, first * AT_ONCE, M, AT_ONCE, ASM)
-        next_y = _operand(second_x, first * AT_ONCE, M, AT_ONCE, ASM)
+        next_x = _inputs(first_x, second_x, first * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
         for turn in range(first, last):
             words = ahead
-            x = tl.reshape(_halves(next_x, TYPE), (16, 32 * AT_ONCE))
-            y = tl.reshape(_halves(next_y, TYPE), (16, 32 * AT_ONCE))
+            x = next_x
             then = tl.minimum(turn + 1, last - 1)
             ahead = _codes(codes_ptr, then * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
                            ROWS, WIDE, ASM)  # fmt: skip
-            next_x = _operand(first_x, then * AT_ONCE, M, AT_ONCE, ASM)
-            next_y = _operand(second_x, then * AT_ONCE, M, AT_ONCE, ASM)
+            if TILES == 1:
+                next_x = _inputs(first_x, second_x, then * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
+            else:
+                x = _inputs(first_x, second_x, turn * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
                 numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, never,
                                    ASM)  # fmt: skip
-                old = total[i]
-                for half in tl.static_range(2):
-                    tile = _halves(numbers[half], TYPE)
-                    # K is (pair, low, t, j, half), rows are (r, warp, lane).
-                    tile = tl.reshape(tile, (4, WARPS, 8, 2 * AT_ONCE, 2, EACH, 2))
-                    tile = tl.permute(tile, (3, 0, 4, 6, 5, 1, 2))
-                    tile = tl.reshape(tile, (32 * AT_ONCE, LANES * EACH))
-                    old = tl.dot(y if half else x, tile, old, input_precision="ieee")
-                sums += (old,)
+                for h in tl.static_range(TILES):
+                    old = total[i * TILES + h]
+                    for plane_of in tl.static_range(2):
+                        tile = _halves(numbers[plane_of], TYPE)
+                        # K is (pair, low, t, j, half), rows are (r, warp, lane).
+                        tile = tl.reshape(tile, (4, WARPS, 8, 2 * AT_ONCE, 2, EACH, 2))
+                        tile = tl.permute(tile, (3, 0, 4, 6, 5, 1, 2))
+                        tile = tl.reshape(tile, (32 * AT_ONCE, LANES * EACH))
+                        here = _halves(x[2 * h + plane_of], TYPE)
+                        here = tl.reshape(here, (16, 32 * AT_ONCE))
+                        old = tl.dot(here, tile, old, input_precision="ieee")
+                    sums += (old,)
             total = sums
         slot = p - ((block * turns + 1) * programs - 1) // units
         end_slot = tl.where(last == turns, share, slot + 1)
         for i in tl.static_range(WIDTH):
-            z = tl.reshape(_by_lane(total[i], 16, WARPS, EACH, False), (16, LANES * ROWS))
             n = block * TILE + (c // ROWS * WIDTH + i) * ROWS + c % ROWS
-            at = partial_ptr + tokens[:, None] * N + n[None, :]
-            for s in range(slot, end_slot):
-                place = s * (PARTS * B) + part
-                tl.store(at + place * M * N, z, mask=(n < N)[None, :] & (tokens < M)[:, None])
-                z = tl.zeros_like(z)
+            for h in tl.static_range(TILES):
+                z = _by_lane(total[i * TILES + h], 16, WARPS, EACH, False)
+                z = tl.reshape(z, (16, LANES * ROWS))
+                m = h * 16 + tl.arange(0, 16)
+                at = partial_ptr + m[:, None] * N + n[None, :]
+                for s in range(slot, end_slot):
+                    place = s * (PARTS * B) + part
+                    tl.store(at + place * M * N, z, mask=(n < N)[None, :] & (m < M)[:, None])
+                    z = tl.zeros_like(z)
