@@ -54,9 +54,9 @@ CASES = {
         (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"A": 32, "B": 32, "BP": 32, "PRE": True, "POST": False, "BIAS": False,
-                          "TF32": True, "BLOCK_R": 32}),
+                          "EXACT": False, "TF32": True, "BLOCK_R": 32, "STEPS": 8}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
-                         "TF32": True, "BLOCK_Q": 32, "BLOCK_J": 32, "BLOCK_B": 64}),
+                         "TF32": True, "BLOCK_Q": 32, "BLOCK_J": 32, "BLOCK_B": 64, "STEPS": 8}),
     ],
     "scalar": [
         (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),
