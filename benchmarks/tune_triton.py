@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -40,6 +41,7 @@ SHAPES = (
     "28672x8192", "4096x4096", "14336x4096", "4096x14336", "8192x8192", "8192x28672", "1024x4096",
 )  # fmt: skip
 TOKENS = (1, 16, 32, 64)
+FAMILIES = ("additive", "e8p", "scalar")
 COMPILED_N = 512  # rows of layers that are compiled for all others
 LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
 WARM_SECONDS = 2.0  # of load; an idle H200's first times were 6 to 14 % too long
@@ -250,6 +252,17 @@ class NoDevice:
         return torch.device("cpu")
 
 
+def fix_keys() -> None:
+    """Triton's (3.6) name of a compiled kernel on disk depends on which kernels of the process were
+    hashed before, so hash all in one order."""
+    for family in FAMILIES:
+        kernels(family)
+    for name in sorted(name for name in sys.modules if name.startswith("aqlm_infer.triton_")):
+        for function in vars(sys.modules[name]).values():
+            if isinstance(function, JITFunction):
+                function.cache_key  # noqa: B018 (a property that keeps what it returns)
+
+
 def compile_for(target: GPUTarget) -> None:
     """Make launches in this process compile, for operands on the CPU, and stop there."""
     torch.set_num_threads(1)
@@ -258,7 +271,8 @@ def compile_for(target: GPUTarget) -> None:
     JITFunction.run = lambda self, *args, grid, warmup, **options: run(
         self, *args, grid=grid, warmup=True, **options
     )
-    for family in ("additive", "e8p", "scalar"):
+    fix_keys()
+    for family in FAMILIES:
         kernels(family).has_dp4a = lambda x: target.backend == "cuda"
 
 
@@ -273,16 +287,20 @@ def compile_one(scheme: str, K: int, M: int, config: dict) -> None:
 
 
 def compile_all(work: dict[tuple, list[tuple[int, list[dict]]]], jobs: int) -> None:
-    """Compile every kernel once: neither shapes nor numbers of programs make another."""
+    """Compile every kernel once: shapes make no other one, and numbers of programs only whether
+    rows have several splits, which are partial sums."""
     distinct = {}
     for (scheme, _, K), cases in work.items():
         # Triton makes another kernel for a number of blocks that 16 divides (a scalar block is of
         # 32 x 16 / bits inputs, 3 bits: 16).
         blocks = family_of(scheme) == "scalar" and K // 256 % 16 == 0
         for m, configs in cases:
-            for config in [*configs, portable_body(m)]:
+            one_split = [{**config, "PROGRAMS": 1} for config in configs]
+            for config in [*configs, *one_split, portable_body(m)]:
                 rest = tuple((k, v) for k, v in config.items() if k not in ("PROGRAMS", "FILL"))
-                distinct.setdefault((scheme, blocks, token_block(m), rest), (scheme, K, m, config))
+                one = config.get("PROGRAMS") == 1
+                distinct.setdefault((scheme, blocks, token_block(m), one, rest),
+                                    (scheme, K, m, config))  # fmt: skip
     context, target = get_context("fork"), driver.active.get_current_target()
     with ProcessPoolExecutor(jobs, context, compile_for, (target,)) as pool:
         list(pool.map(compile_one, *zip(*distinct.values(), strict=True)))
@@ -362,6 +380,7 @@ def main() -> None:
         compile_all(work, arguments.jobs)
     if arguments.compile_only:
         return
+    fix_keys()
     warm_up()
     begin, best = time.time(), {}
     for layer, cases in work.items():
