@@ -151,7 +151,7 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
         if bodies is not None and body not in bodies:
             continue
         large_books = nbits > 8
-        both = body == "planes_dot" and M == 1  # of one token and several
+        both = body in ("words_dot", "planes_dot") and M == 1  # of one token and several
         if family != family_of(scheme) or (M == 1) == (body.endswith("dot") and not both):
             continue
         if body in (("lookup", "words_dot") if large_books else ("planes_dot",)):

@@ -18,7 +18,7 @@ them.
 import triton
 import triton.language as tl
 
-from .operands import _place
+from .operands import _operand, _place
 from .shared import _load4, _store4
 from .words import _by_lane, _codes, _halves
 
@@ -117,34 +117,14 @@ def _look_up(part_ptr, base, word, r, begins, first, count, never, ASM: tl.const
 
 
 @triton.jit
-def _tokens(x_ptr, pair, M, PAIRS: tl.constexpr, ASM: tl.constexpr):
-    """``operands._operand`` of 16 tokens, of which lanes of tokens past M read nothing."""
-    pairs = tl.arange(0, PAIRS)[None, :, None, None, None]
-    j = tl.arange(0, 2)[None, None, :, None, None]
-    g = tl.arange(0, 8)[None, None, None, :, None]
-    t = tl.arange(0, 4)[None, None, None, None, :]
-    at = x_ptr + _place(pair + pairs, 0, t, j, g, 0, 1, 1)
-    if ASM:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            """{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;
-            mov.b32 $3, 0; @p ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4]; }""",
-            "=&r,=&r,=&r,=&r,l,r,r", [at, g, M], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
-        )  # fmt: skip
-    else:
-        w0, w1, w2, w3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    return tl.permute(words, (0, 5, 3, 1, 6, 4, 2))
-
-
-@triton.jit
 def _inputs(first_ptr, second_ptr, pair, pairs, M, PAIRS: tl.constexpr, TILES: tl.constexpr,
             ASM: tl.constexpr):  # fmt: skip
     """The inputs of each tile of tokens for a part's first plane and for its second one."""
     inputs = ()
     for h in tl.static_range(TILES):
         skip = h * (PLANES * pairs * 256)
-        inputs += (_tokens(first_ptr + skip, pair, M - 16 * h, PAIRS, ASM),)
-        inputs += (_tokens(second_ptr + skip, pair, M - 16 * h, PAIRS, ASM),)
+        inputs += (_operand(first_ptr + skip, pair, 0, 0, PAIRS, 1, 1, 1, ASM, M),)
+        inputs += (_operand(second_ptr + skip, pair, 0, 0, PAIRS, 1, 1, 1, ASM, M),)
     return inputs
 
 
@@ -152,8 +132,8 @@ def _inputs(first_ptr, second_ptr, pair, pairs, M, PAIRS: tl.constexpr, TILES: t
 def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, pairs, share,
                 never, B: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                 WIDE: tl.constexpr, Q: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
-                WARPS: tl.constexpr):  # fmt: skip
-    """Partial sums [slot, b, part, m, n] of x[m] . words[n], at most 16 TILES tokens.
+                WARPS: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+    """Partial sums [slot, b, part, m, n] of x[m] . words[n], at most 16 TILES tokens (FEW: 8).
 
     x and planes are ``_planes'``. A program has a part for as long as it runs: turns of all tiles
     of rows, one tile after the other, are dealt evenly to the programs of a part, and a tile's
@@ -167,6 +147,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
     TILE: tl.constexpr = LANES * ROWS * WIDTH
     AT_ONCE: tl.constexpr = Q // 4  # pairs
     tl.static_assert(16 * LANES * ROWS <= MOVED)
+    few = M if FEW else None
     part = tl.program_id(0)
     p, programs = tl.program_id(1), tl.num_programs(1)
     book = part // PARTS
@@ -200,7 +181,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
         # Codes are loaded one turn ahead, and inputs where registers suffice.
         ahead = _codes(codes_ptr, first * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
                        ROWS, WIDE, ASM)  # fmt: skip
-        next_x = _inputs(first_x, second_x, first * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
+        next_x = _inputs(first_x, second_x, first * AT_ONCE, pairs, few, AT_ONCE, TILES, ASM)
         for turn in range(first, last):
             words = ahead
             x = next_x
@@ -208,9 +189,9 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
             ahead = _codes(codes_ptr, then * (4 * Q) + q * 4 + t, row, 0, N, IN, WIDTH, 1, ENTRIES,
                            ROWS, WIDE, ASM)  # fmt: skip
             if TILES == 1:
-                next_x = _inputs(first_x, second_x, then * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
+                next_x = _inputs(first_x, second_x, then * AT_ONCE, pairs, few, AT_ONCE, TILES, ASM)
             else:
-                x = _inputs(first_x, second_x, turn * AT_ONCE, pairs, M, AT_ONCE, TILES, ASM)
+                x = _inputs(first_x, second_x, turn * AT_ONCE, pairs, few, AT_ONCE, TILES, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
                 numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, never,
