@@ -75,7 +75,7 @@ def _address(after):
 
 @triton.jit
 def _copied(part_ptr, count, never, ASM: tl.constexpr):
-    """The shared address of a copy of ``count`` entries and zeros after them. ``never`` is 0."""
+    """The shared address of a copy of ``count`` entries. ``never`` is 0."""
     if ASM:
         e = tl.arange(0, BUFFER)
         total = tl.zeros((BUFFER,), tl.int32)
@@ -84,30 +84,26 @@ def _copied(part_ptr, count, never, ASM: tl.constexpr):
         to = _address(tl.sum(total, 0))
         stored = tl.zeros((QUADS,), tl.int32)
         for first in tl.static_range(0, PART // 4, QUADS):
-            quad = tl.minimum(first + tl.arange(0, QUADS), count // 4)
-            w0, w1, w2, w3 = _load4(part_ptr + tl.minimum(quad, count // 4 - 1) * 4, False)
-            here = tl.where(quad < count // 4, -1, 0)
-            stored += _store4(to + quad * 16, w0 & here, w1 & here, w2 & here, w3 & here)
+            quad = tl.minimum(first + tl.arange(0, QUADS), count // 4 - 1)
+            w0, w1, w2, w3 = _load4(part_ptr + quad * 4, False)
+            stored += _store4(to + quad * 16, w0, w1, w2, w3)
         return _address(tl.sum(stored, 0))  # waits for all warps
     else:
         return 0
 
 
 @triton.jit
-def _look_up(part_ptr, base, word, r, begins, first, count, never, ASM: tl.constexpr):
+def _look_up(part_ptr, base, word, r, begins, first, count, ASM: tl.constexpr):
     """The numbers of the codes in halves r of words: of a part's first plane, or 0, and of its
     second one, or 0; int32. The part begins with entry ``begins`` of all planes; of its ``count``
-    entries the ``first`` are of the first plane.
-
-    Logic and comparisons run at half the rate of products, so a product with ``never`` - 1, whose
-    value the compiler does not know, subtracts."""
+    entries the ``first`` are of the first plane."""
     if ASM:
         return tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .b32 a, v; shf.l.wrap.b32 a, $3, $3, $4; add.u32 a, a, $5;
-            and.b32 a, a, 262140; setp.lt.u32 p, a, $6; min.u32 a, a, $7; add.u32 a, a, $2;
-            ld.shared.b32 v, [a]; selp.b32 $0, v, 0, p; mad.lo.s32 $1, $0, $8, v; }""",
-            "=&r,=r,r,r,r,r,r,r,r",
-            [base, word, 2 + 16 * r, -4 * begins, 4 * first, 4 * count, never - 1],
+            """{ .reg .pred p, q, s; .reg .b32 a, v; shf.l.wrap.b32 a, $3, $3, $4; add.u32 a, a, $5;
+            and.b32 a, a, 262140; setp.lt.u32 p, a, $7; setp.lt.and.u32 q|s, a, $6, p;
+            add.u32 a, a, $2; @p ld.shared.b32 v, [a]; selp.b32 $0, v, 0, q;
+            selp.b32 $1, v, 0, s; }""",
+            "=r,=r,r,r,r,r,r,r", [base, word, 2 + 16 * r, -4 * begins, 4 * first, 4 * count],
             (tl.int32, tl.int32), True, 1,
         )  # fmt: skip
     else:
@@ -194,8 +190,7 @@ def _planes_dot(x_ptr, codes_ptr, books_ptr, planes_ptr, partial_ptr, M, N, IN, 
                 x = _inputs(first_x, second_x, turn * AT_ONCE, pairs, few, AT_ONCE, TILES, ASM)
             sums = ()
             for i in tl.static_range(WIDTH):
-                numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, never,
-                                   ASM)  # fmt: skip
+                numbers = _look_up(part_ptr, base, words[i], r, begins, firsts, count, ASM)
                 for h in tl.static_range(TILES):
                     old = total[i * TILES + h]
                     for plane_of in tl.static_range(2):
