@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -252,17 +251,6 @@ class NoDevice:
         return torch.device("cpu")
 
 
-def fix_keys() -> None:
-    """Triton's (3.6) name of a compiled kernel on disk depends on which kernels of the process were
-    hashed before, so hash all in one order."""
-    for family in FAMILIES:
-        kernels(family)
-    for name in sorted(name for name in sys.modules if name.startswith("aqlm_infer.triton_")):
-        for function in vars(sys.modules[name]).values():
-            if isinstance(function, JITFunction):
-                function.cache_key  # noqa: B018 (a property that keeps what it returns)
-
-
 def compile_for(target: GPUTarget) -> None:
     """Make launches in this process compile, for operands on the CPU, and stop there."""
     torch.set_num_threads(1)
@@ -271,7 +259,6 @@ def compile_for(target: GPUTarget) -> None:
     JITFunction.run = lambda self, *args, grid, warmup, **options: run(
         self, *args, grid=grid, warmup=True, **options
     )
-    fix_keys()
     for family in FAMILIES:
         kernels(family).has_dp4a = lambda x: target.backend == "cuda"
 
@@ -380,7 +367,6 @@ def main() -> None:
         compile_all(work, arguments.jobs)
     if arguments.compile_only:
         return
-    fix_keys()
     warm_up()
     begin, best = time.time(), {}
     for layer, cases in work.items():

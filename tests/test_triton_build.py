@@ -187,6 +187,29 @@ def test_torch_compile_sees_that_kernels_write_their_results_only(tmp_path):
     assert run.stdout.splitlines() == expected, run.stderr[-2000:]
 
 
+NAMES = """
+import sys
+from aqlm_infer.backends.triton import kernels
+for family in sys.argv[1:]:
+    kernels(family)
+from aqlm_infer.triton_kernels import e8p, planes, scalar, scalar_integers as integers, words
+bodies = [e8p._integers, planes._planes_dot, scalar._dot, integers._integers, words._words_dot]
+keys = {body: body.cache_key for body in (bodies if sys.argv[1] == "e8p" else bodies[::-1])}
+print(*[keys[body] for body in bodies])
+"""
+
+
+def test_a_kernel_has_one_name_on_disk_whatever_was_loaded_first():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    for families in (["e8p", "additive", "scalar"], ["scalar", "e8p", "additive"]):
+        run = subprocess.run(
+            [sys.executable, "-c", NAMES, *families], env=env, capture_output=True, text=True
+        )
+        found.append(run.stdout.split())
+    assert len(found[0]) == 5 and found[0] == found[1], run.stderr
+
+
 ROWS = [
     {"scheme": "2bit", "N": 4096, "K": 4096, "M": 1, "config": {"body": "gemv", "BLOCK_N": 7}},
     {"scheme": "2bit", "N": 28672, "K": 8192, "M": 1, "config": {"body": "gemv", "BLOCK_N": 9}},
