@@ -1,9 +1,11 @@
 """Which configuration of the Triton kernels is fastest here, for each scheme, shape and M?
 
 Writes triton_kernels/configs/<device>.json (--out), which ``triton_kernels/tuning.py`` reads:
-rows of --merge stay where nothing was measured. Times are CUDA-graph replays over weights from
-memory, of the matmul alone (no rotations). First --jobs processes compile every candidate, without
-opening the device (94 kernels of an H200 in 24 s of a core); --compile-only stops there.
+rows of --merge stay where nothing was measured, and what they name for a shape so far is measured
+beside the candidates. Times are CUDA-graph replays over weights from memory, of the matmul alone
+(no rotations), after a load that brings the device to its clocks. First --jobs processes compile
+every candidate, without opening the device (94 kernels of an H200 in 24 s of a core);
+--compile-only stops there.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ SHAPES = (
     "28672x8192", "4096x4096", "14336x4096", "4096x14336", "8192x8192", "8192x28672", "1024x4096",
 )  # fmt: skip
 TOKENS = (1, 16, 32, 64)
+FAMILIES = ("additive", "e8p", "scalar")
 COMPILED_N = 512  # rows of layers that are compiled for all others
 LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
+WARM_SECONDS = 2.0  # of load; an idle H200's first times were 6 to 14 % too long
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {
@@ -55,7 +59,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,), "num_stages": (1, 4),
     },
     "additive.planes_dot": {
-        "WIDTH": (4,), "Q": (4, 8), "PROGRAMS": (132,), "num_warps": (16,),
+        "WIDTH": (2, 4), "Q": (4,), "PROGRAMS": (132,), "num_warps": (16,),
     },
     "additive.dot": {
         "BLOCK_M": (64, 16), "BLOCK_N": (64, 128), "BLOCK_K": (128,), "PROGRAMS": (2112,),
@@ -146,12 +150,12 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
         if bodies is not None and body not in bodies:
             continue
         large_books = nbits > 8
-        both = body == "planes_dot" and M == 1  # of one token and several
+        both = body in ("words_dot", "planes_dot") and M == 1  # of one token and several
         if family != family_of(scheme) or (M == 1) == (body.endswith("dot") and not both):
             continue
         if body in (("lookup", "words_dot") if large_books else ("planes_dot",)):
             continue
-        if body == "planes_dot" and M > 16:
+        if body == "planes_dot" and M > 32:
             continue
         # Portable bodies lost wherever another one takes the scheme, but for large codebooks.
         if name in ("e8p.gemv", "e8p.dot") or (name == "additive.dot" and not large_books):
@@ -200,30 +204,31 @@ def candidates(case: Case, thin: int, bodies: list[str] | None = None) -> list[d
 
 
 def layers(scheme: str, N: int, K: int, copies: int, device: str = "cuda") -> list[Callable]:
-    """x -> x W^T over distinct weights, without rotations."""
+    """x -> x W^T over copies of a weight, each in memory of its own, without rotations."""
     format, family = parse_scheme(scheme), family_of(scheme)
     rotated = family == "scalar" and not isinstance(format, ScalarFormat)
     kernel = KERNELS[f"triton.{family}" + (".rotated" if rotated else "")]
     none = torch.empty(0, dtype=torch.int8, device=device)
+    tensors = random_tensors(format, N, K, torch.float16, 0, device)
+    buffers = kernel.repack(format, tensors, (N,), "exact")
+    if family == "additive":
+        op = kernels("additive").additive_matmul
+        rest = (tensors["codebooks"], tensors["scales"], None, buffers["widest"], [N])
+        args = (buffers["packed_codes"], *rest)
+    elif family == "e8p":
+        op = kernels("e8p").e8p_matmul
+        rest = (None, None, none, format.bits, 1 / format.residual, N, 0, 0, "exact")
+        args = (buffers["packed_Qidxs"], *rest)
+    else:
+        op = kernels("scalar").scalar_matmul
+        scales = buffers["grid_step"] if rotated else tensors["scales"]
+        G = K if rotated else format.group_size
+        rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
+        args = (buffers["packed_qweight"], *rest, "exact")
     made = []
-    for seed in range(copies):
-        tensors = random_tensors(format, N, K, torch.float16, seed, device)
-        buffers = kernel.repack(format, tensors, (N,), "exact")
-        if family == "additive":
-            op = kernels("additive").additive_matmul
-            rest = (tensors["codebooks"], tensors["scales"], None, buffers["widest"], [N])
-            args = (buffers["packed_codes"], *rest)
-        elif family == "e8p":
-            op = kernels("e8p").e8p_matmul
-            rest = (None, None, none, format.bits, 1 / format.residual, N, 0, 0, "exact")
-            args = (buffers["packed_Qidxs"], *rest)
-        else:
-            op = kernels("scalar").scalar_matmul
-            scales = buffers["grid_step"] if rotated else tensors["scales"]
-            G = K if rotated else format.group_size
-            rest = (scales, buffers.get("packed_zeros"), None, None, none, format.bits, G, N, 0, 0)
-            args = (buffers["packed_qweight"], *rest, "exact")
-        made.append(lambda x, op=op, args=args: op(x, *args))
+    for _ in range(copies):
+        own = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        made.append(lambda x, own=own: op(x, *own))
     return made
 
 
@@ -254,7 +259,7 @@ def compile_for(target: GPUTarget) -> None:
     JITFunction.run = lambda self, *args, grid, warmup, **options: run(
         self, *args, grid=grid, warmup=True, **options
     )
-    for family in ("additive", "e8p", "scalar"):
+    for family in FAMILIES:
         kernels(family).has_dp4a = lambda x: target.backend == "cuda"
 
 
@@ -269,19 +274,41 @@ def compile_one(scheme: str, K: int, M: int, config: dict) -> None:
 
 
 def compile_all(work: dict[tuple, list[tuple[int, list[dict]]]], jobs: int) -> None:
-    """Compile every kernel once: neither shapes nor numbers of programs make another."""
+    """Compile every kernel once: shapes make no other one, and numbers of programs only whether
+    rows have several splits, which are partial sums."""
     distinct = {}
     for (scheme, _, K), cases in work.items():
         # Triton makes another kernel for a number of blocks that 16 divides (a scalar block is of
         # 32 x 16 / bits inputs, 3 bits: 16).
         blocks = family_of(scheme) == "scalar" and K // 256 % 16 == 0
         for m, configs in cases:
-            for config in [*configs, portable_body(m)]:
+            one_split = [{**config, "PROGRAMS": 1} for config in configs]
+            for config in [*configs, *one_split, portable_body(m)]:
                 rest = tuple((k, v) for k, v in config.items() if k not in ("PROGRAMS", "FILL"))
-                distinct.setdefault((scheme, blocks, token_block(m), rest), (scheme, K, m, config))
+                one = config.get("PROGRAMS") == 1
+                distinct.setdefault((scheme, blocks, token_block(m), one, rest),
+                                    (scheme, K, m, config))  # fmt: skip
     context, target = get_context("fork"), driver.active.get_current_target()
     with ProcessPoolExecutor(jobs, context, compile_for, (target,)) as pool:
         list(pool.map(compile_one, *zip(*distinct.values(), strict=True)))
+
+
+def warm_up() -> None:
+    """Load the device until its clocks have settled."""
+    x = torch.randn(4096, 4096, device="cuda").half()
+    begin = time.time()
+    while time.time() - begin < WARM_SECONDS:
+        for _ in range(50):
+            x @ x
+        torch.cuda.synchronize()
+
+
+def with_present(configs: list[dict], earlier: dict, case: Case) -> list[dict]:
+    """The candidates and what the rows of ``earlier`` name for the case, if they name one."""
+    scheme, N, K, M = case
+    rows = earlier.get(family_of(scheme), [])
+    present = kernels("additive").tuning.nearest(rows, row_scheme(scheme), N, K, M)
+    return configs if present is None or present in configs else [present, *configs]
 
 
 def portable_body(M: int) -> dict:
@@ -330,15 +357,17 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="the cache holds every kernel")
     arguments = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shape]
-    layers_of = [(s, N, K) for (N, K), s in product(shapes, arguments.scheme)]
-    work = {
-        layer: [(m, candidates((*layer, m), arguments.thin, arguments.body)) for m in arguments.m]
-        for layer in layers_of
-    }
+    earlier = json.loads(arguments.merge.read_text()) if arguments.merge else {}
+    work: dict[tuple, list[tuple[int, list[dict]]]] = {}
+    for ((N, K), scheme), m in product(product(shapes, arguments.scheme), arguments.m):
+        case = (scheme, N, K, m)
+        configs = candidates(case, arguments.thin, arguments.body)
+        work.setdefault(case[:3], []).append((m, with_present(configs, earlier, case)))
     if not arguments.no_compile:
         compile_all(work, arguments.jobs)
     if arguments.compile_only:
         return
+    warm_up()
     begin, best = time.time(), {}
     for layer, cases in work.items():
         if arguments.seconds and time.time() - begin > arguments.seconds:
@@ -355,13 +384,13 @@ def main() -> None:
             if timed:
                 best[case] = timed[0]
                 print(*case, *timed[0], flush=True)
-        write(arguments.out, arguments.merge, best)
+        write(arguments.out, earlier, best)
 
 
-def write(out: Path, merge: Path | None, best: dict[Case, tuple[float, dict]]) -> None:
+def write(out: Path, earlier: dict, best: dict[Case, tuple[float, dict]]) -> None:
     """One file of all rows, in a fixed order."""
     rows = {}
-    for family, old in (json.loads(merge.read_text()) if merge else {}).items():
+    for family, old in earlier.items():
         rows |= {(family, r["scheme"], r["N"], r["K"], r["M"]): r for r in old}
     for (scheme, N, K, M), (us, config) in best.items():
         row = {"scheme": row_scheme(scheme), "N": N, "K": K, "M": M, "us": us, "config": config}

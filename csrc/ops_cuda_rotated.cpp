@@ -62,8 +62,8 @@ void set_scales(aqlm::RotatedWeight& w, const Tensor& scales, const std::optiona
   CHECK(group >= 1 && w.K % group == 0, "K=", w.K, " is not a multiple of group_size=", group);
   const int64_t count = w.N * (w.K / group);
   CHECK(scales.numel() == count && scales.is_contiguous() && scales.get_device_index() == device,
-        "scales must be ", count, " contiguous values on the input's device; got ",
-        scales.numel());
+        "scales must be ", count, " contiguous values on the input's cuda:", device, "; got ",
+        scales.numel(), " on cuda:", scales.get_device_index());
   CHECK(!zeros || (zeros->numel() == count && zeros->is_contiguous() &&
                    zeros->scalar_type() == scales.scalar_type() &&
                    zeros->get_device_index() == device),

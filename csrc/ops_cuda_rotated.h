@@ -35,8 +35,8 @@ inline aqlm::Rotation rotation_of(const Tensor& h, int64_t n, int64_t factor, in
     CHECK(h.numel() == factor * factor && h.scalar_type() == ScalarType::Char &&
               h.is_contiguous() && h.get_device_index() == device &&
               reinterpret_cast<uintptr_t>(h.const_data_ptr()) % 4 == 0,
-          "h must be contiguous int8 [", factor, ", ", factor, "] on the input's device; got ",
-          h.numel(), " elements");
+          "h must be contiguous int8 [", factor, ", ", factor, "] on the input's cuda:",
+          device, "; got ", h.numel(), " elements on cuda:", h.get_device_index());
   aqlm::Rotation r = {};
   r.n = static_cast<int>(n);
   r.factor = static_cast<int>(factor);
@@ -51,7 +51,8 @@ inline const void* vector_of(const std::optional<Tensor>& t, int64_t n, const ch
                              int device, aqlm::DType* type) {
   if (!t) return nullptr;
   CHECK(t->numel() == n && t->is_contiguous() && t->get_device_index() == device, name,
-        " must be ", n, " contiguous values on the input's device; got ", t->numel());
+        " must be ", n, " contiguous values on the input's cuda:", device, "; got ", t->numel(),
+        " on cuda:", t->get_device_index());
   *type = dtype_of(*t, name);
   return t->const_data_ptr();
 }

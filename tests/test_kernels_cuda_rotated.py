@@ -108,11 +108,28 @@ def test_e8p_bodies(bits, N, K, dtype):
 
 
 @pytest.mark.parametrize("dtype", (*HALVES, torch.float32), ids=str)
-@pytest.mark.parametrize(("N", "K"), [(14336, 4096), (14352, 4160), (69632, 832)])
+@pytest.mark.parametrize(("N", "K"), [(14336, 4096), (14352, 4160), (69632, 832), (28688, 4736)])
 def test_e8p_of_many_cells(N, K, dtype):
-    """From 12 cells a block on, x of 9 .. 16 tokens lies in shared memory. With a rotation; one
-    cell more than whole steps and a row block of 16 rows; more row groups than blocks."""
+    """9 .. 16 tokens, a block's x in shared memory. With a rotation; one cell more than whole steps
+    and a row block of 16 rows; more row groups than blocks; more cells than a block quantizes."""
     check(E8P(2, N, K, None if N == 14336 else 0), dtype, (1, 9, 11, 13, 16, 40, 64))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "K"), [(96, 64), (528, 320), (4096, 4096), (8448, 1088), (4096, 14336), (14336, 4096)]
+)
+def test_e8p_of_some_tokens(N, K, dtype):
+    """5 .. 16 tokens of up to 28 cells a block, which quantizes them: one cell; a last step of one
+    cell; a range that goes on in the next row group. x aligned and not, zeros, a large value."""
+    layer = E8P(2, N, K, None if K >= 4096 else 0)
+    for M in (5, 7, 8, 9, 13, 16):
+        for x in (rows(M, K, dtype, seed=M), rows(M, K, dtype, seed=1).clone()):
+            x[0] = 0.0
+            x[1, K // 2] = 32.0
+            y = layer(x)
+            close(y, layer.expected(x), dtype)
+            assert torch.equal(y, layer(x)), f"M={M}: two runs differ"
 
 
 @pytest.mark.parametrize("coding", ["e8p", "scalar"])

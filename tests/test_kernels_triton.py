@@ -89,7 +89,7 @@ def test_planes_of_codebooks_of_16_bits(scheme, N, K, options):
     for dtype in DTYPES[: 1 if DEVICE == "cpu" else 2]:
         layer = random_layer(scheme, N, K, dtype)
         quant, weight = make(layer), layer.weight()
-        for M in (1, 16) if DEVICE == "cpu" else (1, 2, 16, 31):
+        for M in (1, 20) if DEVICE == "cpu" else (1, 2, 16, 31, 33):
             x = random_input(M, K, dtype)
             with tuning.forced({"body": "planes_dot", **options}):
                 y = quant(x.to(DEVICE))

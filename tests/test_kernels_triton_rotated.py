@@ -18,7 +18,7 @@ from aqlm_infer.ops import OperandError
 
 pytest.importorskip("triton")
 
-from aqlm_infer.triton_kernels import tuning
+from aqlm_infer.triton_kernels import hadamard_ops, tuning
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -201,9 +201,12 @@ GPU_SIZES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("many", [None, 0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("K", "block"), (*SIZES, *GPU_SIZES) if GPU else SIZES)
-def test_hadamard(K, block, dtype):
+def test_hadamard(K, block, dtype, many, monkeypatch):
+    if many is not None:  # programs of several steps and tokens, as of thousands of tokens
+        monkeypatch.setattr(hadamard_ops, "MANY", many)
     rotation = Hadamard.blocks(K) if block else Hadamard.full(K)
     h, rng = rotation.matrix(DEVICE), torch.Generator().manual_seed(K)
     pre, post = torch.randn(2, K, generator=rng)

@@ -29,12 +29,12 @@ CASES = {
         (words._arrange, {"TILES": 1}),
         (words._words_dot, {"B": 2, "BOOKS": 1, "ENTRIES": 65536, "COPIES": 0, "BYTES": 0,
                             "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "FIRST": False,
-                            "DEALT": True, "ASM": True, "WARPS": 4, "BLOCK_M": 16}),
+                            "DEALT": True, "ASM": True, "WARPS": 4, "FEW": False, "BLOCK_M": 16}),
         (words._dequantize, {"B": 2, "ENTRIES": 256, "COPIES": 4, "BYTES": 32768, "ROWS": 2,
                              "ASM": True, "WARPS": 8}),
         (planes._planes, {"BLOCK": 256}),
-        (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 8, "ASM": True,
-                              "WARPS": 16}),
+        (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 4, "WIDE": True, "Q": 4, "TILES": 1,
+                              "ASM": True, "WARPS": 16, "FEW": True}),
         (additive._tables, {**A, "GROUPS": 8, "CHUNK": 1024}),
         (additive._lookup, {**A, "BLOCK_N": 512}),
         (additive._dequantize, {**A, "OG": 1, "BLOCK_N": 32, "BLOCK_G": 16}),
@@ -54,9 +54,9 @@ CASES = {
         (e8p._integer_dot, {"BITS": 4, "COPIES": 8, "ASM": True, "TILES": 1, "BLOCK_N": 64,
                             "BLOCK_M": 16}),
         (hadamard._rows, {"A": 32, "B": 32, "BP": 32, "PRE": True, "POST": False, "BIAS": False,
-                          "TF32": True, "BLOCK_R": 32}),
+                          "EXACT": False, "TF32": True, "BLOCK_R": 32, "STEPS": 8}),
         (hadamard._mix, {"F": 28, "TRANSPOSE": False, "POST": True, "BIAS": True,
-                         "TF32": True, "BLOCK_Q": 32, "BLOCK_J": 32, "BLOCK_B": 64}),
+                         "TF32": True, "BLOCK_Q": 32, "BLOCK_J": 32, "BLOCK_B": 64, "STEPS": 8}),
     ],
     "scalar": [
         (scalar._prepare, {"BITS": 2, "C": 4, "TOGETHER": 4}),
@@ -101,9 +101,9 @@ for body, constants in CASES:
     kernel = triton.compile(source, target=target, options={"num_warps": values.get("WARPS", 4)})
     assert kernel.asm["cubin"]
     if body is planes._planes_dot:
-        # What tl.gather leaves fills all of Triton's share: it begins where look-ups begin. The
-        # loop over it must not move anything through shared memory.
-        assert kernel.metadata.shared == 4 * planes.HALF.value
+        # The buffers fill all of Triton's share: they begin where the table is put. The loop over
+        # it must not move anything through shared memory.
+        assert kernel.metadata.shared == 4 * (planes.BUFFERS * planes.BUFFER).value
         lines = kernel.asm["ttgir"].splitlines()
         dots = [i for i, line in enumerate(lines) if "tt.dot" in line]
         first = max(i for i in range(dots[0]) if "scf.for" in lines[i])
@@ -132,7 +132,7 @@ import torch
 import torch._higher_order_ops.triton_kernel_wrap as wrap
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from aqlm_infer.triton_kernels import e8p, scalar_integers as integers, words
+from aqlm_infer.triton_kernels import e8p, planes, scalar_integers as integers, words
 
 class NoGpu:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -145,8 +145,10 @@ W = {"B": 2, "ENTRIES": 256, "BYTES": 32768, "ROWS": 4, "ASM": True}
 E = {"BITS": 2, "COPIES": 16, "ASM": True, "residual": 0.0}
 CASES = [
     (words._words_dot, {**W, "BOOKS": 1, "COPIES": 8, "WIDTH": 4, "WIDE": True, "Q": 4,
-                        "FIRST": False, "DEALT": False, "WARPS": 4, "BLOCK_M": 16}),
+                        "FIRST": False, "DEALT": False, "WARPS": 4, "FEW": True, "BLOCK_M": 16}),
     (words._dequantize, {**W, "COPIES": 4, "WARPS": 8}),
+    (planes._planes_dot, {"B": 1, "ROWS": 2, "WIDTH": 2, "WIDE": True, "Q": 4, "TILES": 2,
+                          "ASM": True, "WARPS": 16, "FEW": False}),
     (e8p._integers, {**E, "SHARED": False, "BLOCK_N": 64, "BLOCK_G": 32}),
     (e8p._integer_dot, {**E, "TILES": 1, "BLOCK_N": 128, "BLOCK_M": 16}),
     (integers._integer_dot, {"BITS": 2, "C": 2, "GROUPED": True, "ZEROS": True, "PAIRED": True,
@@ -156,7 +158,7 @@ CASES = [
 TYPES = {
     "x_ptr": torch.int32, "tables_ptr": torch.int32, "words_ptr": torch.int32,
     "codes_ptr": torch.int16, "rest_ptr": torch.int16, "partial_ptr": torch.float32,
-    "unit_ptr": torch.float32, "sums_ptr": torch.float32,
+    "unit_ptr": torch.float32, "sums_ptr": torch.float32, "planes_ptr": torch.int32,
 }
 for body, constants in CASES:
     values = {n: torch.zeros(64, dtype=TYPES.get(n, torch.float16)) if n.endswith("_ptr") else 64
@@ -179,9 +181,33 @@ def test_torch_compile_sees_that_kernels_write_their_results_only(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", WRITTEN], env=env, capture_output=True, text=True, timeout=300
     )
-    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_integers partial_ptr"]
-    expected += ["_integer_dot partial_ptr"] * 2 + ["_first_dot partial_ptr"]
+    expected = ["_words_dot partial_ptr", "_dequantize w_ptr", "_planes_dot partial_ptr"]
+    expected += ["_integers partial_ptr"] + ["_integer_dot partial_ptr"] * 2
+    expected += ["_first_dot partial_ptr"]
     assert run.stdout.splitlines() == expected, run.stderr[-2000:]
+
+
+NAMES = """
+import sys
+from aqlm_infer.backends.triton import kernels
+for family in sys.argv[1:]:
+    kernels(family)
+from aqlm_infer.triton_kernels import e8p, planes, scalar, scalar_integers as integers, words
+bodies = [e8p._integers, planes._planes_dot, scalar._dot, integers._integers, words._words_dot]
+keys = {body: body.cache_key for body in (bodies if sys.argv[1] == "e8p" else bodies[::-1])}
+print(*[keys[body] for body in bodies])
+"""
+
+
+def test_a_kernel_has_one_name_on_disk_whatever_was_loaded_first():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    for families in (["e8p", "additive", "scalar"], ["scalar", "e8p", "additive"]):
+        run = subprocess.run(
+            [sys.executable, "-c", NAMES, *families], env=env, capture_output=True, text=True
+        )
+        found.append(run.stdout.split())
+    assert len(found[0]) == 5 and found[0] == found[1], run.stderr
 
 
 ROWS = [

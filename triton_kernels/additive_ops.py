@@ -20,7 +20,7 @@ from .slices import sliced_dx, sliced_matmul
 
 DEQUANTIZE_N, DEQUANTIZE_K = 32, 128  # rows and inputs of a tile
 DEQUANTIZE_WARPS, DEQUANTIZE_STEPS = 8, 16  # of a program of ``words``
-PLANES_TOKENS = 16  # the most of ``planes``
+PLANES_TOKENS = 32  # the most of ``planes``
 
 
 def _copies(books: int, entries: int) -> tuple[int, int]:
@@ -57,12 +57,9 @@ class _Part:
         gathers = (self.g, self.og) == (8, 1) and x.dtype.itemsize == 2
         gathers = gathers and x.dtype == self.codebooks.dtype
         config = tuning.config("additive", scheme, self.N, self.K, tuning.token_block(M), body)
-        if config["body"] == "words_dot" and not gathers:
-            return tuning.default("additive.dot")
         whole = self.entries == planes.ENTRIES.value and M <= PLANES_TOKENS
-        if config["body"] == "planes_dot" and not (gathers and whole):
-            return tuning.default("additive.gemv" if M == 1 else "additive.dot")
-        return config
+        takes = {"words_dot": gathers, "planes_dot": gathers and whole}
+        return config if takes.get(config["body"], True) else tuning.default(f"additive.{body}")
 
     def matmul(self, x, widest, bias, y) -> None:
         """Fill y [M, N] with the product of at most 64 tokens."""
@@ -137,31 +134,33 @@ class _Part:
             inputs, self.codes, self.codebooks, partial, M, self.N, self.in_groups, each, B=self.B,
             BOOKS=books, ENTRIES=self.entries, COPIES=copies, BYTES=size, ROWS=rows, WIDTH=width,
             WIDE=wide, Q=config["Q"], FIRST=weight_first, DEALT=bool(config["DEALT"]),
-            ASM=has_dp4a(x), WARPS=warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
+            ASM=has_dp4a(x), WARPS=warps, FEW=bool(M <= 8), BLOCK_M=block_m, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
         return partial
 
     def planes_dot(self, x: torch.Tensor, config: tuning.Config) -> torch.Tensor:
-        """Partial sums [S, M, N] of at most 16 tokens, with codebooks of 16 bits of their type."""
+        """Partial sums [S, M, N] of at most 32 tokens, with codebooks of 16 bits of their type."""
         M, warps, at_once = x.shape[0], config["num_warps"], config["Q"] // 4
         rows, width = self.rows_of_a_word(), config["WIDTH"]
         wide = rows > 1 and width in (2, 4) and self.N % (rows * width) == 0
         wide = wide and self.codes.storage_offset() % (rows * width) == 0
-        parts = planes.PLANES.value * self.B
+        parts = planes.PARTS.value * self.B
         tiles = triton.cdiv(self.N, 8 * warps * rows * width)
         turns = triton.cdiv(self.in_groups, planes.GROUPS.value * at_once)
         pairs, programs = turns * at_once, max(1, min(config["PROGRAMS"] // parts, tiles * turns))
         share, entries = slots(tiles, turns, programs), self.B * self.entries
         plane = torch.empty(4 * entries, dtype=torch.int32, device=x.device)
-        inputs = torch.empty(1024 * pairs, dtype=torch.int32, device=x.device)
+        tokens = 1 if M <= 16 else 2  # tiles of them
+        inputs = torch.empty(1024 * pairs * tokens, dtype=torch.int32, device=x.device)
         wrap_triton(planes._planes)[(triton.cdiv(entries, 256),)](
             x, self.codebooks, plane, inputs, M, self.K, x.stride(0), entries, pairs, BLOCK=256,
         )  # fmt: skip
         partial = torch.empty((share * parts, M, self.N), dtype=torch.float32, device=x.device)
         wrap_triton(planes._planes_dot)[(parts, programs)](
             inputs, self.codes, self.codebooks, plane, partial, M, self.N, self.in_groups, pairs,
-            share, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], ASM=has_dp4a(x),
-            WARPS=warps, num_warps=warps,
+            share, 0, B=self.B, ROWS=rows, WIDTH=width, WIDE=wide, Q=config["Q"], TILES=tokens,
+            ASM=has_dp4a(x), WARPS=warps, FEW=bool(M <= 8), num_warps=warps,
         )  # fmt: skip
         return partial
 

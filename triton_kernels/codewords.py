@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_its_device
+
 ROWS = 128
 """Rows of a program of four warps."""
 
@@ -35,6 +37,7 @@ def _words(books_ptr, codes_ptr, scales_ptr, index_ptr, words_ptr, M, count, row
     tl.store(words_ptr + place[:, None] * WIDTH + inner[None, :], total, mask=inside)
 
 
+@on_its_device
 def codewords(
     books: torch.Tensor,
     codes: torch.Tensor,

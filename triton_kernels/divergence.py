@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_its_device
+
 BLOCK = 4096
 """Most columns at a time: a row of 8192 is read twice, the second time from the cache."""
 
@@ -46,6 +48,7 @@ def _rows(student_ptr, teacher_ptr, loss_ptr, V, BLOCK: tl.constexpr):
     tl.store(loss_ptr + row, loss)
 
 
+@on_its_device
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL of each row, float32 [n]; the logits ``student`` [n, V] become its gradient, in place.
 

@@ -54,68 +54,96 @@ def _signed(sign, x, total, TF32: tl.constexpr):
 @triton.jit(do_not_specialize=["splits"])
 def _rows(x_ptr, pre_ptr, post_ptr, bias_ptr, y_ptr, R, K, x_stride, splits, scale,
           A: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, PRE: tl.constexpr,
-          POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
-          BLOCK_R: tl.constexpr):  # fmt: skip
+          POST: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, TF32: tl.constexpr,
+          BLOCK_R: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     """y = post * scale * S_AB (pre * x) + bias along A pieces of B, R pieces in all; y is [M, K].
 
     x is the sum of ``splits`` of [splits, M, K]. BP is B padded to what ``tl.dot`` takes; A divides
-    BLOCK_R.
+    BLOCK_R. Signs cost as much as products, so a program of many tokens takes STEPS blocks.
+    EXACT: x is of 16 bits and neither summed nor multiplied, so one product of its type is exact.
     """
-    piece = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     pieces = K // B  # of a token
     j = tl.arange(0, BP)
-    ok = (piece < R)[:, None] & (j < B)[None, :]
-    k = (piece % pieces)[:, None] * B + j[None, :]
-    at = x_ptr + (piece // pieces)[:, None] * x_stride + k
-    x = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    for _ in range(1, splits):
-        at += R // pieces * x_stride
-        x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    if PRE:
-        x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    y = _product(x, _sign(j[:, None], j[None, :]), TF32)
+    r = tl.arange(0, BLOCK_R)
+    fastest = _sign(j[:, None], j[None, :])
     if A > 1:
-        r = tl.arange(0, BLOCK_R)
-        sign = _sign((r % A)[:, None], (r % A)[None, :])
-        sign = tl.where((r // A)[:, None] == (r // A)[None, :], sign, 0.0)
-        y = _signed(sign, y, tl.zeros_like(y), TF32)
-    y *= scale
-    if POST:
-        y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    if BIAS:
-        y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    at = piece[:, None] * B + j[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+        slower = _sign((r % A)[:, None], (r % A)[None, :])
+        slower = tl.where((r // A)[:, None] == (r // A)[None, :], slower, 0.0)
+    for step in range(STEPS):
+        piece = (tl.program_id(0) * STEPS + step) * BLOCK_R + r
+        ok = (piece < R)[:, None] & (j < B)[None, :]
+        k = (piece % pieces)[:, None] * B + j[None, :]
+        at = x_ptr + (piece // pieces).to(tl.int64)[:, None] * x_stride + k
+        x = tl.load(at, mask=ok, other=0.0)
+        if EXACT:
+            y = tl.dot(x, fastest.to(x.dtype))
+        else:
+            x = x.to(tl.float32)
+            for _ in range(1, splits):
+                at += R // pieces * x_stride
+                x += tl.load(at, mask=ok, other=0.0).to(tl.float32)
+            if PRE:
+                x *= tl.load(pre_ptr + k, mask=ok, other=0.0).to(tl.float32)
+            y = _product(x, fastest, TF32)
+        if A > 1:
+            y = _signed(slower, y, tl.zeros_like(y), TF32)
+        y *= scale
+        if POST:
+            y *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
+        if BIAS:
+            y += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
+        to = y_ptr + piece.to(tl.int64)[:, None] * B + j[None, :]
+        tl.store(to, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, K, q, a, b, scale, F: tl.constexpr,
+def _q(h_ptr, i, j, q, a, F: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """Q[i, j] of Q = H_F (x) S_a [q, q]; past q anything finite."""
+    sign = _sign((i % a)[:, None], (j % a)[None, :])
+    if F > 1:
+        row, column = (i // a)[:, None], (j // a)[None, :]
+        at = column * F + row if TRANSPOSE else row * F + column
+        ok = (i < q)[:, None] & (j < q)[None, :]
+        sign *= tl.load(h_ptr + at, mask=ok, other=0).to(tl.float32)
+    return sign
+
+
+@triton.jit
+def _mix(t_ptr, h_ptr, post_ptr, bias_ptr, y_ptr, M, K, q, a, b, scale, F: tl.constexpr,
          TRANSPOSE: tl.constexpr, POST: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
-         BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+         BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
+         STEPS: tl.constexpr):  # fmt: skip
     """y[m, i, c] = post * scale * (sum over j of Q[i, j] t[m, j, c]) + bias, Q = H_F (x) S_a.
 
-    t float32 and y are [M, q, b] with q = F*a; TRANSPOSE takes H_F^T.
+    t float32 and y are [M, q, b] with q = F*a; TRANSPOSE takes H_F^T. A program has STEPS tokens:
+    0, one of more than BLOCK_J terms a sum.
     """
-    m = tl.program_id(0).to(tl.int64)
+    first_token = tl.program_id(0).to(tl.int64) * max(STEPS, 1)
     i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     c = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
-    total = tl.zeros((BLOCK_Q, BLOCK_B), tl.float32)
-    for first in range(0, q, BLOCK_J):
-        j = first + tl.arange(0, BLOCK_J)
-        ok = (j < q)[:, None] & (c < b)[None, :]
-        t = tl.load(t_ptr + m * K + j[:, None] * b + c[None, :], mask=ok, other=0.0)
-        sign = _sign((i % a)[:, None], (j % a)[None, :])
-        if F > 1:
-            row, column = (i // a)[:, None], (j // a)[None, :]
-            at = column * F + row if TRANSPOSE else row * F + column
-            h_ok = (i < q)[:, None] & (j < q)[None, :]
-            sign *= tl.load(h_ptr + at, mask=h_ok, other=0).to(tl.float32)
-        total = _signed(sign, t, total, TF32)
-    total *= scale
-    ok = (i < q)[:, None] & (c < b)[None, :]
+    j = tl.arange(0, BLOCK_J)
     k = i[:, None] * b + c[None, :]
-    if POST:
-        total *= tl.load(post_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * K + k, total.to(y_ptr.dtype.element_ty), mask=ok)
+    if STEPS > 0:
+        signs = _q(h_ptr, i, j, q, a, F, TRANSPOSE)
+    for step in range(max(STEPS, 1)):
+        m = first_token + step
+        columns = tl.where(m < M, b, 0)
+        total = tl.zeros((BLOCK_Q, BLOCK_B), tl.float32)
+        at = t_ptr + m * K + c[None, :]
+        if STEPS > 0:
+            ok = (j < q)[:, None] & (c < columns)[None, :]
+            t = tl.load(at + j[:, None] * b, mask=ok, other=0.0)
+            total = _signed(signs, t, total, TF32)
+        else:
+            for first in range(0, q, BLOCK_J):
+                ok = (first + j < q)[:, None] & (c < b)[None, :]
+                t = tl.load(at + (first + j)[:, None] * b, mask=ok, other=0.0)
+                signs = _q(h_ptr, i, first + j, q, a, F, TRANSPOSE)
+                total = _signed(signs, t, total, TF32)
+        total *= scale
+        here = (i < q)[:, None] & (c < columns)[None, :]
+        if POST:
+            total *= tl.load(post_ptr + k, mask=here, other=0.0).to(tl.float32)
+        if BIAS:
+            total += tl.load(bias_ptr + k, mask=here, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m * K + k, total.to(y_ptr.dtype.element_ty), mask=here)

@@ -15,7 +15,9 @@ from .fields import dot_precision
 from .partial import unit_rows
 
 PIECE = 32  # the fastest digit of the index
-PIECES = 32  # of a program, and at most the next digit
+PIECES = 32  # of a program's step, and at most the next digit
+MANY = 8192  # steps from which on a program takes several
+STEPS = 8
 
 
 def rotated(
@@ -45,21 +47,25 @@ def rotated(
     t = y if q == 1 else torch.empty((M, K), dtype=torch.float32, device=x.device)
     pieces, scale = M * (K // b), (block or K) ** -0.5
     last, tf32 = q == 1, dot_precision(x) != "ieee"
-    wrap_triton(bodies._rows)[(triton.cdiv(pieces, PIECES),)](
+    steps = STEPS if pieces >= MANY * PIECES else 1
+    wrap_triton(bodies._rows)[(triton.cdiv(pieces, PIECES * steps),)](
         x, x if pre is None else pre, x if post is None else post, x if bias is None else bias, t,
         pieces, K, x.stride(0), splits, scale if last else 1.0, A=a, B=b, BP=max(16, b),
         PRE=pre is not None, POST=last and post is not None, BIAS=last and bias is not None,
-        TF32=tf32, BLOCK_R=PIECES, num_warps=2,
+        EXACT=x.dtype.itemsize == 2 and pre is None and splits == 1, TF32=tf32, BLOCK_R=PIECES,
+        STEPS=steps, num_warps=2,
     )  # fmt: skip
     if not last:
         rows = 32 if 16 < q <= 32 else 16 if M < 16 or q <= 16 else 64
         columns = 32 if q > 32 else 64
-        grid = (M, triton.cdiv(q, rows), triton.cdiv(a * b, columns))
+        terms = min(rows, 32)  # of a step of the sum
+        steps = 0 if q > terms else steps
+        grid = (triton.cdiv(M, max(1, steps)), triton.cdiv(q, rows), triton.cdiv(a * b, columns))
         wrap_triton(bodies._mix)[grid](
             t, h if factor > 1 else t, t if post is None else post, t if bias is None else bias, y,
-            K, q, q // factor, a * b, scale, F=factor, TRANSPOSE=transpose, POST=post is not None,
-            BIAS=bias is not None, TF32=tf32, BLOCK_Q=rows, BLOCK_J=min(rows, 32), BLOCK_B=columns,
-            num_warps=4,
+            M, K, q, q // factor, a * b, scale, F=factor, TRANSPOSE=transpose,
+            POST=post is not None, BIAS=bias is not None, TF32=tf32, BLOCK_Q=rows, BLOCK_J=terms,
+            BLOCK_B=columns, STEPS=steps, num_warps=4,
         )  # fmt: skip
     return y
 

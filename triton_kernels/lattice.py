@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_its_device
+
 
 @triton.jit
 def _element(values, e, i: tl.constexpr):
@@ -135,6 +137,7 @@ def _window(pull_ptr, local_ptr, weight_ptr, rounded_ptr, codes_ptr, inverse_ptr
                 tl.store(place + 1, second.to(tl.int64))
 
 
+@on_its_device
 def round_window(
     pull: torch.Tensor,
     local: torch.Tensor,

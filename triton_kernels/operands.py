@@ -15,7 +15,7 @@ eight neighbouring bytes.
 import triton
 import triton.language as tl
 
-from .shared import _gather4
+from .shared import _gather4, _gather4_some
 
 
 @triton.jit
@@ -27,10 +27,11 @@ def _place(pair, low, t, j, token, part, TILES: tl.constexpr, PARTS: tl.constexp
 
 @triton.jit
 def _operand(x_ptr, pair, first, part: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr,
-             TILES: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+             TILES: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, M=None):  # fmt: skip
     """Words of PAIRS pairs from ``pair`` on of COUNT tiles of tokens from ``first`` on.
 
-    int32 [COUNT, half, g, PAIRS, low, t, j]: [16 COUNT, 8 PAIRS] of words, bytes or halves.
+    int32 [COUNT, half, g, PAIRS, low, t, j]: [16 COUNT, 8 PAIRS] of words, bytes or halves. Where
+    there are M <= 8 tokens, lanes of others read nothing: of one token an eighth of a warp reads.
     """
     tile = tl.arange(0, COUNT)[:, None, None, None, None]
     pairs = tl.arange(0, PAIRS)[None, :, None, None, None]
@@ -38,7 +39,9 @@ def _operand(x_ptr, pair, first, part: tl.constexpr, PAIRS: tl.constexpr, COUNT:
     g = tl.arange(0, 8)[None, None, None, :, None]
     t = tl.arange(0, 4)[None, None, None, None, :]
     at = x_ptr + _place(pair + pairs, 0, t, j, (first + tile) * 16 + g, part, TILES, PARTS)
-    if ASM:
+    if ASM and M is not None:
+        w0, w1, w2, w3 = _gather4_some(at, g, M)
+    elif ASM:
         w0, w1, w2, w3 = _gather4(at)
     else:
         w0, w1, w2, w3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_its_device
+
 BLOCK = 128
 """Vectors of a program."""
 
@@ -78,6 +80,7 @@ def _nearest(x_ptr, codes_ptr, rows_ptr, norms_ptr, odd_ptr, places_ptr, count,
     tl.store(codes_ptr + n, code, here)
 
 
+@on_its_device
 def nearest_points(x: torch.Tensor, tables: dict[str, torch.Tensor]) -> torch.Tensor:
     """16-bit codes int32 [n] of the E8P points nearest to contiguous float32 ``x`` [n, 8].
 

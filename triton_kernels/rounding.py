@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_its_device
+
 ROWS = 8
 """Rows of a program of four warps: 128 float64 columns of each in registers."""
 
@@ -56,6 +58,7 @@ def _window(pull_ptr, local_ptr, weight_ptr, rounded_ptr, codes_ptr, step_ptr, z
             tl.store(codes_ptr + here, code.to(tl.uint8), mask=ok)
 
 
+@on_its_device
 def round_window(
     pull: torch.Tensor,
     local: torch.Tensor,

@@ -151,6 +151,16 @@ def _gather4(at):
 
 
 @triton.jit
+def _gather4_some(at, i, count):
+    """``_gather4`` where i < count; elsewhere zeros, and nothing is read."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;
+        mov.b32 $3, 0; @p ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4]; }""",
+        "=&r,=&r,=&r,=&r,l,r,r", [at, i, count], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _load_number(at):
     """The 16 or 32-bit number at each pointer, float32."""
     TYPE: tl.constexpr = at.dtype.element_ty

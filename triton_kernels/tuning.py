@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Config] = {
         "DEALT": 0, "FILL": 0, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 1,
     },
     "additive.planes_dot": {
-        "WIDTH": 4, "Q": 8, "PROGRAMS": 132, "num_warps": 16,
+        "WIDTH": 4, "Q": 4, "PROGRAMS": 132, "num_warps": 16,
     },
     "additive.dot": {
         "BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "FILL": 0, "PROGRAMS": 2112, "num_warps": 4,

@@ -135,7 +135,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
                BOOKS: tl.constexpr, ENTRIES: tl.constexpr, COPIES: tl.constexpr,
                BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
                Q: tl.constexpr, FIRST: tl.constexpr, DEALT: tl.constexpr, ASM: tl.constexpr,
-               WARPS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+               WARPS: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Partial sums [slot, B / BOOKS, m, n] of x[m] . words[n], over BOOKS codebooks.
 
     A program takes a tile of rows and ``share`` steps of groups, and its slot is its split. DEALT:
@@ -148,7 +148,7 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
     codes of ROWS neighbouring rows, which lie together too (WIDE: and are loaded at once), in 8
     WARPS lanes of a program, and Q of a step's groups at once. Dots are of at most 16 rows a warp:
     of 32 as second operand Triton (3.6) moves the tile through shared memory. More than 32 tokens
-    before it are dots of 32.
+    before it are dots of 32. FEW: at most 8 tokens.
     """
     TYPE: tl.constexpr = books_ptr.dtype.element_ty
     TOKENS: tl.constexpr = 32 if BLOCK_M > 32 and not FIRST else BLOCK_M
@@ -223,7 +223,8 @@ def _words_dot(x_ptr, codes_ptr, books_ptr, partial_ptr, M, N, IN, share, B: tl.
                 if FIRST:
                     x += (_inputs(x_ptr, turn * (32 * Q), 32 * Q, BLOCK_M),)
                 else:
-                    here = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM)
+                    here = _operand(x_ptr, turn * Q, h * 2, 0, Q, TOKENS // 16, TILES, 1, ASM,
+                                    M if FEW else None)  # fmt: skip
                     x += (tl.reshape(_halves(here, TYPE), (TOKENS, 32 * Q)),)
             words = ahead
             next_turn = tl.minimum(turn + 1, last)

@@ -50,6 +50,8 @@ _LOADED: dict[str, ModuleType] = {}
 def kernels(family: str) -> ModuleType:
     """``aqlm_infer.triton_kernels.<family>_ops``. A prepared layer has imported it, so that
     torch.compile, which cannot trace an import, finds it here."""
+    if not _LOADED:
+        importlib.import_module("aqlm_infer.triton_kernels.keys").fix()
     if family not in _LOADED:
         _LOADED[family] = importlib.import_module(f"aqlm_infer.triton_kernels.{family}_ops")
     return _LOADED[family]

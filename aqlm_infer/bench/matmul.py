@@ -17,7 +17,7 @@ from ..formats import Format, parse_scheme
 from ..layers import QuantLinear
 from .layers import DRAM_BYTES, BenchError, packed_bytes, random_tensors, rotation, verified_error
 from .record import Row, environment, rounded
-from .timing import Timing, time_calls, time_graph
+from .timing import REST_SECONDS, Timing, time_calls, time_graph
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def cpu_isa(name: str | None) -> Iterator[None]:
 
 def timed(calls: Sequence[Callable[[], object]], device: str) -> Timing:
     """Calls one by one on the CPU, as a replayed graph on a GPU."""
-    return time_calls(calls) if device == "cpu" else time_graph(calls)
+    return time_calls(calls) if device == "cpu" else time_graph(calls, rest_s=REST_SECONDS)
 
 
 @lru_cache

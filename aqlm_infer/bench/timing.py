@@ -16,6 +16,13 @@ MAX_SECONDS = 20.0
 GRAPH_CALLS = 16
 GRAPH_REPLAYS = 15
 
+REST_SECONDS = 0.1
+"""Idle time before a measurement whose GPU may have been busy with heavier work, such as a dense
+reference or the making of random weights, after which kernels are slow for tens of milliseconds
+(presumably the clock). An H200 after 0.3 s of dense GEMMs, microseconds of a 64-token E8P matmul of
+28672 x 8192 begun 0, 0.02, 0.05, 0.1, 0.2 s later: 70.3, 60.4, 55.2, 54.0, 53.6; of one token of
+4-bit scalars: 34.3, 32.6, 32.8, 32.6, 32.3 (2026-11-29)."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -61,11 +68,14 @@ def time_calls(
     return summarize(times)
 
 
-def time_graph(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS) -> Timing:
+def time_graph(
+    calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLAYS, rest_s: float = 0.0
+) -> Timing:
     """Replay a CUDA graph of ``calls``, in rotation and at least ``GRAPH_CALLS`` of them.
 
     Each replay gives one time per call (device events); graphs leave out the host's launch cost.
-    Distinct data in the calls defeats the L2 cache.
+    Distinct data in the calls defeats the L2 cache. The GPU rests for ``rest_s`` before the first
+    replays, which warm up.
     """
     rotated = [calls[i % len(calls)] for i in range(max(GRAPH_CALLS, len(calls)))]
     for call in rotated[:2]:
@@ -75,6 +85,7 @@ def time_graph(calls: Sequence[Callable[[], object]], replays: int = GRAPH_REPLA
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         for call in rotated:
             call()
+    time.sleep(rest_s)
     for _ in range(3):
         graph.replay()
     times = []

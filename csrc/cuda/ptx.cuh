@@ -72,6 +72,14 @@ __device__ __forceinline__ uint4 load_cached(const void* p) {
   return v;
 }
 
+// The same where `load`; else v stays.
+__device__ __forceinline__ void load_cached_if(bool load, const void* p, uint4* v) {
+  asm volatile("{\n.reg .pred load;\nsetp.ne.u32 load, %5, 0;\n"
+               "@load ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+               : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+               : "l"(p), "r"(static_cast<uint32_t>(load)) : "memory");
+}
+
 // 8 bytes through L1, ordered after grid_dependency_wait.
 __device__ __forceinline__ uint2 load_cached8(const void* p) {
   uint2 v;

@@ -122,6 +122,21 @@ cudaError_t scalar_matmul(const RotatedConfig& c, const RotatedMatmul& p, cudaSt
   return RotatedBodies<Coding::kScalar, kBits>::matmul(c, p, stream);
 }
 
+// Whether rotated_resident.cuh takes 5 .. 16 tokens and its blocks quantize their range of x.
+bool resident_stages(const RotatedWeight& w, DType x_type, int tokens, const DeviceInfo& device) {
+  if (tokens > 16 || x_type == DType::kFloat32 || !tune::rotated_resident(w.coding, w.bits, 4))
+    return false;
+  RotatedConfig c = {};
+  c.tiles = 4;
+  c.wgmma = true;
+  c.share = Share::kLocal;
+  RotatedMatmul p = {};
+  p.w = w;
+  p.tokens = tokens;
+  schedule_rotated(c, device, &p);
+  return 2 * tune::local_cells(p.s) <= tune::kResidentOwnCells;
+}
+
 // Whether blocks have room for their range of x of more than four tokens.
 bool stages_itself(RotatedConfig c, const RotatedWeight& w, int tokens, const DeviceInfo& device) {
   if (c.grouped || c.tiles > tune::rotated_local_tiles(w.coding, w.bits)) return false;
@@ -172,14 +187,17 @@ RotatedConfig choose_rotated(const RotatedWeight& w, DType x_type, int tokens, b
   }
   c.tiles = 1;
   while (c.tiles < most && c.tiles * 4 < tokens) c.tiles *= 2;
-  c.share = c.tiles == 1 || stages_itself(c, w, tokens, device) ? Share::kLocal : Share::kRing;
+  const bool own = hopper && tokens > 4 && resident_stages(w, x_type, tokens, device);
+  if (own) c.tiles = 4;
+  c.share = c.tiles == 1 || own || stages_itself(c, w, tokens, device) ? Share::kLocal
+                                                                       : Share::kRing;
   if (c.tiles == 1 && !c.grouped && x_type != DType::kFloat32 &&
       tune::rotated_owned(w, tokens, rotates, device))
     c.share = Share::kOwned;
 #ifdef AQLM_TUNE
   if (g_rotated_share == 0) c.share = c.tiles == 1 ? Share::kLocal : Share::kRing;
 #endif
-  c.wgmma = hopper && c.share == Share::kRing && !c.half;
+  c.wgmma = hopper && (own || c.share == Share::kRing) && !c.half;
   c.wide = tokens == 1 && c.share == Share::kLocal && tune::rotated_wide(w) &&
            static_cast<long long>(w.blocks()) * w.units() >= tune::kWideCells * device.sms;
 #ifdef AQLM_TUNE
@@ -233,8 +251,8 @@ void schedule_rotated(const RotatedConfig& c, const DeviceInfo& device, RotatedM
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   auto steps = [&] { return static_cast<int>((cells + s.ctas - 1) / s.ctas); };  // of a block
   if (resident)  // no step of a row twice, and room for x
-    while (steps() > s.units || tune::rotated_resident_smem(p->w.coding, p->w.bits, steps(),
-                                                            p->tokens) > device.max_smem)
+    while (steps() > s.units || tune::rotated_resident_smem(steps(), p->tokens, false) >
+                                    device.max_smem)
       s.ctas = static_cast<int>(std::min<long long>(cells, s.ctas * 2ll));
   s.max_slots = static_cast<int>(s.units / (cells / s.ctas)) + 2;
 }

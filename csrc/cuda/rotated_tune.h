@@ -97,24 +97,46 @@ AQLM_HD constexpr int rotated_wg_depth(Coding coding, int bits, int warps, int c
                                                             : (bits == 8 || warps == 16 ? 3 : 4);
 }
 
-// The body whose blocks hold all their x (rotated_resident.cuh), 9 .. 16 tokens: warps, cells of a
-// block from which on it beats a block's own staging (kLocalCells). 16 tokens, H200, us alone and
-// of a whole layer, against a block's own staging or, in the last two, rotated_wgmma.cuh:
-//    4096 x 4096   (4 cells)   10.5 13.3    9.7 13.1
-//    6144 x 4096   (6)         10.5 13.4   10.3 13.5
-//    4096 x 14336 (14)         16.1 26.5   15.8 28.7
-//   14336 x 4096  (14)         13.4 18.5   14.7 21.6
-//   28672 x 4096  (27)         18.6 27.4   23.1 32.8
-//   28672 x 8192  (55)         28.9 39.6   33.8 44.9
-//    8192 x 28672 (55)         31.5 47.5   36.0 51.6
-constexpr int kResidentWarps = 16, kResidentLeastCells = 12;
+// The body whose blocks hold all their x (rotated_resident.cuh), E8P 2 bit: warps; cells of a block
+// up to which it quantizes them itself (5 .. 16 tokens, 16-bit x); from which on stage_kernel and
+// it beat a block's own staging for mma.sync (9 .. 16 tokens, now where x is float32). H200, us of
+// 8 tokens alone, 16 alone and of a whole layer, cells of a block in parentheses; then before
+// (mma.sync up to 8 tokens and 11 cells, stage_kernel):
+//    4096 x 4096   (4)    6.9   7.7 10.8    8.9   9.6 13.0
+//    6144 x 4096   (6)    7.1   7.9 11.0    9.1  10.3 13.5
+//    4096 x 14336 (14)   11.5  13.0 24.8   13.5  16.2 26.7
+//   14336 x 4096  (14)   10.3  12.0 17.7   12.4  13.6 18.9
+//   28672 x 4096  (28)   16.2  17.8 26.1   17.7  18.6 27.5
+// Beyond, 16 tokens: 28672 x 8192 (56) 28.9, 8192 x 28672 (56) 31.5 against 33.8 and 36.0 of
+// rotated_wgmma.cuh.
+constexpr int kResidentWarps = 16, kResidentOwnCells = 28, kResidentLeastCells = 12;
 AQLM_HD constexpr bool rotated_resident(Coding coding, int bits, int tiles) {
   return tiles == 4 && coding == Coding::kE8p && bits == 2;
 }
+// Cells whose MMAs are waited for together. One, by so few registers that a block of the kernels
+// before and after has 20480, where blocks are short: with few cells (16 tokens, one against two:
+// 4096 x 4096 7.7 and 8.4 us, its norm in a step 2.8 and 3.6) or tokens (a step of the Llama-3-8B
+// shape with 8: 2105 and 2175). With 28 cells in a step of 16 tokens 19.1 and 17.3.
+AQLM_HD constexpr int rotated_resident_group(int tokens, int cells) {
+  return tokens <= 8 || cells <= 8 ? 1 : 2;
+}
+AQLM_HD constexpr int rotated_resident_registers(int group) { return group == 1 ? 88 : 128; }
+// Bytes of x in shared memory: 16 rows of K (a core matrix of every eight columns), a cell. A block
+// that writes it itself pads both, so that a warp's stores of four cells are to 32 banks.
+AQLM_HD constexpr int rotated_resident_chunk(int tiles, bool own) {
+  return tiles * 128 + (own ? 16 : 0);
+}
+AQLM_HD constexpr int rotated_resident_cell(int tiles, bool own) {
+  return 4 * rotated_resident_chunk(tiles, own) + (own ? 32 : 0);
+}
+// Scales of x, or barriers of steps. Floats between the exchanged rows of two tokens, so that a
+// store of four tokens is to 32 banks.
+constexpr int kResidentHead = 512, kResidentPad = 8;
 // steps: of x of a block.
-AQLM_HD constexpr int rotated_resident_smem(Coding coding, int bits, int steps, int tokens) {
-  return rotated_tables(coding, bits) + steps * (2 * 4 * 512 + 8) +
-         tokens * kResidentWarps * kCellRows * 4;
+AQLM_HD constexpr int rotated_resident_smem(int steps, int tokens, bool own) {
+  return rotated_tables(Coding::kE8p, 2) + kResidentHead +
+         steps * 2 * rotated_resident_cell(4, own) +
+         tokens * (kResidentWarps * kCellRows + kResidentPad) * 4;
 }
 
 // The body of pairs of warps (rotated_pairs.cuh), 33 .. 64 tokens: cells a step, stages of x and of

@@ -32,6 +32,10 @@ __device__ __forceinline__ void pair_sync(int pair) {
   asm volatile("bar.sync %0, 64;" :: "r"(pair + 1) : "memory");
 }
 
+// Makes this thread's writes to shared memory visible to MMAs; a barrier for others' must follow.
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // Registers written before are ordered before the following MMAs.
 __device__ __forceinline__ void mma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

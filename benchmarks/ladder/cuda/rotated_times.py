@@ -13,13 +13,13 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as prof
 
 from aqlm_infer import ops
-from aqlm_infer.bench.timing import time_graph
+from aqlm_infer.bench.timing import REST_SECONDS, time_graph
 from aqlm_infer.formats.rotation import Hadamard
 
 
 def timed_graph(calls, repeats=15):
-    """Microseconds a call: median, 20th and 80th percentile of graph replays."""
-    t = time_graph(calls, repeats)
+    """Microseconds a call: median, 20th and 80th percentile of graph replays, after a rest."""
+    t = time_graph(calls, repeats, REST_SECONDS)
     return t.median_us, t.p20_us, t.p80_us
 
 

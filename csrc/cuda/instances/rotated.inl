@@ -65,13 +65,20 @@ cudaError_t wgmma_tiles(const RotatedMatmul& p, cudaStream_t stream) {
   return AQLM_ENQUEUE_SMEM(kernel, kSmem, p.s.ctas, kWarps * 32, kSmem, stream, p);
 }
 
-template <int kTiles>
+template <int kTiles, bool kOwn, int kGroup>
 cudaError_t matmul_resident(const RotatedMatmul& p, cudaStream_t stream) {
-  auto kernel = rotated_resident_kernel<kTiles>;
-  const int steps = tune::local_cells(p.s);
-  const int smem = tune::rotated_resident_smem(AQLM_CODING, AQLM_BITS, steps, p.tokens);
+  auto kernel = rotated_resident_kernel<kTiles, kOwn, kGroup>;
+  const int smem = tune::rotated_resident_smem(tune::local_cells(p.s), p.tokens, kOwn);
   return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.ctas, tune::kResidentWarps * 32, smem, stream,
                            p);
+}
+template <int kTiles>
+cudaError_t matmul_resident(const RotatedConfig& c, const RotatedMatmul& p, cudaStream_t stream) {
+  if (c.share != Share::kLocal) return matmul_resident<kTiles, false, 2>(p, stream);
+  const int cells = 2 * tune::local_cells(p.s);
+  return tune::rotated_resident_group(p.tokens, cells) == 1
+             ? matmul_resident<kTiles, true, 1>(p, stream)
+             : matmul_resident<kTiles, true, 2>(p, stream);
 }
 
 template <int kTiles>
@@ -125,7 +132,7 @@ cudaError_t matmul_all(const RotatedConfig& c, const RotatedMatmul& p, cudaStrea
   if (c.wgmma) {
     if (tiles == 4) {
       if constexpr (tune::rotated_resident(AQLM_CODING, AQLM_BITS, 4))
-        return matmul_resident<4>(p, stream);
+        return matmul_resident<4>(c, p, stream);
       else
         return wgmma_tiles<4, kGrouped>(p, stream);
     }
