@@ -86,7 +86,7 @@ def test_matmul_with_the_rotated_norm_after_it(device, dtype, bits, N, K):
      (2, 512, 192), (2, 768, 64), (2, 8192, 2048)],
 )  # fmt: skip
 def test_matmul_of_gate_and_up_with_swiglu_and_the_next_rotation(device, dtype, bits, n, K):
-    """16-bit values, 14336 and 28672 numbers: two launches after the matmul, one from 5 tokens on."""
+    """16-bit, 14336 and 28672 numbers: two launches after the matmul, one from 5 tokens on."""
     if device == "cpu" and n > 1000:
         pytest.skip("the CPU's operators are those that have tests of their own")
     product, rotation = Product(bits, 2 * n, K, device), Hadamard.full(n)
