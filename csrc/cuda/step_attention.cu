@@ -72,6 +72,7 @@ __device__ __forceinline__ float weight_of(float v, float top) {
 template <typename T, int D, int kGroup, int C, bool kMany>
 __global__ void __launch_bounds__(kThreads, kMany ? 4 : 5)
 step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
+#if __CUDA_ARCH__ >= 900
   constexpr int kChunks = D / 8, kRowBytes = 2 * D, kWarpBytes = kRows * kRowBytes;
   constexpr int kTileBytes = kTile * kRowBytes, kOwn = D / C;  // dimensions that a block ends with
   constexpr int kParts = D / 32;                               // of a row, 4 chunks each
@@ -315,6 +316,7 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
                                          k % 32 / 8 * 2 + k % 2;
     static_cast<T*>(p.out)[at] = from_float<T>(over / (under > 0.f ? under : 1.f));
   }
+#endif
 }
 
 template <typename T, int D, int kGroup, int C, bool kMany>
