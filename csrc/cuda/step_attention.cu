@@ -20,6 +20,13 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kTile = 64, kRows = kTile / kWarps;
 constexpr int kMostBlocks = 8;
+// Blocks of one tile that registers leave room for: 85 each, so that they begin beside the kernel
+// before. (For devices without clusters it is only compiled; 102 would spill.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kResident = 4;
+#else
+constexpr int kResident = 5;
+#endif
 
 template <typename T>
 __device__ __forceinline__ uint32_t round2(float a, float b) {
@@ -70,9 +77,8 @@ __device__ __forceinline__ float weight_of(float v, float top) {
 // kMany: a block may have more than one tile, and two stages for them.
 // Dynamic shared memory: stages of [keys 64][D], [values 64][D].
 template <typename T, int D, int kGroup, int C, bool kMany>
-__global__ void __launch_bounds__(kThreads, kMany ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, kMany ? 4 : kResident)
 step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
-#if __CUDA_ARCH__ >= 900
   constexpr int kChunks = D / 8, kRowBytes = 2 * D, kWarpBytes = kRows * kRowBytes;
   constexpr int kTileBytes = kTile * kRowBytes, kOwn = D / C;  // dimensions that a block ends with
   constexpr int kParts = D / 32;                               // of a row, 4 chunks each
@@ -316,7 +322,6 @@ step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
                                          k % 32 / 8 * 2 + k % 2;
     static_cast<T*>(p.out)[at] = from_float<T>(over / (under > 0.f ? under : 1.f));
   }
-#endif
 }
 
 template <typename T, int D, int kGroup, int C, bool kMany>
