@@ -20,12 +20,12 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kTile = 64, kRows = kTile / kWarps;
 constexpr int kMostBlocks = 8;
-// Blocks of one tile that registers leave room for: 85 each, so that they begin beside the kernel
-// before. (For devices without clusters it is only compiled; 102 would spill.)
+// Blocks that registers leave room for, of one tile and of many: 85 and 128 each, so that those of
+// one tile begin beside the kernel before. (For devices without clusters it is only compiled.)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kResident = 4;
+constexpr int kResident[2] = {2, 2};
 #else
-constexpr int kResident = 5;
+constexpr int kResident[2] = {5, 4};
 #endif
 
 template <typename T>
@@ -77,7 +77,7 @@ __device__ __forceinline__ float weight_of(float v, float top) {
 // kMany: a block may have more than one tile, and two stages for them.
 // Dynamic shared memory: stages of [keys 64][D], [values 64][D].
 template <typename T, int D, int kGroup, int C, bool kMany>
-__global__ void __launch_bounds__(kThreads, kMany ? 4 : kResident)
+__global__ void __launch_bounds__(kThreads, kResident[kMany])
 step_attention_kernel(const __grid_constant__ StepAttentionParams p) {
   constexpr int kChunks = D / 8, kRowBytes = 2 * D, kWarpBytes = kRows * kRowBytes;
   constexpr int kTileBytes = kTile * kRowBytes, kOwn = D / C;  // dimensions that a block ends with
