@@ -39,6 +39,14 @@ __device__ __forceinline__ uint32_t load_early(const void* p) {
   return v;
 }
 
+// The same of a 16-bit value.
+template <typename T>
+__device__ __forceinline__ T load_early16(const T* p) {
+  unsigned short v;
+  asm volatile("ld.volatile.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+  return *reinterpret_cast<const T*>(&v);
+}
+
 // Address of a shared-memory object as the 32-bit value that cp.async takes.
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

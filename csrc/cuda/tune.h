@@ -133,6 +133,27 @@ inline int columns_variant(long long cells) {
   return cells < 20000 ? 1 : 2;
 }
 
+// owned_int8.cuh.
+struct Owned {
+  int warps, blocks;  // of a block; blocks of an SM, which registers are for
+  int octets;         // of rows, that a warp has sums of: a 64-row block, or half of one
+  int depth;          // pairs of steps whose codes are in flight
+  int ready;          // codebooks of a pair that are looked up ahead
+};
+constexpr int kOwnedTokens = 4;
+inline int owned_variant(long long cells, int tokens) { return cells < 10000 ? 1 : 2; }
+constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
+AQLM_HD constexpr Owned owned(int variant) {
+  return variant == 1   ? Owned{16, 2, 4, 2, 1}
+         : variant == 2 ? Owned{8, 2, 8, 4, 1}
+         : variant == 3 ? Owned{16, 1, 8, 2, 1}
+         : variant == 4 ? Owned{8, 2, 4, 4, 2}
+                        : Owned{16, 1, 4, 4, 2};
+}
+AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
+  return 256 * 256 + pairs * tokens * 128 + tokens * owned(variant).warps * rows * 4;
+}
+
 struct MmaRow {
   long long min_cells;
   int row_warps;

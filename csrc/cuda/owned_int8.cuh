@@ -1,0 +1,276 @@
+// cuda.additive.owned_int8: y = x W^T in int8 for 1 .. 4 tokens: a block has its rows and all of K,
+// which its warps share out. Nothing is left to add, and there is no second kernel.
+//
+// nbits <= 8, G = 8, B in {1, 2}. A lookup is 8 bytes = 8 weights of a row, two neighbouring A
+// registers of mma.sync m16n8k32. Those registers belong to rows g and g + 8 of the MMA, so it takes
+// elements 0 .. 3 and 4 .. 7 of a vector for two rows, and x for two columns:
+//
+//   A of lane (g, t):  row g: elements 0 .. 3, row g + 8: elements 4 .. 7 of row g of an octet of
+//                      rows, vector t and (k + 16) vector 4 + t of a pair of steps
+//   B, column 4 m + 2 p + h: part p (high, low bytes) of elements 4 h .. 4 h + 3, token m
+//   C: row g of column h = 0 and row g + 8 of column h = 1 are added, the rest is not used
+//
+// No register is moved, an MMA has 8 rows and 64 columns of K, and two tokens share it.
+//
+//   entry e: | 16 copies of 8 bytes of codebook 0 | of codebook 1 |    256 bytes, 64 KB
+//     A lane reads its own banks, one PRMT makes the address (see columns.cuh).
+//   warp: walks row spans (a 64-row block of the layout, or half of one); of each, its share of K.
+//     Codes come straight to registers, kDepth pairs of steps ahead; entries are looked up kReady
+//     codebooks ahead. What a warp has of K decides the scale of its x: max|x| / 32639.
+//
+// Before the wait for the kernel before: tables, the first codes and their entries. After it: x.
+// Bytes of shared memory per weight and codebook: 1. Architectures sm_80+.
+#pragma once
+
+#include "columns.cuh"
+#include "fragments.cuh"
+#include "tune.h"
+
+namespace aqlm {
+
+constexpr int kOwnedTableBytes = 256 * 256;
+
+// 8 bytes at a 16-bit table offset (see kColumnTableAt) plus a constant.
+template <int kOffset>
+__device__ __forceinline__ uint2 table_entry(uint32_t at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2 + %3];"
+               : "=r"(v.x), "=r"(v.y) : "r"(at), "n"(kOffset + 1024) : "memory");
+  return v;
+}
+
+template <typename T, int B, int kTiles, int kVariant>
+__global__ void __launch_bounds__(tune::owned(kVariant).warps * 32, tune::owned(kVariant).blocks)
+owned_int8_kernel(const __grid_constant__ MatmulParams p) {
+  constexpr tune::Owned kShape = tune::owned(kVariant);
+  constexpr int kWarps = kShape.warps, kThreads = kWarps * 32, 
+                kDepth = kTiles > 1 && kShape.octets * kWarps == 64 ? 2 : kShape.depth;
+  constexpr int kOctets = kShape.octets;  // of rows, of a span
+  constexpr int kTens = kOctets / 2;      // blocks of 16 rows of a span
+  constexpr int kReady = kTiles > 1 && kOctets * kWarps > 32 ? 0 : kShape.ready < B ? kShape.ready : B;
+  constexpr int kItems = tune::kOwnedColumns / 256 / kWarps;  // vectors of x of a lane
+  extern __shared__ __align__(1024) unsigned char smem[];
+  const Additive& a = p.a;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform: counters cost no registers
+  const int tokens = p.tokens, K = a.in_features(), units = a.units();
+  const int pairs = B == 1 ? units : (units + 1) / 2;
+  const int share = warp * pairs / kWarps, count = (warp + 1) * pairs / kWarps - share;
+  const int x_pair = tokens * 128;  // bytes
+  unsigned char* const x_own = smem + kOwnedTableBytes + share * x_pair;
+  float* const exchange = reinterpret_cast<float*>(smem + kOwnedTableBytes + pairs * x_pair);
+  const uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
+  if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
+  grid_dependents_start();
+
+  // Rows of this block.
+  const int most_rows = p.s.group_rows;
+  int part = 0, tile = 0, row = blockIdx.x * most_rows;  // in the part
+  for (int rows = a.rows_of(0); row >= rows; rows = a.rows_of(++part)) {
+    row -= (rows + most_rows - 1) / most_rows * most_rows;
+    tile += (rows + kBlockRows - 1) / kBlockRows;
+  }
+  const int rows = min(most_rows, a.rows_of(part) - row);
+  const int ten0 = row / 16, ten1 = ten0 + (rows + 15) / 16;
+  const int first = ten0 / kTens, spans = (ten1 + kTens - 1) / kTens - first;
+  const int total = spans * count;
+
+  // The warp's stream of codes: spans, and pairs of steps of each.
+  const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
+  const uint8_t* const codes =
+      p.packed + share * (B * unit_stride) + size_t(tile) * kUnitBytes + lane * 16;
+  struct Codes {
+    uint4 unit[B];
+  };
+  int fetched = 0, fetch_pair = 0, fetch_span = first;
+  const uint8_t* from = codes + first * kOctets / 8 * kUnitBytes;
+  auto fetch = [&] {
+    Codes c = {};
+    if (fetched < total) {
+      c.unit[0] = load_stream(from);
+      if constexpr (B == 2)
+        if (2 * (share + fetch_pair) + 1 < units) c.unit[1] = load_stream(from + unit_stride);
+      from += B * unit_stride;
+      ++fetched;
+      if (++fetch_pair == count) {
+        fetch_pair = 0;
+        ++fetch_span;
+        from = codes + fetch_span * kOctets / 8 * kUnitBytes;
+      }
+    }
+    return c;
+  };
+  Codes ring[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) ring[d] = fetch();
+
+  for (int i = threadIdx.x; i < B * 256; i += kThreads) {
+    const int e = i % 256, index = (part * B + i / 256) * a.entries() + e;
+    uint2 v = make_uint2(0, 0);
+    if (e < a.entries()) v = reinterpret_cast<const uint2*>(p.aux + kAuxHeader)[index];
+    uint4* const to = reinterpret_cast<uint4*>(smem) + e * 16 + i / 256 * 8;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) to[(c + e) & 7] = make_uint4(v.x, v.y, v.x, v.y);
+  }
+  // Of the row that this thread stores.
+  const int own_row = a.row0[part] + row + threadIdx.x;
+  float row_scale = 0.f, row_bias = 0.f;
+  if (threadIdx.x < rows) {
+    row_scale = to_float(load_early16<T>(static_cast<const T*>(p.scales) + own_row)) *
+                reinterpret_cast<const float*>(p.aux)[part];
+    if (p.bias != nullptr)
+      row_bias = to_float(load_early16<T>(static_cast<const T*>(p.bias) + own_row));
+  }
+  __syncthreads();
+
+  // Blocks of 16 rows of a span that are this block's. Half spans always are, or are padding.
+  auto owned = [&](int span, int ten) {
+    if constexpr (kOctets == 4) return true;
+    const int i = span * kTens + ten;
+    return i >= ten0 && i < ten1;
+  };
+  auto entries = [&](const Codes& c, int book, int span, int o, uint32_t (&to)[4]) {
+    const uint4 even = c.unit[0], odd = c.unit[B - 1];
+    const uint2 w[2] = {book == 0 ? make_uint2(even.x, even.y) : make_uint2(even.z, even.w),
+                        B == 2 && book == 0 ? make_uint2(odd.x, odd.y) : make_uint2(odd.z, odd.w)};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const bool upper = kOctets == 4 ? span % 2 : o >= 4;
+      const uint32_t at = __byte_perm(upper ? w[j].y : w[j].x, column, 0x7604 | o % 4 << 4);
+      const uint2 v = book == 0 ? table_entry<0>(at) : table_entry<128>(at);
+      to[2 * j] = v.x;
+      to[2 * j + 1] = v.y;
+    }
+  };
+  int look_pair = 0, look_span = first;
+  auto look_up = [&](const Codes& c, int book, uint32_t (&to)[kOctets][4]) {
+#pragma unroll
+    for (int ten = 0; ten < kTens; ++ten) {
+      if (!owned(look_span, ten)) continue;
+#pragma unroll
+      for (int o = 2 * ten; o < 2 * ten + 2; ++o) entries(c, book, look_span, o, to[o]);
+    }
+    if (book == B - 1 && ++look_pair == count) {
+      look_pair = 0;
+      ++look_span;
+    }
+  };
+  uint32_t ready[kReady > 0 ? kReady : 1][kOctets][4];
+#pragma unroll
+  for (int b = 0; b < kReady; ++b)
+    if (total > 0) look_up(ring[0], b, ready[b]);
+  if constexpr (kReady == B) ring[0] = fetch();
+  grid_dependency_wait();
+
+  float x_scale[kTiles] = {};  // of token 2 n + t / 2
+  for (int m = 0; m < tokens; ++m) {
+    const T* const x = static_cast<const T*>(p.x) + m * p.x_stride;
+    const int k = (share * 8 + lane) * 8;
+    uint4 raw[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      raw[i] = make_uint4(0, 0, 0, 0);
+      if (lane + 32 * i < count * 8 && k + 256 * i < K) raw[i] = load_cached(x + k + 256 * i);
+    }
+    uint32_t most = 0;  // the bits of |x| are in its order
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      most = __vmaxu2(__vmaxu2(__vmaxu2(most, raw[i].x & 0x7fff7fffu),
+                               __vmaxu2(raw[i].y & 0x7fff7fffu, raw[i].z & 0x7fff7fffu)),
+                      raw[i].w & 0x7fff7fffu);
+    most = __reduce_max_sync(~0u, max(most & 0xffffu, most >> 16));
+    const float peak = unpack2(most, T()).x;
+    const float inverse = peak > 0.f ? __fdividef(kActivationMax, peak) : 0.f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int item = lane + 32 * i, pair = item / 8;
+      if (item >= count * 8) break;
+      float v[8];
+      uint2 bytes[2];
+      unpack8<T>(raw[i], v);
+      split_bytes(v, inverse, bytes, bytes + 1);
+      uint32_t* const to = reinterpret_cast<uint32_t*>(x_own + pair * x_pair + m * 128) +
+                           item % 4 * 2 + item / 4 % 2;
+#pragma unroll
+      for (int c = 0; c < 4; ++c)  // two neighbouring pairs of an instruction in other banks
+        to[(c ^ pair % 4) * 8] = c % 2 ? bytes[c / 2].y : bytes[c / 2].x;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      if (m == 2 * n + t / 2) x_scale[n] = peak / kActivationMax;
+  }
+  __syncwarp();
+
+  int acc[kOctets][kTiles][4] = {};
+  const unsigned char* x_lane[kTiles];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) x_lane[n] = x_own + min(2 * n + g / 4, tokens - 1) * 128 + t * 8;
+  int done_pair = 0, done_span = first;
+  for (int i = 0; i < total; i += kDepth) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      if (i + d >= total) break;
+      uint2 x[kTiles];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        x[n] = *reinterpret_cast<const uint2*>(x_lane[n] + done_pair * x_pair +
+                                               (g ^ done_pair) % 4 * 32);
+#pragma unroll
+      for (int b = 0; b < B; ++b) {
+        if constexpr (kReady == 0) {
+#pragma unroll
+          for (int o = 0; o < kOctets; ++o) {
+            if (!owned(done_span, o / 2)) continue;
+            uint32_t r[4];
+            entries(ring[d], b, done_span, o, r);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r, x[n].x, x[n].y);
+          }
+          if (b == B - 1) ring[d] = fetch();
+        } else {
+          uint32_t(&r)[kOctets][4] = ready[b % (kReady + (kReady == 0))];
+#pragma unroll
+          for (int o = 0; o < kOctets; ++o) {
+            if (!owned(done_span, o / 2)) continue;
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r[o], x[n].x, x[n].y);
+          }
+          const int next = (b + kReady) / B, book = (b + kReady) % B;
+          if (i + d + next < total) look_up(ring[(d + next) % kDepth], book, r);
+          if (book == B - 1) ring[(d + next) % kDepth] = fetch();
+        }
+      }
+      if (++done_pair < count) continue;
+      // The sums of a span are complete: high bytes in lanes t = 0 and 2, low bytes beside them.
+#pragma unroll
+      for (int o = 0; o < kOctets; ++o)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const int sum = acc[o][n][0] + acc[o][n][3];
+          float v = t % 2 ? sum : 256.f * sum;
+          v = (v + __shfl_xor_sync(~0u, v, 1)) * x_scale[n];
+          const int m = 2 * n + t / 2;
+          const int r = (done_span * kTens + o / 2 - ten0) * 16 + o % 2 * 8 + g;
+          if (t % 2 == 0 && m < tokens && owned(done_span, o / 2))
+            exchange[(m * kWarps + warp) * most_rows + r] = v;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) acc[o][n][c] = 0;
+        }
+      done_pair = 0;
+      ++done_span;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x >= rows) return;
+  for (int m = 0; m < tokens; ++m) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      if (pairs >= kWarps || (w + 1) * pairs / kWarps > w * pairs / kWarps)
+        sum += exchange[(m * kWarps + w) * most_rows + threadIdx.x];
+    static_cast<T*>(p.y)[size_t(m) * a.out_groups() + own_row] =
+        from_float<T>(sum * row_scale + row_bias);
+  }
+}
+
+}  // namespace aqlm
