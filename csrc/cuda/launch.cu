@@ -57,17 +57,27 @@ int owned_pairs(const Additive& a) {
   return a.codebooks == 1 ? a.units() : ceil_div(a.units(), 2);
 }
 
-// Rows of a block of kOwned: as many blocks as SMs, or fewer.
-int owned_rows(const Additive& a, int variant, const DeviceInfo& device) {
-  const tune::Owned shape = tune::owned(variant);
-  int tens = 0;
-  for (int i = 0; i < a.parts; ++i) tens += ceil_div(a.rows_of(i), 16);
-  int per = ceil_div(tens, device.sms);
+// Blocks of kOwned, of all parts, and the most rows of one.
+int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
+  const int unit = tune::owned(variant).octets == 4 ? 2 : 1;
+  int grid = 0, most = 0;
+  for (int i = 0; i < a.parts; ++i) {
+    const int blocks = tune::owned_blocks(a, i, unit, wanted);
+    grid += blocks;
+    if (blocks > 0) most = std::max(most, ceil_div(tune::owned_units(a, i, unit), blocks));
+  }
+  *rows = most * unit * 16;
+  return grid;
+}
+int owned_wanted(const Additive& a, const DeviceInfo& device) {
 #ifdef AQLM_TUNE
-  if (g_occupancy > 0) per = g_occupancy;
+  if (g_occupancy > 0) {
+    int all = 0;
+    for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, 1);
+    return ceil_div(all, g_occupancy);
+  }
 #endif
-  if (shape.octets == 4) per += per % 2;
-  return 16 * std::max(1, std::min(per, shape.warps * 2));
+  return device.sms;
 }
 
 }  // namespace
@@ -140,8 +150,9 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
     const int owned_variant = tune::owned_variant(cells, tokens);
-    const int owned_smem = tune::owned_smem(owned_variant, owned_pairs(a), tokens,
-                                            owned_rows(a, owned_variant, device));
+    int owned_rows = 0;
+    owned_grid(a, owned_variant, owned_wanted(a, device), &owned_rows);
+    const int owned_smem = tune::owned_smem(owned_variant, owned_pairs(a), tokens, owned_rows);
     bool owned = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
                  tokens <= tune::kOwnedTokens && a.in_features() <= tune::kOwnedColumns &&
                  owned_smem <= device.max_smem;
@@ -224,8 +235,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.classes = 1;
   s.lanes = 1;
   if (c.body == Body::kOwned) {
-    s.group_rows = owned_rows(a, c.variant, device);
-    for (int i = 0; i < a.parts; ++i) s.grid += ceil_div(a.rows_of(i), s.group_rows);
+    s.ctas = owned_wanted(a, device);
+    s.grid = owned_grid(a, c.variant, s.ctas, &s.group_rows);
     return;
   }
   if (c.body == Body::kLut) {

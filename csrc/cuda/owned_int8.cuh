@@ -48,7 +48,8 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   constexpr int kOctets = kShape.octets;  // of rows, of a span
   constexpr int kTens = kOctets / 2;      // blocks of 16 rows of a span
   constexpr int kReady = kTiles > 1 && kOctets * kWarps > 32 ? 0 : kShape.ready < B ? kShape.ready : B;
-  constexpr int kItems = tune::kOwnedColumns / 256 / kWarps;  // vectors of x of a lane
+  // Vectors of x of a lane.
+  constexpr int kItems = (tune::kOwnedColumns / 64 + 4 * kWarps - 1) / (4 * kWarps);
   extern __shared__ __align__(1024) unsigned char smem[];
   const Additive& a = p.a;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -63,15 +64,18 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
   grid_dependents_start();
 
-  // Rows of this block.
-  const int most_rows = p.s.group_rows;
-  int part = 0, tile = 0, row = blockIdx.x * most_rows;  // in the part
-  for (int rows = a.rows_of(0); row >= rows; rows = a.rows_of(++part)) {
-    row -= (rows + most_rows - 1) / most_rows * most_rows;
-    tile += (rows + kBlockRows - 1) / kBlockRows;
+  // Rows of this block: an even share of its part, in blocks of 16 (half spans: 32).
+  constexpr int kUnit = kOctets == 4 ? 2 : 1;  // blocks of 16
+  int part = 0, tile = 0, block = blockIdx.x, blocks = tune::owned_blocks(a, 0, kUnit, p.s.ctas);
+  while (block >= blocks) {
+    block -= blocks;
+    tile += (a.rows_of(part) + kBlockRows - 1) / kBlockRows;
+    blocks = tune::owned_blocks(a, ++part, kUnit, p.s.ctas);
   }
-  const int rows = min(most_rows, a.rows_of(part) - row);
-  const int ten0 = row / 16, ten1 = ten0 + (rows + 15) / 16;
+  const int shares = tune::owned_units(a, part, kUnit);
+  const int ten0 = block * shares / blocks * kUnit, ten1 = (block + 1) * shares / blocks * kUnit;
+  const int row = ten0 * 16, rows = min(ten1 * 16, a.rows_of(part)) - row;  // of the part
+  const int most_rows = p.s.group_rows;
   const int first = ten0 / kTens, spans = (ten1 + kTens - 1) / kTens - first;
   const int total = spans * count;
 
@@ -114,21 +118,27 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   }
   // Of the row that this thread stores.
   const int own_row = a.row0[part] + row + threadIdx.x;
-  float row_scale = 0.f, row_bias = 0.f;
+  auto scale_of = [&](int i) {
+    return to_float(load_early16(static_cast<const T*>(p.scales) + own_row + i)) *
+           reinterpret_cast<const float*>(p.aux)[part];
+  };
+  auto bias_of = [&](int i) {
+    return p.bias == nullptr ? 0.f
+                             : to_float(load_early16(static_cast<const T*>(p.bias) + own_row + i));
+  };
+  float scale = 0.f, bias = 0.f;
   if (threadIdx.x < rows) {
-    row_scale = to_float(load_early16<T>(static_cast<const T*>(p.scales) + own_row)) *
-                reinterpret_cast<const float*>(p.aux)[part];
-    if (p.bias != nullptr)
-      row_bias = to_float(load_early16<T>(static_cast<const T*>(p.bias) + own_row));
+    scale = scale_of(0);
+    bias = bias_of(0);
   }
   __syncthreads();
 
-  // Blocks of 16 rows of a span that are this block's. Half spans always are, or are padding.
-  auto owned = [&](int span, int ten) {
-    if constexpr (kOctets == 4) return true;
-    const int i = span * kTens + ten;
-    return i >= ten0 && i < ten1;
+  // A bit for each block of 16 rows of a span that is this block's. Half spans always are.
+  auto own = [&](int span) {
+    const int lo = max(ten0 - span * kTens, 0), hi = min(ten1 - span * kTens, kTens);
+    return hi > lo ? (1 << hi) - (1 << lo) : 0;
   };
+  auto has = [&](int mask, int ten) { return kOctets == 4 || (mask >> ten & 1); };
   auto entries = [&](const Codes& c, int book, int span, int o, uint32_t (&to)[4]) {
     const uint4 even = c.unit[0], odd = c.unit[B - 1];
     const uint2 w[2] = {book == 0 ? make_uint2(even.x, even.y) : make_uint2(even.z, even.w),
@@ -142,17 +152,17 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
       to[2 * j + 1] = v.y;
     }
   };
-  int look_pair = 0, look_span = first;
+  int look_pair = 0, look_span = first, look_own = own(first);
   auto look_up = [&](const Codes& c, int book, uint32_t (&to)[kOctets][4]) {
 #pragma unroll
     for (int ten = 0; ten < kTens; ++ten) {
-      if (!owned(look_span, ten)) continue;
+      if (!has(look_own, ten)) continue;
 #pragma unroll
       for (int o = 2 * ten; o < 2 * ten + 2; ++o) entries(c, book, look_span, o, to[o]);
     }
     if (book == B - 1 && ++look_pair == count) {
       look_pair = 0;
-      ++look_span;
+      look_own = own(++look_span);
     }
   };
   uint32_t ready[kReady > 0 ? kReady : 1][kOctets][4];
@@ -205,7 +215,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const unsigned char* x_lane[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) x_lane[n] = x_own + min(2 * n + g / 4, tokens - 1) * 128 + t * 8;
-  int done_pair = 0, done_span = first;
+  int done_pair = 0, done_span = first, done_own = own(first);
   for (int i = 0; i < total; i += kDepth) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
@@ -220,7 +230,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
         if constexpr (kReady == 0) {
 #pragma unroll
           for (int o = 0; o < kOctets; ++o) {
-            if (!owned(done_span, o / 2)) continue;
+            if (!has(done_own, o / 2)) continue;
             uint32_t r[4];
             entries(ring[d], b, done_span, o, r);
 #pragma unroll
@@ -231,7 +241,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
           uint32_t(&r)[kOctets][4] = ready[b % (kReady + (kReady == 0))];
 #pragma unroll
           for (int o = 0; o < kOctets; ++o) {
-            if (!owned(done_span, o / 2)) continue;
+            if (!has(done_own, o / 2)) continue;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r[o], x[n].x, x[n].y);
           }
@@ -251,25 +261,30 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
           v = (v + __shfl_xor_sync(~0u, v, 1)) * x_scale[n];
           const int m = 2 * n + t / 2;
           const int r = (done_span * kTens + o / 2 - ten0) * 16 + o % 2 * 8 + g;
-          if (t % 2 == 0 && m < tokens && owned(done_span, o / 2))
+          if (t % 2 == 0 && m < tokens && has(done_own, o / 2))
             exchange[(m * kWarps + warp) * most_rows + r] = v;
 #pragma unroll
           for (int c = 0; c < 4; ++c) acc[o][n][c] = 0;
         }
       done_pair = 0;
-      ++done_span;
+      done_own = own(++done_span);
     }
   }
   __syncthreads();
-  if (threadIdx.x >= rows) return;
-  for (int m = 0; m < tokens; ++m) {
-    float sum = 0.f;
+  for (int i = 0; threadIdx.x + i < rows; i += kThreads) {
+    if (i > 0) {
+      scale = scale_of(i);
+      bias = bias_of(i);
+    }
+    for (int m = 0; m < tokens; ++m) {
+      float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w)
-      if (pairs >= kWarps || (w + 1) * pairs / kWarps > w * pairs / kWarps)
-        sum += exchange[(m * kWarps + w) * most_rows + threadIdx.x];
-    static_cast<T*>(p.y)[size_t(m) * a.out_groups() + own_row] =
-        from_float<T>(sum * row_scale + row_bias);
+      for (int w = 0; w < kWarps; ++w)
+        if (pairs >= kWarps || (w + 1) * pairs / kWarps > w * pairs / kWarps)
+          sum += exchange[(m * kWarps + w) * most_rows + threadIdx.x + i];
+      static_cast<T*>(p.y)[size_t(m) * a.out_groups() + own_row + i] =
+          from_float<T>(sum * scale + bias);
+    }
   }
 }
 

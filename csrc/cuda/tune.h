@@ -148,7 +148,25 @@ AQLM_HD constexpr Owned owned(int variant) {
          : variant == 2 ? Owned{8, 2, 8, 4, 1}
          : variant == 3 ? Owned{16, 1, 8, 2, 1}
          : variant == 4 ? Owned{8, 2, 4, 4, 2}
-                        : Owned{16, 1, 4, 4, 2};
+         : variant == 5 ? Owned{16, 1, 4, 4, 2}
+         : variant == 6 ? Owned{16, 1, 8, 3, 1}
+         : variant == 7 ? Owned{12, 2, 4, 3, 1}
+                        : Owned{8, 2, 8, 4, 0};
+}
+// `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
+// share all parts.
+AQLM_HD int owned_units(const Additive& a, int part, int unit) {
+  return (a.rows_of(part) + 16 * unit - 1) / (16 * unit);
+}
+AQLM_HD int owned_blocks(const Additive& a, int part, int unit, int blocks) {
+  const int units = owned_units(a, part, unit);
+  int all = 0, share = blocks;
+  if (a.parts > 1) {
+    for (int i = 0; i < a.parts; ++i) all += owned_units(a, i, unit);
+    share = units * blocks / all;
+  }
+  share = units < share ? units : share;
+  return share > 0 || units == 0 ? share : 1;
 }
 AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
   return 256 * 256 + pairs * tokens * 128 + tokens * owned(variant).warps * rows * 4;

@@ -24,6 +24,9 @@ cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
     case 3: return owned<B, kTiles, 3>(p, stream);
     case 4: return owned<B, kTiles, 4>(p, stream);
     case 5: return owned<B, kTiles, 5>(p, stream);
+    case 6: return owned<B, kTiles, 6>(p, stream);
+    case 7: return owned<B, kTiles, 7>(p, stream);
+    case 8: return owned<B, kTiles, 8>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
