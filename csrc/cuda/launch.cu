@@ -71,10 +71,10 @@ int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
 }
 int owned_wanted(const Additive& a, const DeviceInfo& device) {
 #ifdef AQLM_TUNE
-  if (g_occupancy > 0) {
+  if (g_occupancy % 1000 > 0) {
     int all = 0;
     for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, 1);
-    return ceil_div(all, g_occupancy);
+    return ceil_div(all, g_occupancy % 1000);
   }
 #endif
   return device.sms;
@@ -149,7 +149,12 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                       tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
-    const int owned_variant = tune::owned_variant(cells, tokens);
+    int halves = 0;
+    for (int i = 0; i < a.parts; ++i) halves += tune::owned_units(a, i, 2);
+    int owned_variant = tune::owned_variant(owned_pairs(a), halves, device.sms);
+#ifdef AQLM_TUNE
+    if (g_variant && g_body == 11) owned_variant = g_variant;
+#endif
     int owned_rows = 0;
     owned_grid(a, owned_variant, owned_wanted(a, device), &owned_rows);
     const int owned_smem = tune::owned_smem(owned_variant, owned_pairs(a), tokens, owned_rows);
@@ -236,6 +241,9 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.lanes = 1;
   if (c.body == Body::kOwned) {
     s.ctas = owned_wanted(a, device);
+#ifdef AQLM_TUNE
+    s.max_units = g_occupancy / 1000;
+#endif
     s.grid = owned_grid(a, c.variant, s.ctas, &s.group_rows);
     return;
   }

@@ -22,6 +22,8 @@
 // Bytes of shared memory per weight and codebook: 1. Architectures sm_80+.
 #pragma once
 
+#include <type_traits>
+
 #include "columns.cuh"
 #include "fragments.cuh"
 #include "tune.h"
@@ -39,41 +41,60 @@ __device__ __forceinline__ uint2 table_entry(uint32_t at) {
   return v;
 }
 
+// Of a half span.
+template <int B>
+struct HalfCodes {
+  uint2 unit[B];
+};
+
 template <typename T, int B, int kTiles, int kVariant>
 __global__ void __launch_bounds__(tune::owned(kVariant).warps * 32, tune::owned(kVariant).blocks)
 owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   constexpr tune::Owned kShape = tune::owned(kVariant);
   constexpr int kWarps = kShape.warps, kThreads = kWarps * 32, 
-                kDepth = kTiles > 1 && kShape.octets * kWarps == 64 ? 2 : kShape.depth;
+                kDepth = kTiles > 1 && kShape.octets == 8 ? 2 : kShape.depth;
+  constexpr bool kShort = kShape.shorter;
   constexpr int kOctets = kShape.octets;  // of rows, of a span
   constexpr int kTens = kOctets / 2;      // blocks of 16 rows of a span
   constexpr int kReady = kTiles > 1 && kOctets * kWarps > 32 ? 0 : kShape.ready < B ? kShape.ready : B;
   // Vectors of x of a lane.
-  constexpr int kItems = (tune::kOwnedColumns / 64 + 4 * kWarps - 1) / (4 * kWarps);
+  constexpr int kItems = kShort ? kDepth / 4 : (tune::kOwnedColumns / 64 + 4 * kWarps - 1) / (4 * kWarps);
   extern __shared__ __align__(1024) unsigned char smem[];
   const Additive& a = p.a;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform: counters cost no registers
-  const int tokens = p.tokens, K = a.in_features(), units = a.units();
+  const int tokens = p.tokens, K = a.in_groups * 8, units = p.s.units;
   const int pairs = B == 1 ? units : (units + 1) / 2;
   const int share = warp * pairs / kWarps, count = (warp + 1) * pairs / kWarps - share;
   const int x_pair = tokens * 128;  // bytes
   unsigned char* const x_own = smem + kOwnedTableBytes + share * x_pair;
   float* const exchange = reinterpret_cast<float*>(smem + kOwnedTableBytes + pairs * x_pair);
+  float* const row_scales = exchange + tokens * kWarps * p.s.group_rows;
   const uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
   grid_dependents_start();
 
   // Rows of this block: an even share of its part, in blocks of 16 (half spans: 32).
   constexpr int kUnit = kOctets == 4 ? 2 : 1;  // blocks of 16
-  int part = 0, tile = 0, block = blockIdx.x, blocks = tune::owned_blocks(a, 0, kUnit, p.s.ctas);
-  while (block >= blocks) {
-    block -= blocks;
-    tile += (a.rows_of(part) + kBlockRows - 1) / kBlockRows;
-    blocks = tune::owned_blocks(a, ++part, kUnit, p.s.ctas);
+  int part = 0, tile = 0, block = blockIdx.x, blocks = gridDim.x;
+  if (a.parts > 1) {
+    blocks = tune::owned_blocks(a, 0, kUnit, p.s.ctas);
+#pragma unroll 1
+    while (block >= blocks) {
+      block -= blocks;
+      tile += (a.rows_of(part) + kBlockRows - 1) / kBlockRows;
+      blocks = tune::owned_blocks(a, ++part, kUnit, p.s.ctas);
+    }
   }
-  const int shares = tune::owned_units(a, part, kUnit);
-  const int ten0 = block * shares / blocks * kUnit, ten1 = (block + 1) * shares / blocks * kUnit;
+  int ten0 = block, own_units = 1;
+  if constexpr (!kShort) {  // the first `rest` blocks have one more
+    const int shares = tune::owned_units(a, part, kUnit), each = shares / blocks;
+    const int rest = shares - each * blocks;
+    ten0 = block * each + min(block, rest);
+    own_units = each + (block < rest);
+  }
+  ten0 *= kUnit;
+  const int ten1 = ten0 + own_units * kUnit;
   const int row = ten0 * 16, rows = min(ten1 * 16, a.rows_of(part)) - row;  // of the part
   const int most_rows = p.s.group_rows;
   const int first = ten0 / kTens, spans = (ten1 + kTens - 1) / kTens - first;
@@ -104,9 +125,19 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     }
     return c;
   };
-  Codes ring[kDepth];
+  using Kept = std::conditional_t<kShort, HalfCodes<B>, Codes>;
+  Codes loaded[kDepth];
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) ring[d] = fetch();
+  for (int d = 0; d < kDepth; ++d) loaded[d] = fetch();
+#pragma unroll 1
+  for (int span = first, left = p.s.max_units; span < first + spans && left > 0; ++span) {
+    const int begin = span == first ? kDepth * B : 0;
+    const int end = min(min(count * B, units - share * B), begin + left);
+    const uint8_t* const at = codes + span * kOctets / 8 * kUnitBytes - lane * 16 + lane % 4 * 128;
+#pragma unroll 1
+    for (int u = begin + lane / 4; u < end; u += 8) prefetch_line(at + u * unit_stride);
+    left -= max(end - begin, 0);
+  }
 
   for (int i = threadIdx.x; i < B * 256; i += kThreads) {
     const int e = i % 256, index = (part * B + i / 256) * a.entries() + e;
@@ -116,22 +147,32 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) to[(c + e) & 7] = make_uint4(v.x, v.y, v.x, v.y);
   }
-  // Of the row that this thread stores.
-  const int own_row = a.row0[part] + row + threadIdx.x;
-  auto scale_of = [&](int i) {
-    return to_float(load_early16(static_cast<const T*>(p.scales) + own_row + i)) *
-           reinterpret_cast<const float*>(p.aux)[part];
-  };
-  auto bias_of = [&](int i) {
-    return p.bias == nullptr ? 0.f
-                             : to_float(load_early16(static_cast<const T*>(p.bias) + own_row + i));
-  };
-  float scale = 0.f, bias = 0.f;
-  if (threadIdx.x < rows) {
-    scale = scale_of(0);
-    bias = bias_of(0);
+  if ((share * 8 + lane) * 8 < K) prefetch_line(static_cast<const T*>(p.x) + (share * 8 + lane) * 8);
+  // Scale and bias of each row wait in shared memory: registers are scarce.
+  const int part_row = a.row0[part] + row;
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
+    const T scale = load_early16(static_cast<const T*>(p.scales) + part_row + i);
+    row_scales[i] = to_float(scale) * reinterpret_cast<const float*>(p.aux)[part];
+    row_scales[most_rows + i] =
+        p.bias == nullptr
+            ? 0.f
+            : to_float(load_early16(static_cast<const T*>(p.bias) + part_row + i));
   }
   __syncthreads();
+  Kept ring[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    if constexpr (kShort) {
+      const bool upper = first % 2;
+#pragma unroll
+      for (int i = 0; i < B; ++i) {
+        const uint4 c = loaded[d].unit[i];
+        ring[d].unit[i] = make_uint2(upper ? c.y : c.x, upper ? c.w : c.z);
+      }
+    } else {
+      ring[d] = loaded[d];
+    }
+  }
 
   // A bit for each block of 16 rows of a span that is this block's. Half spans always are.
   auto own = [&](int span) {
@@ -139,21 +180,31 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     return hi > lo ? (1 << hi) - (1 << lo) : 0;
   };
   auto has = [&](int mask, int ten) { return kOctets == 4 || (mask >> ten & 1); };
-  auto entries = [&](const Codes& c, int book, int span, int o, uint32_t (&to)[4]) {
-    const uint4 even = c.unit[0], odd = c.unit[B - 1];
-    const uint2 w[2] = {book == 0 ? make_uint2(even.x, even.y) : make_uint2(even.z, even.w),
-                        B == 2 && book == 0 ? make_uint2(odd.x, odd.y) : make_uint2(odd.z, odd.w)};
+  auto entries = [&](const Kept& c, int book, int span, int o, uint32_t (&to)[4]) {
+    // Codes of the vectors t and 4 + t of a pair, of octets 0 .. 3 and 4 .. 7.
+    uint2 w[2];
+    const auto even = c.unit[0], odd = c.unit[B - 1];
+    if constexpr (kShort) {
+      w[0].x = book == 0 ? even.x : even.y;
+      w[1].x = B == 2 && book == 0 ? odd.x : odd.y;
+    } else {
+      w[0] = book == 0 ? make_uint2(even.x, even.y) : make_uint2(even.z, even.w);
+      w[1] = B == 2 && book == 0 ? make_uint2(odd.x, odd.y) : make_uint2(odd.z, odd.w);
+      if (kOctets == 4 && span % 2) {
+        w[0].x = w[0].y;
+        w[1].x = w[1].y;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const bool upper = kOctets == 4 ? span % 2 : o >= 4;
-      const uint32_t at = __byte_perm(upper ? w[j].y : w[j].x, column, 0x7604 | o % 4 << 4);
+      const uint32_t at = __byte_perm(o < 4 ? w[j].x : w[j].y, column, 0x7604 | o % 4 << 4);
       const uint2 v = book == 0 ? table_entry<0>(at) : table_entry<128>(at);
       to[2 * j] = v.x;
       to[2 * j + 1] = v.y;
     }
   };
   int look_pair = 0, look_span = first, look_own = own(first);
-  auto look_up = [&](const Codes& c, int book, uint32_t (&to)[kOctets][4]) {
+  auto look_up = [&](const Kept& c, int book, uint32_t (&to)[kOctets][4]) {
 #pragma unroll
     for (int ten = 0; ten < kTens; ++ten) {
       if (!has(look_own, ten)) continue;
@@ -169,7 +220,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
   for (int b = 0; b < kReady; ++b)
     if (total > 0) look_up(ring[0], b, ready[b]);
-  if constexpr (kReady == B) ring[0] = fetch();
+  if constexpr (kReady == B && !kShort) ring[0] = fetch();
   grid_dependency_wait();
 
   float x_scale[kTiles] = {};  // of token 2 n + t / 2
@@ -236,7 +287,8 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r, x[n].x, x[n].y);
           }
-          if (b == B - 1) ring[d] = fetch();
+          if constexpr (!kShort)
+            if (b == B - 1) ring[d] = fetch();
         } else {
           uint32_t(&r)[kOctets][4] = ready[b % (kReady + (kReady == 0))];
 #pragma unroll
@@ -246,8 +298,9 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r[o], x[n].x, x[n].y);
           }
           const int next = (b + kReady) / B, book = (b + kReady) % B;
-          if (i + d + next < total) look_up(ring[(d + next) % kDepth], book, r);
-          if (book == B - 1) ring[(d + next) % kDepth] = fetch();
+          if (i + d + next < total && (!kShort || d + next < kDepth)) look_up(ring[(d + next) % kDepth], book, r);
+          if constexpr (!kShort)
+            if (book == B - 1) ring[(d + next) % kDepth] = fetch();
         }
       }
       if (++done_pair < count) continue;
@@ -269,23 +322,20 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
       done_pair = 0;
       done_own = own(++done_span);
     }
+    if constexpr (kShort) break;  // else all addresses are made before the loop, and spilled
   }
   __syncthreads();
-  for (int i = 0; threadIdx.x + i < rows; i += kThreads) {
-    if (i > 0) {
-      scale = scale_of(i);
-      bias = bias_of(i);
-    }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows; i += kThreads)
     for (int m = 0; m < tokens; ++m) {
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w)
         if (pairs >= kWarps || (w + 1) * pairs / kWarps > w * pairs / kWarps)
-          sum += exchange[(m * kWarps + w) * most_rows + threadIdx.x + i];
-      static_cast<T*>(p.y)[size_t(m) * a.out_groups() + own_row + i] =
-          from_float<T>(sum * scale + bias);
+          sum += exchange[(m * kWarps + w) * most_rows + i];
+      static_cast<T*>(p.y)[size_t(m) * a.out_groups() + part_row + i] =
+          from_float<T>(sum * row_scales[i] + row_scales[most_rows + i]);
     }
-  }
 }
 
 }  // namespace aqlm

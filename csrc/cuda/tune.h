@@ -139,12 +139,16 @@ struct Owned {
   int octets;         // of rows, that a warp has sums of: a 64-row block, or half of one
   int depth;          // pairs of steps whose codes are in flight
   int ready;          // codebooks of a pair that are looked up ahead
+  bool shorter;       // `depth` pairs are all that a warp has
 };
 constexpr int kOwnedTokens = 4;
-inline int owned_variant(long long cells, int tokens) { return cells < 10000 ? 1 : 2; }
+// `halves`: of a 64-row block.
+inline int owned_variant(int pairs, int halves, int sms) {
+  return pairs <= 64 && halves <= sms ? 1 : halves <= sms ? 4 : 2;
+}
 constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
 AQLM_HD constexpr Owned owned(int variant) {
-  return variant == 1   ? Owned{16, 2, 4, 2, 1}
+  return variant == 1   ? Owned{16, 2, 4, 4, 1, true}
          : variant == 2 ? Owned{8, 2, 8, 4, 1}
          : variant == 3 ? Owned{16, 1, 8, 2, 1}
          : variant == 4 ? Owned{8, 2, 4, 4, 2}
@@ -160,16 +164,13 @@ AQLM_HD int owned_units(const Additive& a, int part, int unit) {
 }
 AQLM_HD int owned_blocks(const Additive& a, int part, int unit, int blocks) {
   const int units = owned_units(a, part, unit);
-  int all = 0, share = blocks;
-  if (a.parts > 1) {
-    for (int i = 0; i < a.parts; ++i) all += owned_units(a, i, unit);
-    share = units * blocks / all;
-  }
-  share = units < share ? units : share;
-  return share > 0 || units == 0 ? share : 1;
+  int all = 0;
+  for (int i = 0; i < a.parts; ++i) all += owned_units(a, i, unit);
+  const int share = units * blocks / all;
+  return share > units ? units : share > 0 || units == 0 ? share : 1;
 }
 AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
-  return 256 * 256 + pairs * tokens * 128 + tokens * owned(variant).warps * rows * 4;
+  return 256 * 256 + pairs * tokens * 128 + (tokens * owned(variant).warps + 2) * rows * 4;
 }
 
 struct MmaRow {

@@ -11,6 +11,9 @@ template <int B, int kTiles, int kVariant>
 cudaError_t owned(const MatmulParams& p, cudaStream_t stream) {
   const int pairs = p.a.codebooks == 1 ? p.a.units() : ceil_div(p.a.units(), 2);
   const int smem = tune::owned_smem(kVariant, pairs, p.tokens, p.s.group_rows);
+  constexpr tune::Owned shape = tune::owned(kVariant);
+  if (shape.shorter && (pairs > shape.depth * shape.warps || p.s.group_rows > 32))
+    return cudaErrorInvalidConfiguration;
   auto kernel = owned_int8_kernel<AQLM_T, B, kTiles, kVariant>;
   return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.grid, tune::owned(kVariant).warps * 32, smem,
                            stream, p);
