@@ -59,23 +59,24 @@ int owned_pairs(const Additive& a) {
 
 // Blocks of kOwned, of all parts, and the most rows of one.
 int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
-  const int unit = tune::owned(variant).octets == 4 ? 2 : 1;
+  const int unit = tune::owned_unit(variant);
   int grid = 0, most = 0;
   for (int i = 0; i < a.parts; ++i) {
-    const int blocks = tune::owned_blocks(a, i, unit, wanted);
+    const int units = tune::owned_units(a, i, unit);
+    const int blocks = a.parts > 1 ? tune::owned_blocks(a, i, unit, wanted) : std::min(units, wanted);
     grid += blocks;
-    if (blocks > 0) most = std::max(most, ceil_div(tune::owned_units(a, i, unit), blocks));
+    if (blocks > 0) most = std::max(most, ceil_div(units, blocks));
   }
   *rows = most * unit * 16;
-  return grid;
+  return grid * tune::owned(variant).cluster;
 }
-int owned_wanted(const Additive& a, const DeviceInfo& device) {
+int owned_wanted(const Additive& a, int variant, const DeviceInfo& device) {
+  int all = 0;
+  const int unit = tune::owned_unit(variant);
+  for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, unit);
+  if (unit == 4) return all;
 #ifdef AQLM_TUNE
-  if (g_occupancy % 1000 > 0) {
-    int all = 0;
-    for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, 1);
-    return ceil_div(all, g_occupancy % 1000);
-  }
+  if (g_occupancy % 1000 > 0) return ceil_div(all * unit, g_occupancy % 1000);
 #endif
   return device.sms;
 }
@@ -153,10 +154,10 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     for (int i = 0; i < a.parts; ++i) halves += tune::owned_units(a, i, 2);
     int owned_variant = tune::owned_variant(owned_pairs(a), halves, device.sms);
 #ifdef AQLM_TUNE
-    if (g_variant && g_body == 11) owned_variant = g_variant;
+    if (g_variant && g_body == 11) owned_variant = g_variant % 100;
 #endif
     int owned_rows = 0;
-    owned_grid(a, owned_variant, owned_wanted(a, device), &owned_rows);
+    owned_grid(a, owned_variant, owned_wanted(a, owned_variant, device), &owned_rows);
     const int owned_smem = tune::owned_smem(owned_variant, owned_pairs(a), tokens, owned_rows);
     bool owned = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
                  tokens <= tune::kOwnedTokens && a.in_features() <= tune::kOwnedColumns &&
@@ -225,7 +226,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     }
   }
 #ifdef AQLM_TUNE
-  if (g_variant && c.body != Body::kGather) c.variant = g_variant;
+  if (g_variant && c.body != Body::kGather) c.variant = g_variant % 100;
+  if (g_variant > 100) c.carveout = 100;
 #endif
   return c;
 }
@@ -240,7 +242,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.classes = 1;
   s.lanes = 1;
   if (c.body == Body::kOwned) {
-    s.ctas = owned_wanted(a, device);
+    s.ctas = owned_wanted(a, c.variant, device);
 #ifdef AQLM_TUNE
     s.max_units = g_occupancy / 1000;
 #endif

@@ -24,6 +24,7 @@
 
 #include <type_traits>
 
+#include "clusters.cuh"
 #include "columns.cuh"
 #include "fragments.cuh"
 #include "tune.h"
@@ -65,18 +66,28 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform: counters cost no registers
   const int tokens = p.tokens, K = a.in_groups * 8, units = p.s.units;
   const int pairs = B == 1 ? units : (units + 1) / 2;
-  const int share = warp * pairs / kWarps, count = (warp + 1) * pairs / kWarps - share;
+  // A cluster of two blocks shares out K and, at the end, the rows.
+  constexpr int kCluster = kShape.cluster, kShares = kWarps * kCluster;
+  const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0, base = rank * pairs / kCluster;
+  const int slot = rank * kWarps + warp, share = slot * pairs / kShares;
+  const int count = (slot + 1) * pairs / kShares - share;
   const int x_pair = tokens * 128;  // bytes
-  unsigned char* const x_own = smem + kOwnedTableBytes + share * x_pair;
-  float* const exchange = reinterpret_cast<float*>(smem + kOwnedTableBytes + pairs * x_pair);
+  unsigned char* const x_own = smem + kOwnedTableBytes + (share - base) * x_pair;
+  float* const exchange = reinterpret_cast<float*>(smem + kOwnedTableBytes + ceil_div(pairs, kCluster) * x_pair);
   float* const row_scales = exchange + tokens * kWarps * p.s.group_rows;
   const uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
+  float* const received = row_scales + 2 * p.s.group_rows;  // [token][32 rows]
+  uint64_t* const arrived = reinterpret_cast<uint64_t*>(received + tokens * 32);
+  if constexpr (kCluster > 1) {
+    if (threadIdx.x == 0) mbar::init(arrived, 1);
+    mbar::init_fence();
+  }
   grid_dependents_start();
 
   // Rows of this block: an even share of its part, in blocks of 16 (half spans: 32).
-  constexpr int kUnit = kOctets == 4 ? 2 : 1;  // blocks of 16
-  int part = 0, tile = 0, block = blockIdx.x, blocks = gridDim.x;
+  constexpr int kUnit = tune::owned_unit(kVariant);  // blocks of 16
+  int part = 0, tile = 0, block = blockIdx.x / kCluster, blocks = gridDim.x / kCluster;
   if (a.parts > 1) {
     blocks = tune::owned_blocks(a, 0, kUnit, p.s.ctas);
 #pragma unroll 1
@@ -87,7 +98,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     }
   }
   int ten0 = block, own_units = 1;
-  if constexpr (!kShort) {  // the first `rest` blocks have one more
+  if constexpr (!kShort && kCluster == 1) {  // the first `rest` blocks have one more
     const int shares = tune::owned_units(a, part, kUnit), each = shares / blocks;
     const int rest = shares - each * blocks;
     ten0 = block * each + min(block, rest);
@@ -158,7 +169,10 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
             ? 0.f
             : to_float(load_early16(static_cast<const T*>(p.bias) + part_row + i));
   }
+  if constexpr (kCluster > 1)
+    if (threadIdx.x == 0) mbar::expect(arrived, tokens * min(max(rows - 32 * rank, 0), 32) * 4);
   __syncthreads();
+  if constexpr (kCluster > 1) cluster_arrive();
   Kept ring[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
@@ -325,17 +339,40 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     if constexpr (kShort) break;  // else all addresses are made before the loop, and spilled
   }
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows; i += kThreads)
-    for (int m = 0; m < tokens; ++m) {
-      float sum = 0.f;
+  auto sum_of = [&](int m, int i) {
+    float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w)
-        if (pairs >= kWarps || (w + 1) * pairs / kWarps > w * pairs / kWarps)
-          sum += exchange[(m * kWarps + w) * most_rows + i];
-      static_cast<T*>(p.y)[size_t(m) * a.out_groups() + part_row + i] =
-          from_float<T>(sum * row_scales[i] + row_scales[most_rows + i]);
+    for (int w = 0; w < kWarps; ++w) {
+      const int other = rank * kWarps + w;
+      if (pairs >= kShares || (other + 1) * pairs / kShares > other * pairs / kShares)
+        sum += exchange[(m * kWarps + w) * most_rows + i];
     }
+    return sum;
+  };
+  auto store = [&](int m, int i, float sum) {
+    static_cast<T*>(p.y)[size_t(m) * a.out_groups() + part_row + i] =
+        from_float<T>(sum * row_scales[i] + row_scales[most_rows + i]);
+  };
+  if constexpr (kCluster > 1) {
+    static_assert(kThreads >= 128);
+    cluster_wait();  // for the other's start, long ago
+    const int i = threadIdx.x % 64;
+    if (i >= rows) return;
+    if (i / 32 != rank) {
+      for (int m = threadIdx.x / 64; m < tokens; m += kThreads / 64)
+        mbar::store_remote(received + m * 32 + i % 32, arrived, rank ^ 1, sum_of(m, i));
+    } else {
+      for (int m = threadIdx.x / 64; m < tokens; m += kThreads / 64) {
+        const float sum = sum_of(m, i);
+        mbar::wait(arrived, 0);
+        store(m, i, sum + received[m * 32 + i % 32]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows; i += kThreads)
+      for (int m = 0; m < tokens; ++m) store(m, i, sum_of(m, i));
+  }
 }
 
 }  // namespace aqlm

@@ -140,6 +140,7 @@ struct Owned {
   int depth;          // pairs of steps whose codes are in flight
   int ready;          // codebooks of a pair that are looked up ahead
   bool shorter;       // `depth` pairs are all that a warp has
+  int cluster = 1;    // of two blocks, that share a 64-row block of the layout
 };
 constexpr int kOwnedTokens = 4;
 // `halves`: of a 64-row block.
@@ -155,7 +156,10 @@ AQLM_HD constexpr Owned owned(int variant) {
          : variant == 5 ? Owned{16, 1, 4, 4, 2}
          : variant == 6 ? Owned{16, 1, 8, 3, 1}
          : variant == 7 ? Owned{12, 2, 4, 3, 1}
-                        : Owned{8, 2, 8, 4, 0};
+         : variant == 8 ? Owned{8, 2, 8, 4, 0}
+         : variant == 9 ? Owned{8, 2, 8, 4, 1, false, 2}
+         : variant == 10 ? Owned{16, 1, 8, 2, 1, false, 2}
+                         : Owned{16, 2, 8, 2, 0, false, 2};
 }
 // `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
 // share all parts.
@@ -169,8 +173,13 @@ AQLM_HD int owned_blocks(const Additive& a, int part, int unit, int blocks) {
   const int share = units * blocks / all;
   return share > units ? units : share > 0 || units == 0 ? share : 1;
 }
+AQLM_HD constexpr int owned_unit(int variant) {
+  return owned(variant).cluster > 1 ? 4 : owned(variant).octets == 4 ? 2 : 1;
+}
 AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
-  return 256 * 256 + pairs * tokens * 128 + (tokens * owned(variant).warps + 2) * rows * 4;
+  const int own = (pairs + owned(variant).cluster - 1) / owned(variant).cluster;
+  return 256 * 256 + own * tokens * 128 + (tokens * owned(variant).warps + 2) * rows * 4 +
+         (owned(variant).cluster > 1 ? tokens * 128 + 8 : 0);
 }
 
 struct MmaRow {

@@ -8,28 +8,31 @@ namespace aqlm {
 namespace {  // the two dtypes must not share these names
 
 template <int B, int kTiles, int kVariant>
-cudaError_t owned(const MatmulParams& p, cudaStream_t stream) {
+cudaError_t owned(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   const int pairs = p.a.codebooks == 1 ? p.a.units() : ceil_div(p.a.units(), 2);
   const int smem = tune::owned_smem(kVariant, pairs, p.tokens, p.s.group_rows);
   constexpr tune::Owned shape = tune::owned(kVariant);
   if (shape.shorter && (pairs > shape.depth * shape.warps || p.s.group_rows > 32))
     return cudaErrorInvalidConfiguration;
   auto kernel = owned_int8_kernel<AQLM_T, B, kTiles, kVariant>;
-  return AQLM_ENQUEUE_SMEM(kernel, 227 << 10, p.s.grid, tune::owned(kVariant).warps * 32, smem,
-                           stream, p);
+  return AQLM_ENQUEUE_PLACED((Placement{shape.cluster, c.carveout}), kernel, 227 << 10, p.s.grid,
+                             shape.warps * 32, smem, stream, p);
 }
 
 template <int B, int kTiles>
 cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.variant) {
-    case 1: return owned<B, kTiles, 1>(p, stream);
-    case 2: return owned<B, kTiles, 2>(p, stream);
-    case 3: return owned<B, kTiles, 3>(p, stream);
-    case 4: return owned<B, kTiles, 4>(p, stream);
-    case 5: return owned<B, kTiles, 5>(p, stream);
-    case 6: return owned<B, kTiles, 6>(p, stream);
-    case 7: return owned<B, kTiles, 7>(p, stream);
-    case 8: return owned<B, kTiles, 8>(p, stream);
+    case 1: return owned<B, kTiles, 1>(c, p, stream);
+    case 2: return owned<B, kTiles, 2>(c, p, stream);
+    case 3: return owned<B, kTiles, 3>(c, p, stream);
+    case 4: return owned<B, kTiles, 4>(c, p, stream);
+    case 5: return owned<B, kTiles, 5>(c, p, stream);
+    case 6: return owned<B, kTiles, 6>(c, p, stream);
+    case 7: return owned<B, kTiles, 7>(c, p, stream);
+    case 8: return owned<B, kTiles, 8>(c, p, stream);
+    case 9: return owned<B, kTiles, 9>(c, p, stream);
+    case 10: return owned<B, kTiles, 10>(c, p, stream);
+    case 11: return owned<B, kTiles, 11>(c, p, stream);
   }
   return cudaErrorInvalidValue;
 }
