@@ -74,11 +74,10 @@ int owned_wanted(const Additive& a, int variant, const DeviceInfo& device) {
   int all = 0;
   const int unit = tune::owned_unit(variant);
   for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, unit);
-  if (unit == 4) return all;
 #ifdef AQLM_TUNE
   if (g_occupancy % 1000 > 0) return ceil_div(all * unit, g_occupancy % 1000);
 #endif
-  return device.sms;
+  return device.sms / tune::owned(variant).cluster;
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform: counters cost no registers
   const int tokens = p.tokens, K = a.in_groups * 8, units = p.s.units;
   const int pairs = B == 1 ? units : (units + 1) / 2;
-  // A cluster of two blocks shares out K and, at the end, the rows.
+  // A cluster of blocks shares out K and, at the end, the rows.
   constexpr int kCluster = kShape.cluster, kShares = kWarps * kCluster;
   const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0, base = rank * pairs / kCluster;
   const int slot = rank * kWarps + warp, share = slot * pairs / kShares;
@@ -77,8 +77,9 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   float* const row_scales = exchange + tokens * kWarps * p.s.group_rows;
   const uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
-  float* const received = row_scales + 2 * p.s.group_rows;  // [token][32 rows]
-  uint64_t* const arrived = reinterpret_cast<uint64_t*>(received + tokens * 32);
+  const int final_rows = p.s.group_rows / kCluster;  // a rank's
+  float* const received = row_scales + 2 * p.s.group_rows;  // [rank][token][final_rows]
+  uint64_t* const arrived = reinterpret_cast<uint64_t*>(received + tokens * p.s.group_rows);
   if constexpr (kCluster > 1) {
     if (threadIdx.x == 0) mbar::init(arrived, 1);
     mbar::init_fence();
@@ -98,7 +99,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     }
   }
   int ten0 = block, own_units = 1;
-  if constexpr (!kShort && kCluster == 1) {  // the first `rest` blocks have one more
+  if constexpr (!kShort) {  // the first `rest` blocks have one more
     const int shares = tune::owned_units(a, part, kUnit), each = shares / blocks;
     const int rest = shares - each * blocks;
     ten0 = block * each + min(block, rest);
@@ -170,7 +171,9 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
             : to_float(load_early16(static_cast<const T*>(p.bias) + part_row + i));
   }
   if constexpr (kCluster > 1)
-    if (threadIdx.x == 0) mbar::expect(arrived, tokens * min(max(rows - 32 * rank, 0), 32) * 4);
+    if (threadIdx.x == 0)
+      mbar::expect(arrived, (kCluster - 1) * tokens * 4 *
+                                min(max(rows - final_rows * rank, 0), final_rows));
   __syncthreads();
   if constexpr (kCluster > 1) cluster_arrive();
   Kept ring[kDepth];
@@ -354,20 +357,25 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
         from_float<T>(sum * row_scales[i] + row_scales[most_rows + i]);
   };
   if constexpr (kCluster > 1) {
-    static_assert(kThreads >= 128);
-    cluster_wait();  // for the other's start, long ago
-    const int i = threadIdx.x % 64;
-    if (i >= rows) return;
-    if (i / 32 != rank) {
-      for (int m = threadIdx.x / 64; m < tokens; m += kThreads / 64)
-        mbar::store_remote(received + m * 32 + i % 32, arrived, rank ^ 1, sum_of(m, i));
-    } else {
-      for (int m = threadIdx.x / 64; m < tokens; m += kThreads / 64) {
+    cluster_wait();  // for the others' start, long ago
+    for (int i = threadIdx.x; i < rows; i += kThreads)
+      for (int m = 0; m < tokens; ++m) {
         const float sum = sum_of(m, i);
-        mbar::wait(arrived, 0);
-        store(m, i, sum + received[m * 32 + i % 32]);
+        const int owner = i / final_rows;
+        float* const to = received + (rank * tokens + m) * final_rows + i - owner * final_rows;
+        if (owner == rank) *to = sum;
+        else mbar::store_remote(to, arrived, owner, sum);
       }
-    }
+    __syncthreads();
+    const int own_rows = min(rows - rank * final_rows, final_rows);
+    if (own_rows > 0) mbar::wait(arrived, 0);
+    for (int i = threadIdx.x; i < own_rows; i += kThreads)
+      for (int m = 0; m < tokens; ++m) {
+        float sum = 0.f;
+#pragma unroll
+        for (int r = 0; r < kCluster; ++r) sum += received[(r * tokens + m) * final_rows + i];
+        store(m, rank * final_rows + i, sum);
+      }
   } else {
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows; i += kThreads)

@@ -140,7 +140,7 @@ struct Owned {
   int depth;          // pairs of steps whose codes are in flight
   int ready;          // codebooks of a pair that are looked up ahead
   bool shorter;       // `depth` pairs are all that a warp has
-  int cluster = 1;    // of two blocks, that share a 64-row block of the layout
+  int cluster = 1;    // of blocks that share K; their rows are whole 64-row blocks of the layout
 };
 constexpr int kOwnedTokens = 4;
 // `halves`: of a 64-row block.
@@ -159,7 +159,8 @@ AQLM_HD constexpr Owned owned(int variant) {
          : variant == 8 ? Owned{8, 2, 8, 4, 0}
          : variant == 9 ? Owned{8, 2, 8, 4, 1, false, 2}
          : variant == 10 ? Owned{16, 1, 8, 2, 1, false, 2}
-                         : Owned{16, 2, 8, 2, 0, false, 2};
+         : variant == 11 ? Owned{16, 1, 8, 2, 1, false, 4}
+                         : Owned{8, 2, 8, 4, 1, false, 4};
 }
 // `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
 // share all parts.
@@ -179,7 +180,7 @@ AQLM_HD constexpr int owned_unit(int variant) {
 AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
   const int own = (pairs + owned(variant).cluster - 1) / owned(variant).cluster;
   return 256 * 256 + own * tokens * 128 + (tokens * owned(variant).warps + 2) * rows * 4 +
-         (owned(variant).cluster > 1 ? tokens * 128 + 8 : 0);
+         (owned(variant).cluster > 1 ? tokens * rows * 4 + 8 : 0);
 }
 
 struct MmaRow {

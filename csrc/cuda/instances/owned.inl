@@ -32,6 +32,7 @@ cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
     case 8: return owned<B, kTiles, 8>(c, p, stream);
     case 9: return owned<B, kTiles, 9>(c, p, stream);
     case 10: return owned<B, kTiles, 10>(c, p, stream);
+    case 12: return owned<B, kTiles, 12>(c, p, stream);
     case 11: return owned<B, kTiles, 11>(c, p, stream);
   }
   return cudaErrorInvalidValue;
