@@ -52,8 +52,7 @@ template <typename T, int B, int kTiles, int kVariant>
 __global__ void __launch_bounds__(tune::owned(kVariant).warps * 32, tune::owned(kVariant).blocks)
 owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   constexpr tune::Owned kShape = tune::owned(kVariant);
-  constexpr int kWarps = kShape.warps, kThreads = kWarps * 32, 
-                kDepth = kTiles > 1 && kShape.octets == 8 ? 2 : kShape.depth;
+  constexpr int kWarps = kShape.warps, kThreads = kWarps * 32,  kDepth = kShape.depth;
   constexpr bool kShort = kShape.shorter;
   constexpr int kOctets = kShape.octets;  // of rows, of a span
   constexpr int kTens = kOctets / 2;      // blocks of 16 rows of a span
@@ -237,7 +236,6 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
   for (int b = 0; b < kReady; ++b)
     if (total > 0) look_up(ring[0], b, ready[b]);
-  if constexpr (kReady == B && !kShort) ring[0] = fetch();
   grid_dependency_wait();
 
   float x_scale[kTiles] = {};  // of token 2 n + t / 2
@@ -283,6 +281,17 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const unsigned char* x_lane[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) x_lane[n] = x_own + min(2 * n + g / 4, tokens - 1) * 128 + t * 8;
+  // The other half of the ring, once the first codes of a half have been used: all loads in flight
+  // share a scoreboard, and a wait for one is a wait for all.
+  auto refill = [&](int d) {
+    if constexpr (!kShort) {
+      constexpr int kHalf = kDepth / 2;
+      if (d % kHalf == 0) {
+#pragma unroll
+        for (int e = 0; e < kHalf; ++e) ring[(d + kHalf + e) % kDepth] = fetch();
+      }
+    }
+  };
   int done_pair = 0, done_span = first, done_own = own(first);
   for (int i = 0; i < total; i += kDepth) {
 #pragma unroll
@@ -304,8 +313,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r, x[n].x, x[n].y);
           }
-          if constexpr (!kShort)
-            if (b == B - 1) ring[d] = fetch();
+          if (b == 0 && (d > 0 || i > 0)) refill(d);
         } else {
           uint32_t(&r)[kOctets][4] = ready[b % (kReady + (kReady == 0))];
 #pragma unroll
@@ -316,8 +324,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
           }
           const int next = (b + kReady) / B, book = (b + kReady) % B;
           if (i + d + next < total && (!kShort || d + next < kDepth)) look_up(ring[(d + next) % kDepth], book, r);
-          if constexpr (!kShort)
-            if (book == B - 1) ring[(d + next) % kDepth] = fetch();
+          if (book == 0) refill((d + next) % kDepth);
         }
       }
       if (++done_pair < count) continue;

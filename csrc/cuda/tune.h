@@ -151,15 +151,15 @@ constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
 AQLM_HD constexpr Owned owned(int variant) {
   return variant == 1   ? Owned{16, 2, 4, 4, 1, true}
          : variant == 2 ? Owned{8, 2, 8, 4, 1}
-         : variant == 3 ? Owned{16, 1, 8, 2, 1}
+         : variant == 3 ? Owned{16, 1, 8, 4, 1}
          : variant == 4 ? Owned{8, 2, 4, 4, 2}
          : variant == 5 ? Owned{16, 1, 4, 4, 2}
-         : variant == 6 ? Owned{16, 1, 8, 3, 1}
-         : variant == 7 ? Owned{12, 2, 4, 3, 1}
-         : variant == 8 ? Owned{8, 2, 8, 4, 0}
+         : variant == 6 ? Owned{16, 1, 4, 6, 2}
+         : variant == 7 ? Owned{12, 2, 4, 2, 1}
+         : variant == 8 ? Owned{12, 1, 8, 6, 2}
          : variant == 9 ? Owned{8, 2, 8, 4, 1, false, 2}
-         : variant == 10 ? Owned{16, 1, 8, 2, 1, false, 2}
-         : variant == 11 ? Owned{16, 1, 8, 2, 1, false, 4}
+         : variant == 10 ? Owned{16, 1, 8, 4, 1, false, 2}
+         : variant == 11 ? Owned{16, 1, 8, 4, 1, false, 4}
                          : Owned{8, 2, 8, 4, 1, false, 4};
 }
 // `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
