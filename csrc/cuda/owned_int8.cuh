@@ -42,6 +42,11 @@ __device__ __forceinline__ uint2 table_entry(uint32_t at) {
   return v;
 }
 
+// An instruction in its place that waits for v and leaves it as it is.
+__device__ __forceinline__ void use(uint32_t& v, uint32_t zero) {
+  asm volatile("or.b32 %0, %0, %1;" : "+r"(v) : "r"(zero));
+}
+
 // Of a half span.
 template <int B>
 struct HalfCodes {
@@ -118,28 +123,42 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   struct Codes {
     uint4 unit[B];
   };
-  int fetched = 0, fetch_pair = 0, fetch_span = first;
+  int fetched = 0, fetch_pair = 0;
+  int fetch_span = first;
   const uint8_t* from = codes + first * kOctets / 8 * kUnitBytes;
-  auto fetch = [&] {
-    Codes c = {};
-    if (fetched < total) {
-      c.unit[0] = load_stream(from);
-      if constexpr (B == 2)
-        if (2 * (share + fetch_pair) + 1 < units) c.unit[1] = load_stream(from + unit_stride);
-      from += B * unit_stride;
-      ++fetched;
-      if (++fetch_pair == count) {
-        fetch_pair = 0;
-        ++fetch_span;
-        from = codes + fetch_span * kOctets / 8 * kUnitBytes;
+  // The next pairs; past the end the last again, and for a step that is not there (its x is zero)
+  // the one before it. All addresses first: a register of an earlier load that becomes an address
+  // waits for the loads in between.
+  auto fetch = [&](auto& ring, int slot, auto pairs_at_once) {
+    constexpr int kPairs = decltype(pairs_at_once)::value;
+    if (fetched >= total) return;
+    const uint8_t* at[kPairs][B];
+#pragma unroll
+    for (int e = 0; e < kPairs; ++e) {
+      const bool odd = B == 2 && 2 * (share + fetch_pair) + 1 == units;
+      at[e][0] = from;
+      if constexpr (B == 2) at[e][1] = odd ? from : from + unit_stride;
+      if (++fetched < total) {
+        from += B * unit_stride;
+        if (++fetch_pair == count) {
+          fetch_pair = 0;
+          ++fetch_span;
+          from = codes + fetch_span * kOctets / 8 * kUnitBytes;
+        }
       }
     }
-    return c;
+#pragma unroll
+    for (int e = 0; e < kPairs; ++e)
+#pragma unroll
+      for (int i = 0; i < B; ++i) keep(at[e][i]);
+#pragma unroll
+    for (int e = 0; e < kPairs; ++e)
+#pragma unroll
+      for (int i = 0; i < B; ++i) ring[(slot + e) % kDepth].unit[i] = load_stream(at[e][i]);
   };
   using Kept = std::conditional_t<kShort, HalfCodes<B>, Codes>;
   Codes loaded[kDepth];
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) loaded[d] = fetch();
+  fetch(loaded, 0, std::integral_constant<int, kDepth>());
 #pragma unroll 1
   for (int span = first, left = p.s.max_units; span < first + spans && left > 0; ++span) {
     const int begin = span == first ? kDepth * B : 0;
@@ -283,13 +302,17 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   for (int n = 0; n < kTiles; ++n) x_lane[n] = x_own + min(2 * n + g / 4, tokens - 1) * 128 + t * 8;
   // The other half of the ring, once the first codes of a half have been used: all loads in flight
   // share a scoreboard, and a wait for one is a wait for all.
+  // settle() is where a half is waited for, whatever branch uses it first: a wait in a branch would
+  // be repeated behind the next half's loads, and wait for those.
+  constexpr int kHalf = kShort ? kDepth : kDepth / 2;
+  const uint32_t zero = p.s.passes;
+  auto settle = [&](int d) {
+    if constexpr (!kShort)
+      if (d % kHalf == 0) use(ring[d].unit[0].x, zero);
+  };
   auto refill = [&](int d) {
     if constexpr (!kShort) {
-      constexpr int kHalf = kDepth / 2;
-      if (d % kHalf == 0) {
-#pragma unroll
-        for (int e = 0; e < kHalf; ++e) ring[(d + kHalf + e) % kDepth] = fetch();
-      }
+      if (d % kHalf == 0) fetch(ring, d + kHalf, std::integral_constant<int, kHalf>());
     }
   };
   int done_pair = 0, done_span = first, done_own = own(first);
@@ -305,6 +328,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
       for (int b = 0; b < B; ++b) {
         if constexpr (kReady == 0) {
+          if (b == 0) settle(d);
 #pragma unroll
           for (int o = 0; o < kOctets; ++o) {
             if (!has(done_own, o / 2)) continue;
@@ -323,6 +347,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r[o], x[n].x, x[n].y);
           }
           const int next = (b + kReady) / B, book = (b + kReady) % B;
+          if (book == 0) settle((d + next) % kDepth);
           if (i + d + next < total && (!kShort || d + next < kDepth)) look_up(ring[(d + next) % kDepth], book, r);
           if (book == 0) refill((d + next) % kDepth);
         }
