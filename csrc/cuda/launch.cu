@@ -151,7 +151,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
     int halves = 0;
     for (int i = 0; i < a.parts; ++i) halves += tune::owned_units(a, i, 2);
-    int owned_variant = tune::owned_variant(owned_pairs(a), halves, device.sms);
+    int owned_variant = tune::owned_variant(owned_pairs(a), halves, device.sms, tokens);
 #ifdef AQLM_TUNE
     if (g_variant && g_body == 11) owned_variant = g_variant % 100;
 #endif

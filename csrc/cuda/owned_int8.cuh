@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(tune::owned(kVariant).warps * 32, tune::owned(
 owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   constexpr tune::Owned kShape = tune::owned(kVariant);
   constexpr int kWarps = kShape.warps, kThreads = kWarps * 32,  kDepth = kShape.depth;
-  constexpr bool kShort = kShape.shorter;
+  constexpr bool kShort = kShape.shorter;  // and one token
   constexpr int kOctets = kShape.octets;  // of rows, of a span
   constexpr int kTens = kOctets / 2;      // blocks of 16 rows of a span
   constexpr int kReady = kTiles > 1 && kOctets * kWarps > 32 ? 0 : kShape.ready < B ? kShape.ready : B;
@@ -68,7 +68,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const Additive& a = p.a;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform: counters cost no registers
-  const int tokens = p.tokens, K = a.in_groups * 8, units = p.s.units;
+  const int tokens = kShort ? 1 : p.tokens, K = a.in_groups * 8, units = p.s.units;
   const int pairs = B == 1 ? units : (units + 1) / 2;
   // A cluster of blocks shares out K and, at the end, the rows.
   constexpr int kCluster = kShape.cluster, kShares = kWarps * kCluster;
@@ -169,31 +169,62 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     left -= max(end - begin, 0);
   }
 
-  for (int i = threadIdx.x; i < B * 256; i += kThreads) {
-    const int e = i % 256, index = (part * B + i / 256) * a.entries() + e;
-    uint2 v = make_uint2(0, 0);
-    if (e < a.entries()) v = reinterpret_cast<const uint2*>(p.aux + kAuxHeader)[index];
+  // Everything else that the block loads, x apart, is asked for before any of it is waited for.
+  constexpr int kEntries = (B * 256 + kThreads - 1) / kThreads;  // of a thread
+  uint2 entry[kEntries];
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    const int i = threadIdx.x + j * kThreads, e = i % 256;
+    entry[j] = make_uint2(0, 0);
+    if (i < B * 256 && e < a.entries())
+      entry[j] = load_early8(p.aux + kAuxHeader + ((part * B + i / 256) * a.entries() + e) * 8);
+  }
+  const int part_row = a.row0[part] + row;
+  T own_scale = T(), own_bias = T();
+  auto load_scale = [&](int i) {
+    if (i >= rows) return;
+    own_scale = load_early16(static_cast<const T*>(p.scales) + part_row + i);
+    if (p.bias != nullptr) own_bias = load_early16(static_cast<const T*>(p.bias) + part_row + i);
+  };
+  // Alone on its SM a block starts when the kernel before ends: then nothing is gained by waiting
+  // for x last. Else registers are scarcer than time.
+  constexpr bool kAlone = kShape.blocks == 1;
+  if constexpr (kAlone) load_scale(threadIdx.x);
+
+  // x of kGroup tokens at a time: the lane's vectors of the warp's share.
+  constexpr int kGroup = kAlone && kItems <= 4 ? 2 : 1;
+  uint4 raw[kGroup][kItems];
+  const int x_first = (share * 8 + lane) * 8;  // column
+  const uint8_t* x_at = reinterpret_cast<const uint8_t*>(static_cast<const T*>(p.x) + x_first);
+  keep(x_at);  // before the wait
+  auto load_x = [&](int m0) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        raw[j][i] = make_uint4(0, 0, 0, 0);
+        if (m0 + j < tokens && lane + 32 * i < count * 8 && x_first + 256 * i < K)
+          raw[j][i] = load_cached(x_at + 512 * i);
+      }
+      x_at += 2 * p.x_stride;
+    }
+  };
+  if constexpr (kAlone) {
+    grid_dependency_wait();
+    load_x(0);
+  } else if (x_first < K) {
+    prefetch_line(x_at);
+  }
+
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    const int i = threadIdx.x + j * kThreads, e = i % 256;
     uint4* const to = reinterpret_cast<uint4*>(smem) + e * 16 + i / 256 * 8;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) to[(c + e) & 7] = make_uint4(v.x, v.y, v.x, v.y);
+    for (int c = 0; c < 8; ++c)
+      if (i < B * 256)
+        to[(c + e) & 7] = make_uint4(entry[j].x, entry[j].y, entry[j].x, entry[j].y);
   }
-  if ((share * 8 + lane) * 8 < K) prefetch_line(static_cast<const T*>(p.x) + (share * 8 + lane) * 8);
-  // Scale and bias of each row wait in shared memory: registers are scarce.
-  const int part_row = a.row0[part] + row;
-  for (int i = threadIdx.x; i < rows; i += kThreads) {
-    const T scale = load_early16(static_cast<const T*>(p.scales) + part_row + i);
-    row_scales[i] = to_float(scale) * reinterpret_cast<const float*>(p.aux)[part];
-    row_scales[most_rows + i] =
-        p.bias == nullptr
-            ? 0.f
-            : to_float(load_early16(static_cast<const T*>(p.bias) + part_row + i));
-  }
-  if constexpr (kCluster > 1)
-    if (threadIdx.x == 0)
-      mbar::expect(arrived, (kCluster - 1) * tokens * 4 *
-                                min(max(rows - final_rows * rank, 0), final_rows));
-  __syncthreads();
-  if constexpr (kCluster > 1) cluster_arrive();
   Kept ring[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
@@ -203,11 +234,69 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
       for (int i = 0; i < B; ++i) {
         const uint4 c = loaded[d].unit[i];
         ring[d].unit[i] = make_uint2(upper ? c.y : c.x, upper ? c.w : c.z);
+        keep(ring[d].unit[i].x);  // here, not where they are used
+        keep(ring[d].unit[i].y);
       }
     } else {
       ring[d] = loaded[d];
     }
   }
+
+  // Scale and bias of each row wait in shared memory.
+  const float part_scale = reinterpret_cast<const float*>(p.aux)[part];
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
+    if (!kAlone || i >= kThreads) load_scale(i);
+    row_scales[i] = to_float(own_scale) * part_scale;
+    row_scales[most_rows + i] = to_float(own_bias);
+  }
+  float x_scale[kTiles] = {};  // of token 2 n + t / 2
+  auto round_x = [&](int m0) {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const int m = m0 + j;
+      if (m >= tokens) break;
+      uint32_t most = 0;  // the bits of |x| are in its order
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        most = __vmaxu2(__vmaxu2(__vmaxu2(most, raw[j][i].x & 0x7fff7fffu),
+                                 __vmaxu2(raw[j][i].y & 0x7fff7fffu, raw[j][i].z & 0x7fff7fffu)),
+                        raw[j][i].w & 0x7fff7fffu);
+      most = __reduce_max_sync(~0u, max(most & 0xffffu, most >> 16));
+      const float peak = unpack2(most, T()).x;
+      const float inverse = peak > 0.f ? __fdividef(kActivationMax, peak) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const int item = lane + 32 * i, pair = item / 8;
+        if (item >= count * 8) break;
+        float v[8];
+        uint2 bytes[2];
+        unpack8<T>(raw[j][i], v);
+        split_bytes(v, inverse, bytes, bytes + 1);
+        uint32_t* const to = reinterpret_cast<uint32_t*>(x_own + pair * x_pair + m * 128) +
+                             item % 4 * 2 + item / 4 % 2;
+#pragma unroll
+        for (int c = 0; c < 4; ++c)  // two neighbouring pairs of an instruction in other banks
+          to[(c ^ pair % 4) * 8] = c % 2 ? bytes[c / 2].y : bytes[c / 2].x;
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        if (m == 2 * n + t / 2) x_scale[n] = peak * (1.f / kActivationMax);
+    }
+  };
+  auto all_x = [&] {
+    for (int m0 = 0; m0 < tokens; m0 += kGroup) {
+      if (!kAlone || m0 > 0) load_x(m0);
+      round_x(m0);
+    }
+  };
+  if constexpr (kAlone) all_x();
+  if constexpr (kCluster > 1)
+    if (threadIdx.x == 0)
+      mbar::expect(arrived, (kCluster - 1) * tokens * 4 *
+                                min(max(rows - final_rows * rank, 0), final_rows));
+  __syncthreads();
+  if constexpr (kCluster > 1) cluster_arrive();
 
   // A bit for each block of 16 rows of a span that is this block's. Half spans always are.
   auto own = [&](int span) {
@@ -251,48 +340,14 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
       look_own = own(++look_span);
     }
   };
-  uint32_t ready[kReady > 0 ? kReady : 1][kOctets][4];
+  constexpr int kReady1 = kReady > 0 ? kReady : 1;
+  uint32_t ready[kReady1][kOctets][4];
 #pragma unroll
   for (int b = 0; b < kReady; ++b)
     if (total > 0) look_up(ring[0], b, ready[b]);
-  grid_dependency_wait();
-
-  float x_scale[kTiles] = {};  // of token 2 n + t / 2
-  for (int m = 0; m < tokens; ++m) {
-    const T* const x = static_cast<const T*>(p.x) + m * p.x_stride;
-    const int k = (share * 8 + lane) * 8;
-    uint4 raw[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      raw[i] = make_uint4(0, 0, 0, 0);
-      if (lane + 32 * i < count * 8 && k + 256 * i < K) raw[i] = load_cached(x + k + 256 * i);
-    }
-    uint32_t most = 0;  // the bits of |x| are in its order
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      most = __vmaxu2(__vmaxu2(__vmaxu2(most, raw[i].x & 0x7fff7fffu),
-                               __vmaxu2(raw[i].y & 0x7fff7fffu, raw[i].z & 0x7fff7fffu)),
-                      raw[i].w & 0x7fff7fffu);
-    most = __reduce_max_sync(~0u, max(most & 0xffffu, most >> 16));
-    const float peak = unpack2(most, T()).x;
-    const float inverse = peak > 0.f ? __fdividef(kActivationMax, peak) : 0.f;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int item = lane + 32 * i, pair = item / 8;
-      if (item >= count * 8) break;
-      float v[8];
-      uint2 bytes[2];
-      unpack8<T>(raw[i], v);
-      split_bytes(v, inverse, bytes, bytes + 1);
-      uint32_t* const to = reinterpret_cast<uint32_t*>(x_own + pair * x_pair + m * 128) +
-                           item % 4 * 2 + item / 4 % 2;
-#pragma unroll
-      for (int c = 0; c < 4; ++c)  // two neighbouring pairs of an instruction in other banks
-        to[(c ^ pair % 4) * 8] = c % 2 ? bytes[c / 2].y : bytes[c / 2].x;
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      if (m == 2 * n + t / 2) x_scale[n] = peak / kActivationMax;
+  if constexpr (!kAlone) {
+    grid_dependency_wait();
+    all_x();
   }
   __syncwarp();
 
@@ -339,16 +394,20 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
           }
           if (b == 0 && (d > 0 || i > 0)) refill(d);
         } else {
-          uint32_t(&r)[kOctets][4] = ready[b % (kReady + (kReady == 0))];
+          uint32_t(&r)[kOctets][4] = ready[b % kReady1];
 #pragma unroll
           for (int o = 0; o < kOctets; ++o) {
             if (!has(done_own, o / 2)) continue;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) mma_16832(acc[o][n], r[o], x[n].x, x[n].y);
           }
-          const int next = (b + kReady) / B, book = (b + kReady) % B;
+          // Later on a short block looks one codebook ahead: sums have taken the registers.
+          constexpr int kAhead = kShort ? 1 : kReady;
+          const int next = (b + kAhead) / B, book = (b + kAhead) % B;
           if (book == 0) settle((d + next) % kDepth);
-          if (i + d + next < total && (!kShort || d + next < kDepth)) look_up(ring[(d + next) % kDepth], book, r);
+          const bool looked_up = kShort && d * B + b + kAhead < kReady;
+          if (i + d + next < total && !looked_up && (!kShort || d + next < kDepth))
+            look_up(ring[(d + next) % kDepth], book, ready[book % kReady1]);
           if (book == 0) refill((d + next) % kDepth);
         }
       }

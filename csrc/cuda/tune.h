@@ -144,8 +144,8 @@ struct Owned {
 };
 constexpr int kOwnedTokens = 4;
 // `halves`: of a 64-row block.
-inline int owned_variant(int pairs, int halves, int sms) {
-  return pairs <= 64 && halves <= sms ? 1 : halves <= sms ? 4 : 2;
+inline int owned_variant(int pairs, int halves, int sms, int tokens) {
+  return pairs <= 64 && halves <= sms && tokens == 1 ? 1 : halves <= sms ? 5 : 3;
 }
 constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
 AQLM_HD constexpr Owned owned(int variant) {
@@ -160,7 +160,8 @@ AQLM_HD constexpr Owned owned(int variant) {
          : variant == 9 ? Owned{8, 2, 8, 4, 1, false, 2}
          : variant == 10 ? Owned{16, 1, 8, 4, 1, false, 2}
          : variant == 11 ? Owned{16, 1, 8, 4, 1, false, 4}
-                         : Owned{8, 2, 8, 4, 1, false, 4};
+         : variant == 12 ? Owned{8, 2, 8, 4, 1, false, 4}
+                         : Owned{16, 2, 4, 4, 2, true};
 }
 // `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
 // share all parts.

@@ -12,7 +12,7 @@ cudaError_t owned(const LaunchConfig& c, const MatmulParams& p, cudaStream_t str
   const int pairs = p.a.codebooks == 1 ? p.a.units() : ceil_div(p.a.units(), 2);
   const int smem = tune::owned_smem(kVariant, pairs, p.tokens, p.s.group_rows);
   constexpr tune::Owned shape = tune::owned(kVariant);
-  if (shape.shorter && (pairs > shape.depth * shape.warps || p.s.group_rows > 32))
+  if (shape.shorter && (p.tokens > 1 || pairs > shape.depth * shape.warps || p.s.group_rows > 32))
     return cudaErrorInvalidConfiguration;
   auto kernel = owned_int8_kernel<AQLM_T, B, kTiles, kVariant>;
   return AQLM_ENQUEUE_PLACED((Placement{shape.cluster, c.carveout}), kernel, 227 << 10, p.s.grid,
@@ -22,7 +22,7 @@ cudaError_t owned(const LaunchConfig& c, const MatmulParams& p, cudaStream_t str
 template <int B, int kTiles>
 cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream) {
   switch (c.variant) {
-    case 1: return owned<B, kTiles, 1>(c, p, stream);
+    case 1: return owned<B, 1, 1>(c, p, stream);
     case 2: return owned<B, kTiles, 2>(c, p, stream);
     case 3: return owned<B, kTiles, 3>(c, p, stream);
     case 4: return owned<B, kTiles, 4>(c, p, stream);
@@ -32,6 +32,7 @@ cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
     case 8: return owned<B, kTiles, 8>(c, p, stream);
     case 9: return owned<B, kTiles, 9>(c, p, stream);
     case 10: return owned<B, kTiles, 10>(c, p, stream);
+    case 13: return owned<B, 1, 13>(c, p, stream);
     case 12: return owned<B, kTiles, 12>(c, p, stream);
     case 11: return owned<B, kTiles, 11>(c, p, stream);
   }
