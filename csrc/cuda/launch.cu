@@ -59,7 +59,7 @@ int owned_pairs(const Additive& a) {
 
 // Blocks of kOwned, of all parts, and the most rows of one.
 int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
-  const int unit = tune::owned_unit(variant);
+  const int unit = tune::owned(variant).unit;
   int grid = 0, most = 0;
   for (int i = 0; i < a.parts; ++i) {
     const int units = tune::owned_units(a, i, unit);
@@ -72,7 +72,7 @@ int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
 }
 int owned_wanted(const Additive& a, int variant, const DeviceInfo& device) {
   int all = 0;
-  const int unit = tune::owned_unit(variant);
+  const int unit = tune::owned(variant).unit;
   for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, unit);
 #ifdef AQLM_TUNE
   if (g_occupancy % 1000 > 0) return ceil_div(all * unit, g_occupancy % 1000);

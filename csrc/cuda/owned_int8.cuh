@@ -79,7 +79,8 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   unsigned char* const x_own = smem + kOwnedTableBytes + (share - base) * x_pair;
   float* const exchange = reinterpret_cast<float*>(smem + kOwnedTableBytes + ceil_div(pairs, kCluster) * x_pair);
   float* const row_scales = exchange + tokens * kWarps * p.s.group_rows;
-  const uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
+  uint32_t column = (smem_address(smem) & 0xffff0000) | lane % 16 * 8;
+  keep(column);
   if ((smem_address(smem) & 0xffff) != kColumnTableAt) __trap();
   const int final_rows = p.s.group_rows / kCluster;  // a rank's
   float* const received = row_scales + 2 * p.s.group_rows;  // [rank][token][final_rows]
@@ -91,7 +92,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   grid_dependents_start();
 
   // Rows of this block: an even share of its part, in blocks of 16 (half spans: 32).
-  constexpr int kUnit = tune::owned_unit(kVariant);  // blocks of 16
+  constexpr int kUnit = kShape.unit;  // blocks of 16
   int part = 0, tile = 0, block = blockIdx.x / kCluster, blocks = gridDim.x / kCluster;
   if (a.parts > 1) {
     blocks = tune::owned_blocks(a, 0, kUnit, p.s.ctas);
@@ -298,12 +299,12 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   __syncthreads();
   if constexpr (kCluster > 1) cluster_arrive();
 
-  // A bit for each block of 16 rows of a span that is this block's. Half spans always are.
+  // A bit for each block of 16 rows of a span that is this block's. Of whole spans a block has all.
   auto own = [&](int span) {
     const int lo = max(ten0 - span * kTens, 0), hi = min(ten1 - span * kTens, kTens);
     return hi > lo ? (1 << hi) - (1 << lo) : 0;
   };
-  auto has = [&](int mask, int ten) { return kOctets == 4 || (mask >> ten & 1); };
+  auto has = [&](int mask, int ten) { return kUnit == kTens || (mask >> ten & 1); };
   auto entries = [&](const Kept& c, int book, int span, int o, uint32_t (&to)[4]) {
     // Codes of the vectors t and 4 + t of a pair, of octets 0 .. 3 and 4 .. 7.
     uint2 w[2];
@@ -379,7 +380,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         x[n] = *reinterpret_cast<const uint2*>(x_lane[n] + done_pair * x_pair +
-                                               (g ^ done_pair) % 4 * 32);
+                                               ((g ^ done_pair) & 3) * 32);
 #pragma unroll
       for (int b = 0; b < B; ++b) {
         if constexpr (kReady == 0) {

@@ -137,10 +137,11 @@ inline int columns_variant(long long cells) {
 struct Owned {
   int warps, blocks;  // of a block; blocks of an SM, which registers are for
   int octets;         // of rows, that a warp has sums of: a 64-row block, or half of one
+  int unit;           // rows of a block are a multiple of so many blocks of 16
   int depth;          // pairs of steps whose codes are in flight
   int ready;          // codebooks of a pair that are looked up ahead
-  bool shorter;       // `depth` pairs are all that a warp has
-  int cluster = 1;    // of blocks that share K; their rows are whole 64-row blocks of the layout
+  bool shorter;       // one token, and `depth` pairs are all that a warp has
+  int cluster;        // of blocks that share K
 };
 constexpr int kOwnedTokens = 4;
 // `halves`: of a 64-row block.
@@ -149,19 +150,17 @@ inline int owned_variant(int pairs, int halves, int sms, int tokens) {
 }
 constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
 AQLM_HD constexpr Owned owned(int variant) {
-  return variant == 1   ? Owned{16, 2, 4, 4, 1, true}
-         : variant == 2 ? Owned{8, 2, 8, 4, 1}
-         : variant == 3 ? Owned{16, 1, 8, 4, 1}
-         : variant == 4 ? Owned{8, 2, 4, 4, 2}
-         : variant == 5 ? Owned{16, 1, 4, 4, 2}
-         : variant == 6 ? Owned{16, 1, 4, 6, 2}
-         : variant == 7 ? Owned{12, 2, 4, 2, 1}
-         : variant == 8 ? Owned{12, 1, 8, 6, 2}
-         : variant == 9 ? Owned{8, 2, 8, 4, 1, false, 2}
-         : variant == 10 ? Owned{16, 1, 8, 4, 1, false, 2}
-         : variant == 11 ? Owned{16, 1, 8, 4, 1, false, 4}
-         : variant == 12 ? Owned{8, 2, 8, 4, 1, false, 4}
-                         : Owned{16, 2, 4, 4, 2, true};
+  return variant == 1   ? Owned{16, 2, 4, 2, 4, 1, true, 1}
+         : variant == 2 ? Owned{16, 1, 8, 4, 4, 1, false, 1}
+         : variant == 3 ? Owned{16, 1, 8, 1, 4, 1, false, 1}
+         : variant == 4 ? Owned{12, 1, 8, 4, 6, 2, false, 1}
+         : variant == 5 ? Owned{16, 1, 4, 2, 4, 2, false, 1}
+         : variant == 6 ? Owned{12, 1, 8, 4, 6, 2, false, 2}
+         : variant == 7 ? Owned{8, 2, 8, 4, 4, 1, false, 2}
+         : variant == 8 ? Owned{12, 1, 8, 1, 6, 2, false, 1}
+         : variant == 9 ? Owned{8, 2, 8, 4, 4, 1, false, 1}
+         : variant == 10 ? Owned{16, 1, 8, 4, 4, 1, false, 2}
+                         : Owned{16, 2, 4, 2, 4, 2, true, 1};
 }
 // `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
 // share all parts.
@@ -174,9 +173,6 @@ AQLM_HD int owned_blocks(const Additive& a, int part, int unit, int blocks) {
   for (int i = 0; i < a.parts; ++i) all += owned_units(a, i, unit);
   const int share = units * blocks / all;
   return share > units ? units : share > 0 || units == 0 ? share : 1;
-}
-AQLM_HD constexpr int owned_unit(int variant) {
-  return owned(variant).cluster > 1 ? 4 : owned(variant).octets == 4 ? 2 : 1;
 }
 AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
   const int own = (pairs + owned(variant).cluster - 1) / owned(variant).cluster;

@@ -33,8 +33,6 @@ cudaError_t variants(const LaunchConfig& c, const MatmulParams& p, cudaStream_t 
     case 9: return owned<B, kTiles, 9>(c, p, stream);
     case 10: return owned<B, kTiles, 10>(c, p, stream);
     case 13: return owned<B, 1, 13>(c, p, stream);
-    case 12: return owned<B, kTiles, 12>(c, p, stream);
-    case 11: return owned<B, kTiles, 11>(c, p, stream);
   }
   return cudaErrorInvalidValue;
 }
