@@ -57,27 +57,16 @@ int owned_pairs(const Additive& a) {
   return a.codebooks == 1 ? a.units() : ceil_div(a.units(), 2);
 }
 
-// Blocks of kOwned, of all parts, and the most rows of one.
-int owned_grid(const Additive& a, int variant, int wanted, int* rows) {
-  const int unit = tune::owned(variant).unit;
+// Blocks of kOwned of all parts, if about `blocks` share them, and the most rows of one.
+int owned_grid(const Additive& a, int blocks, int* rows) {
   int grid = 0, most = 0;
   for (int i = 0; i < a.parts; ++i) {
-    const int units = tune::owned_units(a, i, unit);
-    const int blocks = a.parts > 1 ? tune::owned_blocks(a, i, unit, wanted) : std::min(units, wanted);
-    grid += blocks;
-    if (blocks > 0) most = std::max(most, ceil_div(units, blocks));
+    const int own = tune::owned_blocks(a, i, blocks);
+    grid += own;
+    if (own > 0) most = std::max(most, ceil_div(tune::owned_halves(a, i), own));
   }
-  *rows = most * unit * 16;
-  return grid * tune::owned(variant).cluster;
-}
-int owned_wanted(const Additive& a, int variant, const DeviceInfo& device) {
-  int all = 0;
-  const int unit = tune::owned(variant).unit;
-  for (int i = 0; i < a.parts; ++i) all += tune::owned_units(a, i, unit);
-#ifdef AQLM_TUNE
-  if (g_occupancy % 1000 > 0) return ceil_div(all * unit, g_occupancy % 1000);
-#endif
-  return device.sms / tune::owned(variant).cluster;
+  *rows = most * 32;
+  return grid;
 }
 
 }  // namespace
@@ -149,24 +138,21 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                       tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
-    int halves = 0;
-    for (int i = 0; i < a.parts; ++i) halves += tune::owned_units(a, i, 2);
-    int owned_variant = tune::owned_variant(owned_pairs(a), halves, device.sms, tokens);
-#ifdef AQLM_TUNE
-    if (g_variant && g_body == 11) owned_variant = g_variant % 100;
-#endif
     int owned_rows = 0;
-    owned_grid(a, owned_variant, owned_wanted(a, owned_variant, device), &owned_rows);
-    const int owned_smem = tune::owned_smem(owned_variant, owned_pairs(a), tokens, owned_rows);
-    bool owned = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
-                 tokens <= tune::kOwnedTokens && a.in_features() <= tune::kOwnedColumns &&
-                 owned_smem <= device.max_smem;
+    owned_grid(a, device.sms, &owned_rows);
+    const int pairs = owned_pairs(a);
+    const bool owned_short = tune::owned_short(pairs, tokens, owned_rows);
+    const bool owned_fits = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
+                            tokens <= tune::kOwnedTokens &&
+                            a.in_features() <= tune::kOwnedColumns &&
+                            tune::owned_smem(pairs, tokens, owned_rows) <= device.max_smem;
+    bool owned = owned_fits && tune::owned_wins(a.codebooks, cells, tokens);
     const int long_tokens = tune::long_tokens(a.codebooks, cells);
     bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kLongFirst && tokens <= long_tokens;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
-      owned = owned && g_body == 11;
+      owned = owned_fits && g_body == 11;
       wgmma_long = g_body == 9;
       lut = g_body == 0;
       wgmma_int8 = g_body == 7;
@@ -180,7 +166,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     if (owned) {
       c.body = Body::kOwned;
       c.token_tile = round_up_tile(tokens, 2, 2);
-      c.variant = owned_variant;
+      c.variant = owned_short;
+      if (owned_short) c.carveout = 100;  // for two blocks an SM
     } else if (wgmma_long) {
       c.body = Body::kWgmmaLong;
       c.precision = Precision::kExact;
@@ -225,8 +212,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     }
   }
 #ifdef AQLM_TUNE
-  if (g_variant && c.body != Body::kGather) c.variant = g_variant % 100;
-  if (g_variant > 100) c.carveout = 100;
+  if (g_variant && c.body != Body::kGather) c.variant = g_variant;
 #endif
   return c;
 }
@@ -241,11 +227,8 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.classes = 1;
   s.lanes = 1;
   if (c.body == Body::kOwned) {
-    s.ctas = owned_wanted(a, c.variant, device);
-#ifdef AQLM_TUNE
-    s.max_units = g_occupancy / 1000;
-#endif
-    s.grid = owned_grid(a, c.variant, s.ctas, &s.group_rows);
+    s.ctas = device.sms;
+    s.grid = owned_grid(a, s.ctas, &s.group_rows);
     return;
   }
   if (c.body == Body::kLut) {

@@ -133,51 +133,35 @@ inline int columns_variant(long long cells) {
   return cells < 20000 ? 1 : 2;
 }
 
-// owned_int8.cuh.
-struct Owned {
-  int warps, blocks;  // of a block; blocks of an SM, which registers are for
-  int octets;         // of rows, that a warp has sums of: a 64-row block, or half of one
-  int unit;           // rows of a block are a multiple of so many blocks of 16
-  int depth;          // pairs of steps whose codes are in flight
-  int ready;          // codebooks of a pair that are looked up ahead
-  bool shorter;       // one token, and `depth` pairs are all that a warp has
-  int cluster;        // of blocks that share K
-};
+// owned_int8.cuh. Blocks have halves of 64-row blocks, `blocks` of them share all parts.
 constexpr int kOwnedTokens = 4;
-// `halves`: of a 64-row block.
-inline int owned_variant(int pairs, int halves, int sms, int tokens) {
-  return pairs <= 64 && halves <= sms && tokens == 1 ? 1 : halves <= sms ? 5 : 3;
-}
 constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
-AQLM_HD constexpr Owned owned(int variant) {
-  return variant == 1   ? Owned{16, 2, 4, 2, 4, 1, true, 1}
-         : variant == 2 ? Owned{16, 1, 8, 4, 4, 1, false, 1}
-         : variant == 3 ? Owned{16, 1, 8, 1, 4, 1, false, 1}
-         : variant == 4 ? Owned{12, 1, 8, 4, 6, 2, false, 1}
-         : variant == 5 ? Owned{16, 1, 4, 2, 4, 2, false, 1}
-         : variant == 6 ? Owned{12, 1, 8, 4, 6, 2, false, 2}
-         : variant == 7 ? Owned{8, 2, 8, 4, 4, 1, false, 2}
-         : variant == 8 ? Owned{12, 1, 8, 1, 6, 2, false, 1}
-         : variant == 9 ? Owned{8, 2, 8, 4, 4, 1, false, 1}
-         : variant == 10 ? Owned{16, 1, 8, 4, 4, 1, false, 2}
-                         : Owned{16, 2, 4, 2, 4, 2, true, 1};
-}
-// `unit` blocks of 16 rows: how many such a part has, and how many blocks work on it if `blocks`
-// share all parts.
-AQLM_HD int owned_units(const Additive& a, int part, int unit) {
-  return (a.rows_of(part) + 16 * unit - 1) / (16 * unit);
-}
-AQLM_HD int owned_blocks(const Additive& a, int part, int unit, int blocks) {
-  const int units = owned_units(a, part, unit);
+constexpr int kOwnedWarps = 16;
+constexpr int kOwnedDepth = 4;
+constexpr int kOwnedTable = 256 * 256;
+constexpr int kOwnedMaxSmem = 227 << 10;  // of Hopper
+AQLM_HD int owned_halves(const Additive& a, int part) { return ceil_div(a.rows_of(part), 32); }
+AQLM_HD int owned_blocks(const Additive& a, int part, int blocks) {
+  const int halves = owned_halves(a, part);
   int all = 0;
-  for (int i = 0; i < a.parts; ++i) all += owned_units(a, i, unit);
-  const int share = units * blocks / all;
-  return share > units ? units : share > 0 || units == 0 ? share : 1;
+  for (int i = 0; i < a.parts; ++i) all += owned_halves(a, i);
+  const int share = all > 0 ? halves * blocks / all : 0;
+  return share > halves ? halves : share > 0 || halves == 0 ? share : 1;
 }
-AQLM_HD constexpr int owned_smem(int variant, int pairs, int tokens, int rows) {
-  const int own = (pairs + owned(variant).cluster - 1) / owned(variant).cluster;
-  return 256 * 256 + own * tokens * 128 + (tokens * owned(variant).warps + 2) * rows * 4 +
-         (owned(variant).cluster > 1 ? tokens * rows * 4 + 8 : 0);
+inline int owned_smem(int pairs, int tokens, int rows) {
+  return kOwnedTable + pairs * tokens * 128 + (tokens * kOwnedWarps + 2) * rows * 4;
+}
+// In brackets what ran before. 2x8, us: 4096 x 4096 M = 1 4.22 (4.67), 2 5.1 (8.0), 4 6.5 (8.1); 14336
+// x 4096 M = 1 9.7 (10.2), 2 10.2 (13.0), 4 11.8 (15.2); 4096 x 14336 9.9 (10.2), 10.8 (13.7), 12.5
+// (13.9); 28672 x 8192 28.5 (23.5), 30.7 (34.3), 31.5 (36.2). 1x8: 4096 x 4096 M = 1 2.9 (3.8), 4 5.1
+// (6.5); 14336 x 4096 6.8 (6.8), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 9.7 (9.9); 28672 x 8192 21 (15.6),
+// 22.5 (19.8). H200, 2026-11-29.
+inline bool owned_wins(int codebooks, long long cells, int tokens) {
+  return tokens == 1 && codebooks == 1 ? cells < 10000 : cells < 50000 || (tokens > 1 && codebooks == 2);
+}
+// One token, a half for each block and all codes of a warp in flight.
+inline bool owned_short(int pairs, int tokens, int rows) {
+  return tokens == 1 && rows <= 32 && pairs <= kOwnedWarps * kOwnedDepth;
 }
 
 struct MmaRow {
