@@ -386,8 +386,8 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, 10 mma_ring, 11 owned, -1: as tuned) and dependent
-// launch of every later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, 10 mma_ring, 11 owned_int8, -1: as tuned) and
+// dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

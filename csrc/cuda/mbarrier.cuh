@@ -54,14 +54,6 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :: "r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)) : "memory");
 }
-// Stores a float to where `to` is in block `rank` of the cluster, whose barrier counts its bytes.
-__device__ __forceinline__ void store_remote(const float* to, const uint64_t* barrier, int rank,
-                                             float v) {
-  asm volatile(
-      "{\n.reg .b32 a, b;\nmapa.shared::cluster.u32 a, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], %3, [b];\n}"
-      :: "r"(smem_address(to)), "r"(smem_address(barrier)), "r"(rank), "f"(v) : "memory");
-}
 // Of a ring, by one thread: `full` is announced by the producer, `empty` by each of the readers.
 template <int kStages>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int readers) {

@@ -22,7 +22,7 @@
 //           SM; before the wait for the kernel before: tables, codes and the first entries
 //   else    a block an SM; it starts when the kernel before ends, and asks for x before its table
 // Bytes of shared memory per weight and codebook: 1; LDS.64 takes two wavefronts where columns.cuh
-// takes one. Architectures sm_80+. H200, 2026-11-29, 2x8: docs/notes/cuda.md, "Third session".
+// takes one, so a large matrix is faster there at one token. Architectures sm_90+.
 #pragma once
 
 #include <type_traits>
@@ -57,6 +57,7 @@ struct OwnedCodes {
 template <typename T, int B, int kTiles, bool kShort>
 __global__ void __launch_bounds__(tune::kOwnedWarps * 32, kShort ? 2 : 1)
 owned_int8_kernel(const __grid_constant__ MatmulParams p) {
+#if __CUDA_ARCH__ >= 900
   using Codes = OwnedCodes<uint4, B>;
   using Kept = std::conditional_t<kShort, OwnedCodes<uint2, B>, Codes>;
   constexpr int kWarps = tune::kOwnedWarps, kThreads = kWarps * 32, kOctets = 4;
@@ -359,6 +360,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
       static_cast<T*>(p.y)[size_t(m) * a.out_groups() + row + i] =
           from_float<T>(sum * row_scales[i] + row_scales[most_rows + i]);
     }
+#endif
 }
 
 }  // namespace aqlm

@@ -42,7 +42,8 @@ __device__ __forceinline__ uint32_t load_early(const void* p) {
 // The same of 8 bytes and of a 16-bit value.
 __device__ __forceinline__ uint2 load_early8(const void* p) {
   uint2 v;
-  asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
   return v;
 }
 template <typename T>

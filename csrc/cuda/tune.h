@@ -151,13 +151,14 @@ AQLM_HD int owned_blocks(const Additive& a, int part, int blocks) {
 inline int owned_smem(int pairs, int tokens, int rows) {
   return kOwnedTable + pairs * tokens * 128 + (tokens * kOwnedWarps + 2) * rows * 4;
 }
-// In brackets what ran before. 2x8, us: 4096 x 4096 M = 1 4.22 (4.67), 2 5.1 (8.0), 4 6.5 (8.1); 14336
-// x 4096 M = 1 9.7 (10.2), 2 10.2 (13.0), 4 11.8 (15.2); 4096 x 14336 9.9 (10.2), 10.8 (13.7), 12.5
-// (13.9); 28672 x 8192 28.5 (23.5), 30.7 (34.3), 31.5 (36.2). 1x8: 4096 x 4096 M = 1 2.9 (3.8), 4 5.1
-// (6.5); 14336 x 4096 6.8 (6.8), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 9.7 (9.9); 28672 x 8192 21 (15.6),
-// 22.5 (19.8). H200, 2026-11-29.
+// us, in brackets what ran before (H200, 2026-11-29; M = 1, 2, 4). 2x8: 4096 x 4096 4.2 (4.7), 5.1
+// (8.0), 6.5 (8.1); 14336 x 4096 9.7 (10.2), 10.2 (13.0), 11.8 (15.2); 4096 x 14336 9.9 (10.2), 10.8
+// (13.7), 12.5 (13.9); 28672 x 8192 28.5 (23.5), 30.7 (34.3), 31.5 (36.2). 1x8, M = 1, 4: 4096 x 4096
+// 2.9 (3.8), 5.1 (6.5); 14336 x 4096 6.8 (6.8), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 9.7 (9.9); 28672 x
+// 8192 21.3 (15.6), 22.5 (19.8).
 inline bool owned_wins(int codebooks, long long cells, int tokens) {
-  return tokens == 1 && codebooks == 1 ? cells < 10000 : cells < 50000 || (tokens > 1 && codebooks == 2);
+  if (codebooks == 1) return cells < (tokens == 1 ? 10000 : 50000);
+  return tokens > 1 || cells < 50000;
 }
 // One token, a half for each block and all codes of a warp in flight.
 inline bool owned_short(int pairs, int tokens, int rows) {
