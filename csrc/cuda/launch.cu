@@ -57,15 +57,16 @@ int owned_pairs(const Additive& a) {
   return a.codebooks == 1 ? a.units() : ceil_div(a.units(), 2);
 }
 
-// Blocks of kOwned of all parts, if about `blocks` share them, and the most rows of one.
-int owned_grid(const Additive& a, int blocks, int* rows) {
+// Blocks of kOwned of all parts, if about `blocks` share them, and the most rows of one, which are
+// pieces of so many.
+int owned_grid(const Additive& a, int blocks, int piece, int* rows) {
   int grid = 0, most = 0;
   for (int i = 0; i < a.parts; ++i) {
-    const int own = tune::owned_blocks(a, i, blocks);
+    const int own = tune::owned_blocks(a, i, piece, blocks);
     grid += own;
-    if (own > 0) most = std::max(most, ceil_div(tune::owned_halves(a, i), own));
+    if (own > 0) most = std::max(most, ceil_div(tune::owned_pieces(a, i, piece), own));
   }
-  *rows = most * 32;
+  *rows = most * piece;
   return grid;
 }
 
@@ -139,7 +140,8 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
     int owned_rows = 0;
-    owned_grid(a, device.sms, &owned_rows);
+    const int owned_piece = tune::owned_piece(cells, a, tokens);
+    owned_grid(a, device.sms, owned_piece, &owned_rows);
     const int pairs = owned_pairs(a);
     const bool owned_short = tune::owned_short(pairs, tokens, owned_rows);
     const bool owned_fits = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
@@ -166,7 +168,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     if (owned) {
       c.body = Body::kOwned;
       c.token_tile = round_up_tile(tokens, 2, 2);
-      c.variant = owned_short;
+      c.variant = owned_short ? 0 : owned_piece;
       if (owned_short) c.carveout = 100;  // for two blocks an SM
     } else if (wgmma_long) {
       c.body = Body::kWgmmaLong;
@@ -228,7 +230,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.lanes = 1;
   if (c.body == Body::kOwned) {
     s.ctas = device.sms;
-    s.grid = owned_grid(a, s.ctas, &s.group_rows);
+    s.grid = owned_grid(a, s.ctas, c.variant == 64 ? 64 : 32, &s.group_rows);
     return;
   }
   if (c.body == Body::kLut) {

@@ -14,7 +14,7 @@
 //
 //   entry e: | 16 copies of 8 bytes of codebook 0 | of codebook 1 |    256 bytes, 64 KB
 //     A lane reads its own banks, one PRMT makes the address (see columns.cuh).
-//   warp: halves of 64-row blocks of the layout in turn; of each half its share of K. Codes come
+//   warp: pieces of 64-row blocks of the layout in turn; of each half its share of K. Codes come
 //     straight to registers. The scale of its x is that of its share: max|x| / 32639.
 //
 // Two forms:
@@ -53,16 +53,17 @@ struct OwnedCodes {
   Word unit[B];
 };
 
-// kTiles: MMA column tiles (two tokens each).
-template <typename T, int B, int kTiles, bool kShort>
+// kTiles: MMA column tiles (two tokens each). kOctets: of rows, that a warp has sums of: 4 or 8.
+template <typename T, int B, int kTiles, int kOctets, bool kShort>
 __global__ void __launch_bounds__(tune::kOwnedWarps * 32, kShort ? 2 : 1)
 owned_int8_kernel(const __grid_constant__ MatmulParams p) {
 #if __CUDA_ARCH__ >= 900
   using Codes = OwnedCodes<uint4, B>;
   using Kept = std::conditional_t<kShort, OwnedCodes<uint2, B>, Codes>;
-  constexpr int kWarps = tune::kOwnedWarps, kThreads = kWarps * 32, kOctets = 4;
+  constexpr int kWarps = tune::kOwnedWarps, kThreads = kWarps * 32;
+  constexpr int kRows = kOctets * 8;            // of a piece of the layout, a whole or half block
   constexpr int kDepth = tune::kOwnedDepth;    // pairs whose codes are in registers
-  constexpr int kReady = kShort ? 1 : B;       // codebooks of a pair that are looked up ahead
+  constexpr int kReady = kShort || kOctets == 8 ? 1 : B;  // codebooks of a pair, looked up ahead
   constexpr int kItems = kShort ? 1 : tune::kOwnedColumns / 256 / kWarps;  // vectors of x of a lane
   constexpr int kGroup = kShort ? 1 : 2;       // tokens whose x is loaded at once
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -82,26 +83,26 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   if constexpr (!kShort) keep(column);
   grid_dependents_start();
 
-  // Rows of this block: halves `first` .. of its part. The first `rest` blocks have one more.
+  // Rows of this block: pieces `first` .. of its part. The first `rest` blocks have one more.
   int part = 0, tile = 0, block = blockIdx.x, blocks = gridDim.x;
   if (a.parts > 1) {
-    blocks = tune::owned_blocks(a, 0, p.s.ctas);
+    blocks = tune::owned_blocks(a, 0, kRows, p.s.ctas);
 #pragma unroll 1
     while (block >= blocks) {
       block -= blocks;
       tile += (a.rows_of(part) + kBlockRows - 1) / kBlockRows;
-      blocks = tune::owned_blocks(a, ++part, p.s.ctas);
+      blocks = tune::owned_blocks(a, ++part, kRows, p.s.ctas);
     }
   }
-  int first = block, halves = 1;
+  int first = block, pieces = 1;
   if constexpr (!kShort) {
-    const int all = tune::owned_halves(a, part), each = all / blocks, rest = all - each * blocks;
+    const int all = tune::owned_pieces(a, part, kRows), each = all / blocks, rest = all - each * blocks;
     first = block * each + min(block, rest);
-    halves = each + (block < rest);
+    pieces = each + (block < rest);
   }
-  const int row = a.row0[part] + first * 32;
-  const int rows = min(halves * 32, a.row0[part + 1] - row);
-  const int total = halves * count;
+  const int row = a.row0[part] + first * kRows;
+  const int rows = min(pieces * kRows, a.row0[part + 1] - row);
+  const int total = pieces * count;
 
   // The warp's stream of codes. Past the end the last again, and for a step that is not there (its
   // x is zero) the one before it. All addresses first: a register of an earlier load that becomes
@@ -109,8 +110,8 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const size_t unit_stride = size_t(p.s.tiles) * kUnitBytes;
   const uint8_t* const codes =
       p.packed + share * (B * unit_stride) + size_t(tile) * kUnitBytes + lane * 16;
-  const uint8_t* from = codes + first / 2 * kUnitBytes;
-  int fetched = 0, fetch_pair = 0, fetch_half = first;
+  const uint8_t* from = codes + first * kOctets / 8 * kUnitBytes;
+  int fetched = 0, fetch_pair = 0, fetch_piece = first;
   auto fetch = [&](Codes (&ring)[kDepth], int slot, auto at_once) {
     constexpr int kPairs = decltype(at_once)::value;
     if (fetched >= total) return;
@@ -124,7 +125,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
         from += B * unit_stride;
         if (++fetch_pair == count) {
           fetch_pair = 0;
-          from = codes + ++fetch_half / 2 * kUnitBytes;
+          from = codes + ++fetch_piece * kOctets / 8 * kUnitBytes;
         }
       }
     }
@@ -249,29 +250,31 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   }
   __syncthreads();
 
-  int look_pair = 0, look_half = first;
+  int look_pair = 0, look_piece = first;
   auto look_up = [&](const Kept& c, int book, uint32_t (&to)[kOctets][4]) {
-    uint32_t w[2];  // codes of the vectors t and 4 + t of a pair
+    uint2 w[2];  // codes of the vectors t and 4 + t of a pair
     const auto even = c.unit[0], odd = c.unit[B - 1];
     if constexpr (kShort) {
-      w[0] = book == 0 ? even.x : even.y;
-      w[1] = B == 2 && book == 0 ? odd.x : odd.y;
+      w[0].x = book == 0 ? even.x : even.y;
+      w[1].x = B == 2 && book == 0 ? odd.x : odd.y;
     } else {
-      const bool upper = look_half % 2;
-      const uint32_t e0 = upper ? even.y : even.x, e1 = upper ? even.w : even.z;
-      const uint32_t o0 = upper ? odd.y : odd.x, o1 = upper ? odd.w : odd.z;
-      w[0] = book == 0 ? e0 : e1;
-      w[1] = B == 2 && book == 0 ? o0 : o1;
-      if (book == B - 1 && ++look_pair == count) {
-        look_pair = 0;
-        ++look_half;
+      w[0] = book == 0 ? make_uint2(even.x, even.y) : make_uint2(even.z, even.w);
+      w[1] = B == 2 && book == 0 ? make_uint2(odd.x, odd.y) : make_uint2(odd.z, odd.w);
+      if constexpr (kOctets == 4) {
+        const bool upper = look_piece % 2;
+        w[0].x = upper ? w[0].y : w[0].x;
+        w[1].x = upper ? w[1].y : w[1].x;
+        if (book == B - 1 && ++look_pair == count) {
+          look_pair = 0;
+          ++look_piece;
+        }
       }
     }
 #pragma unroll
     for (int o = 0; o < kOctets; ++o)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint32_t at = __byte_perm(w[j], column, 0x7604 | o << 4);
+        const uint32_t at = __byte_perm(o < 4 ? w[j].x : w[j].y, column, 0x7604 | o % 4 << 4);
         const uint2 v = book == 0 ? table_entry<0>(at) : table_entry<128>(at);
         to[o][2 * j] = v.x;
         to[o][2 * j + 1] = v.y;
@@ -305,7 +308,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   const unsigned char* x_lane[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) x_lane[n] = x_own + min(2 * n + g / 4, tokens - 1) * 128 + t * 8;
-  int done_pair = 0, done_half = 0;
+  int done_pair = 0, done_piece = 0;
   for (int i = 0; i < total; i += kDepth) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
@@ -338,12 +341,12 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
           float v = t % 2 ? sum : 256.f * sum;
           v = (v + __shfl_xor_sync(~0u, v, 1)) * x_scale[n];
           if (t % 2 == 0 && m < tokens)
-            exchange[(m * kWarps + warp) * most_rows + done_half * 32 + o * 8 + g] = v;
+            exchange[(m * kWarps + warp) * most_rows + done_piece * kRows + o * 8 + g] = v;
 #pragma unroll
           for (int c = 0; c < 4; ++c) acc[o][n][c] = 0;
         }
       done_pair = 0;
-      ++done_half;
+      ++done_piece;
     }
     if constexpr (kShort) break;  // else all addresses are made before the loop, and spilled
   }

@@ -140,13 +140,15 @@ constexpr int kOwnedWarps = 16;
 constexpr int kOwnedDepth = 4;
 constexpr int kOwnedTable = 256 * 256;
 constexpr int kOwnedMaxSmem = 227 << 10;  // of Hopper
-AQLM_HD int owned_halves(const Additive& a, int part) { return ceil_div(a.rows_of(part), 32); }
-AQLM_HD int owned_blocks(const Additive& a, int part, int blocks) {
-  const int halves = owned_halves(a, part);
+AQLM_HD int owned_pieces(const Additive& a, int part, int rows) {
+  return ceil_div(a.rows_of(part), rows);
+}
+AQLM_HD int owned_blocks(const Additive& a, int part, int rows, int blocks) {
+  const int pieces = owned_pieces(a, part, rows);
   int all = 0;
-  for (int i = 0; i < a.parts; ++i) all += owned_halves(a, i);
-  const int share = all > 0 ? halves * blocks / all : 0;
-  return share > halves ? halves : share > 0 || halves == 0 ? share : 1;
+  for (int i = 0; i < a.parts; ++i) all += owned_pieces(a, i, rows);
+  const int share = all > 0 ? pieces * blocks / all : 0;
+  return share > pieces ? pieces : share > 0 || pieces == 0 ? share : 1;
 }
 inline int owned_smem(int pairs, int tokens, int rows) {
   return kOwnedTable + pairs * tokens * 128 + (tokens * kOwnedWarps + 2) * rows * 4;
@@ -159,6 +161,10 @@ inline int owned_smem(int pairs, int tokens, int rows) {
 inline bool owned_wins(int codebooks, long long cells, int tokens) {
   if (codebooks == 1) return cells < (tokens == 1 ? 10000 : 50000);
   return tokens > 1 || cells < 50000;
+}
+// Rows of a piece: whole blocks are loaded once, halves are shared out more evenly.
+inline int owned_piece(long long cells, const Additive& a, int tokens) {
+  return tokens <= 2 && a.tile0(a.parts) > 132 ? 64 : 32;
 }
 // One token, a half for each block and all codes of a warp in flight.
 inline bool owned_short(int pairs, int tokens, int rows) {
