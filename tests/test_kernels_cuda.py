@@ -70,6 +70,28 @@ def test_int8_matmul(scheme, N, K, dtype):
         assert (y - expected).norm() <= INT8 * expected.norm(), f"M={M}"
 
 
+# Few tokens in int8: a block or a cluster has its rows and all of K. Rows of one and of several
+# blocks, K of every form of the kernel, odd numbers of 32-column steps, more K than it takes.
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x8-g8", "aqlm-2x6-g8"])
+@pytest.mark.parametrize(
+    ("N", "K"), [(70, 264), (4100, 328), (9001, 136), (130, 4096), (66, 4136), (40, 16392)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_of_few_tokens(scheme, N, K, dtype):
+    layer = random_layer(scheme, N, K, dtype)
+    quant, weight = make(layer, "int8"), layer.weight()
+    for M in (1, 2, 3, 4):
+        x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+        x[0, K // 2] = 30
+        wide = torch.full((M, K + 8), float("nan"), dtype=dtype, device="cuda")
+        wide[:, :K] = x.cuda()
+        y = quant(wide[:, :K])
+        assert torch.equal(y, quant(wide[:, :K])), f"M={M}: two runs differ"
+        expected = x.double() @ weight.T + layer.bias.double()
+        error = (y.cpu().double() - expected).norm()
+        assert error <= INT8 * expected.norm(), f"M={M}: {error / expected.norm()}"
+
+
 @pytest.mark.parametrize("name", GOLDEN_LAYERS)
 def test_golden_forward(name):
     format, spec, tensors = golden_layer(name)
@@ -92,19 +114,31 @@ def test_storage_and_dequantize(scheme, N, K, dtype):
     assert torch.equal(quant.weight.cpu(), layer.format.dequantize(layer.tensors))
 
 
-@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-2x4-g8-o2"])
-@pytest.mark.parametrize("M", [1, 4, 40, 200])
-def test_fused_parts(scheme, M):
-    sizes, K = (66, 34, 130), 88
+def fused_parts(scheme, sizes, K, M, precision):
+    """One call of several parts: y, what it should be, x and the weight."""
     parts = [random_layer(scheme, n, K, torch.float16, seed=n) for n in sizes]
     fused = {k: torch.cat([p.tensors[k] for p in parts]).cuda() for k in parts[0].tensors}
     bias = torch.cat([p.bias for p in parts])
     x = random_input(M, K, torch.float16)
     format = parts[0].format
-    packed = calls.repack(format, fused, sizes, "exact")
-    y = calls.matmul(format, x.cuda(), packed, fused, bias.cuda(), sizes, "exact").cpu()
+    packed = calls.repack(format, fused, sizes, precision)
+    y = calls.matmul(format, x.cuda(), packed, fused, bias.cuda(), sizes, precision).cpu()
     weight = torch.cat([p.weight() for p in parts])
-    assert_close(y, x.double() @ weight.T + bias.double(), x, weight, torch.float16)
+    return y, x.double() @ weight.T + bias.double(), x, weight
+
+
+@pytest.mark.parametrize("scheme", ["aqlm-2x8-g8", "aqlm-1x16-g8", "aqlm-2x4-g8-o2"])
+@pytest.mark.parametrize("M", [1, 4, 40, 200])
+def test_fused_parts(scheme, M):
+    y, expected, x, weight = fused_parts(scheme, (66, 34, 130), 88, M, "exact")
+    assert_close(y, expected, x, weight, torch.float16)
+
+
+@pytest.mark.parametrize("sizes", [(66, 34, 130), (4096, 40, 1000)])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 9])
+def test_int8_fused_parts(sizes, M):
+    y, expected, _, _ = fused_parts("aqlm-2x8-g8", sizes, 264, M, "int8")
+    assert (y.double() - expected).norm() <= INT8 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

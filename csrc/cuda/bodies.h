@@ -10,6 +10,8 @@ cudaError_t launch_lut(const LaunchConfig& c, const MatmulParams& p, cudaStream_
 template <typename T>
 cudaError_t launch_columns(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
+cudaError_t launch_owned(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
+template <typename T>
 cudaError_t launch_mma_exact(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_mma_int8(const LaunchConfig& c, const MatmulParams& p, cudaStream_t stream);

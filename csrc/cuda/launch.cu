@@ -53,6 +53,23 @@ int ctas_per_sm(const LaunchConfig& c, const Additive& a) {
   return tune::mma_ctas_per_sm(a.codebooks, tiles);
 }
 
+int owned_pairs(const Additive& a) {
+  return a.codebooks == 1 ? a.units() : ceil_div(a.units(), 2);
+}
+
+// Blocks of kOwned of all parts, if about `blocks` share them, and the most rows of one, which are
+// pieces of so many.
+int owned_grid(const Additive& a, int blocks, int piece, int* rows) {
+  int grid = 0, most = 0;
+  for (int i = 0; i < a.parts; ++i) {
+    const int own = tune::owned_blocks(a, i, piece, blocks);
+    grid += own;
+    if (own > 0) most = std::max(most, ceil_div(tune::owned_pieces(a, i, piece), own));
+  }
+  *rows = most * piece;
+  return grid;
+}
+
 }  // namespace
 
 cudaError_t device_info(int device, DeviceInfo* info) {
@@ -122,11 +139,22 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                       tokens >= tune::kWgmmaInt8First && tokens <= tune::kWgmmaInt8Tokens;
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
+    int owned_rows = 0;
+    const int owned_piece = tune::owned_piece(cells, a, tokens);
+    owned_grid(a, device.sms, owned_piece, &owned_rows);
+    const int pairs = owned_pairs(a);
+    const bool owned_short = tune::owned_short(pairs, tokens, owned_rows);
+    const bool owned_fits = mma && int8 && a.codebooks <= 2 && device.arch == 90 && !image &&
+                            tokens <= tune::kOwnedTokens &&
+                            a.in_features() <= tune::kOwnedColumns &&
+                            tune::owned_smem(pairs, tokens, owned_rows) <= device.max_smem;
+    bool owned = owned_fits && tune::owned_wins(a.codebooks, cells, tokens);
     const int long_tokens = tune::long_tokens(a.codebooks, cells);
     bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kLongFirst && tokens <= long_tokens;
 #ifdef AQLM_TUNE
     if (g_body >= 0) {
+      owned = owned_fits && g_body == 11;
       wgmma_long = g_body == 9;
       lut = g_body == 0;
       wgmma_int8 = g_body == 7;
@@ -137,7 +165,12 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     }
     if (g_body == 2) return c;
 #endif
-    if (wgmma_long) {
+    if (owned) {
+      c.body = Body::kOwned;
+      c.token_tile = round_up_tile(tokens, 2, 2);
+      c.variant = owned_short ? 0 : owned_piece;
+      if (owned_short) c.carveout = 100;  // for two blocks an SM
+    } else if (wgmma_long) {
       c.body = Body::kWgmmaLong;
       c.precision = Precision::kExact;
       c.token_tile = 256;
@@ -195,6 +228,11 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
   s.tiles = a.tile0(a.parts);
   s.classes = 1;
   s.lanes = 1;
+  if (c.body == Body::kOwned) {
+    s.ctas = device.sms;
+    s.grid = owned_grid(a, s.ctas, c.variant == 64 ? 64 : 32, &s.group_rows);
+    return;
+  }
   if (c.body == Body::kLut) {
     s.group_rows = tune::lut_group_rows(c.variant);
   } else if (c.body == Body::kColumns) {
@@ -278,7 +316,7 @@ void make_schedule(const LaunchConfig& c, const DeviceInfo& device, MatmulParams
 Workspace workspace_of(const LaunchConfig& c, const MatmulParams& p) {
   Workspace w = {};
   const Schedule& s = p.s;
-  if (c.body == Body::kGather) return w;
+  if (c.body == Body::kGather || c.body == Body::kOwned) return w;
   const size_t slots = size_t(s.cells / s.units) * s.max_slots;
   w.partials = slots * s.slot_tokens * s.group_rows * sizeof(float);
   const bool int8 = c.precision == Precision::kInt8;
@@ -301,6 +339,7 @@ cudaError_t dispatch(const LaunchConfig& c, const MatmulParams& p, bool reduce,
                      cudaStream_t stream) {
   const bool int8 = c.precision == Precision::kInt8;
   if (c.body == Body::kGather) return launch_gather<T>(p, stream);
+  if (c.body == Body::kOwned) return launch_owned<T>(c, p, stream);
   cudaError_t e = cudaSuccess;
   const bool split = c.body == Body::kSplit || c.body == Body::kSplitWgmma;
   if ((split || int8) && c.token_tile > 1 && p.x != nullptr) e = launch_fragments<T>(c, p, stream);
@@ -349,8 +388,8 @@ cudaError_t launch_matmul(const LaunchConfig& c, const MatmulParams& p, cudaStre
 #ifdef AQLM_TUNE
 // For benchmarks/ladder/cuda: forces variant, CTAs per SM (0: as tuned; of the wgmma body: -1 one
 // pass a launch, -2 all items cut, -3 whole waves not cut), body (0 table, 1 mma, 2 dequantize,
-// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, 10 mma_ring, -1: as tuned) and dependent
-// launch of every later call.
+// 3 wgmma, 7 wgmma_int8, 8 wgmma_wide, 9 wgmma_long, 10 mma_ring, 11 owned_int8, -1: as tuned) and
+// dependent launch of every later call.
 extern "C" __attribute__((visibility("default"))) void aqlm_cuda_override(int variant,
                                                                           int occupancy, int body,
                                                                           int dependent) {

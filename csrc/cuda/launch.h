@@ -16,7 +16,7 @@ enum class Precision : int { kExact = 0, kInt8 = 1 };
 // Which matmul body runs. Each sums a (row group) x (K units) grid that is cut evenly over blocks.
 enum class Body : int {
   kLut = 0, kMma = 1, kSplit = 2, kGather = 3, kWgmma = 4, kSplitWgmma = 5, kColumns = 6,
-  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9, kMmaRing = 10
+  kWgmmaInt8 = 7, kWgmmaWide = 8, kWgmmaLong = 9, kMmaRing = 10, kOwned = 11
 };
 
 // Stream-K schedule: `ctas` blocks per class share items * units cells in linear order, so an item
@@ -24,7 +24,7 @@ enum class Body : int {
 // kernel adds in order. Items that fill whole waves are not cut and need no partials.
 struct Schedule {
   int groups;         // row groups of all parts
-  int group_rows;     // rows per group, a power of two
+  int group_rows;     // rows per group, a power of two (kOwned: of a block, a multiple of 16)
   int group_shift;    // log2(group_rows)
   int tile_shift;     // log2 of the rows of a row tile
   int units;          // K units per row group
@@ -33,7 +33,7 @@ struct Schedule {
   int whole;          // items that one block computes alone, `grid` blocks in turn (kWgmma)
   int cells;          // (items - whole) * units, cut evenly over `ctas`
   int ctas;           // blocks per class that share the cells
-  int grid;           // blocks (kWgmma)
+  int grid;           // blocks (kWgmma, kOwned)
   int slot_tokens;    // tokens of a pass: a slot is [slot_tokens][group_rows]
   int classes;        // blocks that share one cell (split codebook dimensions): a power of two
   int lanes;          // partial slots that one block writes per piece (warps along K)
@@ -63,7 +63,8 @@ struct LaunchConfig {
   Body body;
   DType dtype;
   Precision precision;
-  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows
+  int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows;
+                   // kOwned: 1 short, 0
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
   int carveout = 0;  // enqueue.cuh; of kWgmma and kWgmmaInt8

@@ -39,6 +39,26 @@ __device__ __forceinline__ uint32_t load_early(const void* p) {
   return v;
 }
 
+// The same of 8 bytes and of a 16-bit value.
+__device__ __forceinline__ uint2 load_early8(const void* p) {
+  uint2 v;
+  asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ T load_early16(const T* p) {
+  unsigned short v;
+  asm volatile("ld.volatile.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+  return *reinterpret_cast<const T*>(&v);
+}
+
+// Brings the translation of an address, and its line to L2, while the previous kernel ends: the
+// first load after the wait took 1000 cycles.
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+
 // Address of a shared-memory object as the 32-bit value that cp.async takes.
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

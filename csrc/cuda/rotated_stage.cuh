@@ -51,12 +51,6 @@ __device__ __forceinline__ void load_eight(const RotatedMatmul& p, long long off
   }
 }
 
-// Brings the translation of an address, and its line to L2, while the previous kernel ends: the
-// first load after the wait took 1000 cycles.
-__device__ __forceinline__ void prefetch_line(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
-}
-
 // Word i of a column of a cell (K columns 4i .. 4i + 3) is what lane t of the MMA multiplies in
 // register `chunk` of its four B registers.
 template <bool kE8p>

@@ -133,6 +133,44 @@ inline int columns_variant(long long cells) {
   return cells < 20000 ? 1 : 2;
 }
 
+// owned_int8.cuh. Blocks have halves of 64-row blocks, `blocks` of them share all parts.
+constexpr int kOwnedTokens = 4;
+constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
+constexpr int kOwnedWarps = 16;
+constexpr int kOwnedDepth = 4;
+constexpr int kOwnedTable = 256 * 256;
+constexpr int kOwnedMaxSmem = 227 << 10;  // of Hopper
+AQLM_HD int owned_pieces(const Additive& a, int part, int rows) {
+  return ceil_div(a.rows_of(part), rows);
+}
+AQLM_HD int owned_blocks(const Additive& a, int part, int rows, int blocks) {
+  const int pieces = owned_pieces(a, part, rows);
+  int all = 0;
+  for (int i = 0; i < a.parts; ++i) all += owned_pieces(a, i, rows);
+  const int share = all > 0 ? pieces * blocks / all : 0;
+  return share > pieces ? pieces : share > 0 || pieces == 0 ? share : 1;
+}
+inline int owned_smem(int pairs, int tokens, int rows) {
+  return kOwnedTable + pairs * tokens * 128 + (tokens * kOwnedWarps + 2) * rows * 4;
+}
+// us, in brackets what ran before (H200, 2026-11-29; M = 1, 2, 4). 2x8: 4096 x 4096 4.2 (4.7), 5.1
+// (8.0), 6.5 (8.1); 14336 x 4096 9.7 (10.2), 10.2 (13.0), 11.8 (15.2); 4096 x 14336 9.9 (10.2), 10.8
+// (13.7), 12.5 (13.9); 28672 x 8192 28.5 (23.5), 30.7 (34.3), 31.5 (36.2). 1x8, M = 1, 4: 4096 x 4096
+// 2.9 (3.8), 5.1 (6.5); 14336 x 4096 6.8 (6.8), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 9.7 (9.9); 28672 x
+// 8192 21.3 (15.6), 22.5 (19.8).
+inline bool owned_wins(int codebooks, long long cells, int tokens) {
+  if (codebooks == 1) return cells < (tokens == 1 ? 10000 : 50000);
+  return tokens > 1 || cells < 50000;
+}
+// Rows of a piece: whole blocks are loaded once, halves are shared out more evenly.
+inline int owned_piece(long long cells, const Additive& a, int tokens) {
+  return tokens <= 2 && a.tile0(a.parts) > 132 ? 64 : 32;
+}
+// One token, a half for each block and all codes of a warp in flight.
+inline bool owned_short(int pairs, int tokens, int rows) {
+  return tokens == 1 && rows <= 32 && pairs <= kOwnedWarps * kOwnedDepth;
+}
+
 struct MmaRow {
   long long min_cells;
   int row_warps;

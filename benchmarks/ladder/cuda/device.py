@@ -240,6 +240,7 @@ ONE_CALL = [
     *(((B, 8, 8), M, BOTH, (0, 0, 1)) for B in (1, 2, 4) for M in (2, 12, 30, 60)),  # mma
     *(((B, 8, 8), M, ("exact",), (0, 0, 3)) for B in (1, 2, 4) for M in (9, 20, 40, 100)),  # wgmma
     *(((B, 8, 8), M, ("int8",), (0, 0, 7)) for B in (1, 2) for M in (5, 9, 20)),  # wgmma_int8
+    *(((B, 8, 8), M, ("int8",), (0, 0, 11)) for B in (1, 2) for M in (1, 2, 4)),  # owned_int8
     *(((B, 8, 8), M, ("exact",), (0, 0, 10)) for B in (1, 2) for M in (3, 16)),  # mma_ring
     *(((B, 8, 8), 200, ("exact",), (0, 0, 9)) for B in (1, 2)),  # wgmma_long
     *(((8, 8, 32), M, ("exact",), (0, 0, 8)) for M in (9, 40, 100)),  # wgmma_wide
