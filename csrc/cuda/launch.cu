@@ -140,7 +140,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
     bool ring = mma && a.codebooks <= 2 && device.arch == 90 && !int8 && !image &&
                 tokens >= tune::ring_first(a.codebooks, cells) && tokens <= tune::kRingTokens;
     int owned_rows = 0;
-    const int owned_piece = tune::owned_piece(cells, a, tokens);
+    const int owned_piece = tune::owned_piece(a, tokens, device.sms);
     owned_grid(a, device.sms, owned_piece, &owned_rows);
     const int pairs = owned_pairs(a);
     const bool owned_short = tune::owned_short(pairs, tokens, owned_rows);
@@ -148,7 +148,7 @@ LaunchConfig choose(const Additive& a, int tokens, DType dtype, Precision precis
                             tokens <= tune::kOwnedTokens &&
                             a.in_features() <= tune::kOwnedColumns &&
                             tune::owned_smem(pairs, tokens, owned_rows) <= device.max_smem;
-    bool owned = owned_fits && tune::owned_wins(a.codebooks, cells, tokens);
+    bool owned = owned_fits && tune::owned_wins(a.codebooks, cells, tokens, owned_piece);
     const int long_tokens = tune::long_tokens(a.codebooks, cells);
     bool wgmma_long = mma && a.codebooks <= 2 && device.arch == 90 &&
                       tokens >= tune::kLongFirst && tokens <= long_tokens;

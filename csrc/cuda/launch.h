@@ -64,7 +64,7 @@ struct LaunchConfig {
   DType dtype;
   Precision precision;
   int variant;    // kLut: row blocks per warp; kColumns: CTAs an SM; kMma: warps along rows;
-                   // kOwned: 1 short, 0
+                   // kOwned: rows of a piece, 0: the short form
   int token_tile; // tokens one pass of the body covers
   int passes;     // of one launch (more than one: kWgmma)
   int carveout = 0;  // enqueue.cuh; of kWgmma and kWgmmaInt8

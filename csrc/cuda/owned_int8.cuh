@@ -61,7 +61,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   using Codes = OwnedCodes<uint4, B>;
   using Kept = std::conditional_t<kShort, OwnedCodes<uint2, B>, Codes>;
   constexpr int kWarps = tune::kOwnedWarps, kThreads = kWarps * 32;
-  constexpr int kRows = kOctets * 8;            // of a piece of the layout, a whole or half block
+  constexpr int kRows = kOctets * 8;           // of a piece of the layout, a whole or half block
   constexpr int kDepth = tune::kOwnedDepth;    // pairs whose codes are in registers
   constexpr int kReady = kShort || kOctets == 8 ? 1 : B;  // codebooks of a pair, looked up ahead
   constexpr int kItems = kShort ? 1 : tune::kOwnedColumns / 256 / kWarps;  // vectors of x of a lane
@@ -96,7 +96,8 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
   }
   int first = block, pieces = 1;
   if constexpr (!kShort) {
-    const int all = tune::owned_pieces(a, part, kRows), each = all / blocks, rest = all - each * blocks;
+    const int all = tune::owned_pieces(a, part, kRows), each = all / blocks;
+    const int rest = all - each * blocks;
     first = block * each + min(block, rest);
     pieces = each + (block < rest);
   }
@@ -118,7 +119,7 @@ owned_int8_kernel(const __grid_constant__ MatmulParams p) {
     const uint8_t* at[kPairs][B];
 #pragma unroll
     for (int e = 0; e < kPairs; ++e) {
-      const bool odd = 2 * (share + fetch_pair) + 1 == units;
+      [[maybe_unused]] const bool odd = 2 * (share + fetch_pair) + 1 == units;
       at[e][0] = from;
       if constexpr (B == 2) at[e][1] = odd ? from : from + unit_stride;
       if (++fetched < total) {

@@ -133,7 +133,7 @@ inline int columns_variant(long long cells) {
   return cells < 20000 ? 1 : 2;
 }
 
-// owned_int8.cuh. Blocks have halves of 64-row blocks, `blocks` of them share all parts.
+// owned_int8.cuh. `blocks` blocks share the pieces of so many rows of all parts.
 constexpr int kOwnedTokens = 4;
 constexpr int kOwnedColumns = 16384;  // of x, that its warps can hold
 constexpr int kOwnedWarps = 16;
@@ -153,18 +153,19 @@ AQLM_HD int owned_blocks(const Additive& a, int part, int rows, int blocks) {
 inline int owned_smem(int pairs, int tokens, int rows) {
   return kOwnedTable + pairs * tokens * 128 + (tokens * kOwnedWarps + 2) * rows * 4;
 }
-// us, in brackets what ran before (H200, 2026-11-29; M = 1, 2, 4). 2x8: 4096 x 4096 4.2 (4.7), 5.1
-// (8.0), 6.5 (8.1); 14336 x 4096 9.7 (10.2), 10.2 (13.0), 11.8 (15.2); 4096 x 14336 9.9 (10.2), 10.8
-// (13.7), 12.5 (13.9); 28672 x 8192 28.5 (23.5), 30.7 (34.3), 31.5 (36.2). 1x8, M = 1, 4: 4096 x 4096
-// 2.9 (3.8), 5.1 (6.5); 14336 x 4096 6.8 (6.8), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 9.7 (9.9); 28672 x
-// 8192 21.3 (15.6), 22.5 (19.8).
-inline bool owned_wins(int codebooks, long long cells, int tokens) {
-  if (codebooks == 1) return cells < (tokens == 1 ? 10000 : 50000);
-  return tokens > 1 || cells < 50000;
+// Rows of a piece: where blocks have several, a whole 64-row block is loaded once and not twice (2x8
+// 14336 x 4096, M = 1 / 2: 9.5 us / 10.1, halves 9.9 / 10.4; M = 3: 12.9, halves 11.4).
+inline int owned_piece(const Additive& a, int tokens, int sms) {
+  return tokens <= 2 && a.tile0(a.parts) > sms ? 64 : 32;
 }
-// Rows of a piece: whole blocks are loaded once, halves are shared out more evenly.
-inline int owned_piece(long long cells, const Additive& a, int tokens) {
-  return tokens <= 2 && a.tile0(a.parts) > 132 ? 64 : 32;
+// us, in brackets what ran before (H200, 2026-11-29; M = 1, 2, 4). 2x8: 4096 x 4096 4.2 (4.7), 5.1
+// (8.0), 6.5 (8.1); 14336 x 4096 9.5 (10.4), 10.1 (13.2), 12.0 (15.3); 4096 x 14336 9.9 (10.2), 10.8
+// (13.7), 12.5 (13.9); 28672 x 8192 27.2 (23.9), 28 (34.3), 31.5 (36.2). 1x8: 4096 x 4096 2.9 (3.8),
+// 3.9 (6.4), 5.1 (6.5); 14336 x 4096 5.8 (7.2), 6.2 (9.2), 8.6 (11.0); 4096 x 14336 7.4 (6.7), 8.1
+// (9.5), 9.7 (9.9); 28672 x 8192 21 (15.6), 19 (19.7), 22 (19.8).
+inline bool owned_wins(int codebooks, long long cells, int tokens, int piece) {
+  if (codebooks == 1) return cells < (tokens == 1 && piece == 32 ? 10000 : 50000);
+  return tokens > 1 || cells < 50000;
 }
 // One token, a half for each block and all codes of a warp in flight.
 inline bool owned_short(int pairs, int tokens, int rows) {
