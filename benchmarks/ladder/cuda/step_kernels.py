@@ -1,8 +1,8 @@
-"""One call of every kernel of E8P between the matmuls of a decode step, for compute-sanitizer.
+"""One call of every kernel between E8P's matmuls in a decode step, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck python3 benchmarks/ladder/cuda/step_kernels.py
 
-Of the installed package: joined norms and SwiGLU, second kernels of few tokens.
+Of the installed package: joined norms and SwiGLU, second kernels of few tokens, attention.
 """
 
 import torch
@@ -14,6 +14,7 @@ from aqlm_infer.generation.rotated_ops import e8p_matmul_norm, e8p_matmul_swiglu
 
 NORMS = ((1024, 128, 1), (4096, 320, 1), (1024, 8192, 1), (2048, 192, 3), (4096, 8192, 16))
 GATED = ((14336, 192, 1), (14336, 128, 5), (28672, 64, 1))
+ATTENDED = ((2, 16, 4, 513, 128, 512), (1, 8, 1, 1000, 64, 700))  # B, H, Hkv, L, D, filled
 ROTATED = ((6144, 192, 1), (12288, 64, 3), (10240, 64, 1), (28672, 64, 1))
 
 
@@ -28,6 +29,10 @@ def weight(N: int, K: int) -> tuple:
 
 def rows(M: int, N: int) -> torch.Tensor:
     return torch.randn(M, N, device="cuda").half()
+
+
+def heads(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").half()
 
 
 @torch.no_grad()
@@ -45,6 +50,15 @@ def main() -> None:
         packed, sv, h, bits, residual, factor = weight(N, K)
         y = ops.e8p_matmul(rows(M, K), packed, sv, None, h, bits, residual, N, factor, 0, "exact")
         assert torch.isfinite(y).all(), f"rotation {N}x{K} M={M}"
+    for B, H, Hkv, L, D, filled in ATTENDED:
+        new, cache = heads(B, H + 2 * Hkv, D), [heads(B, Hkv, L, D) for _ in range(2)]
+        ids = torch.full((B, 1), filled, device="cuda")
+        mask = torch.ones(B, L, dtype=torch.bool, device="cuda")
+        y = torch.ops.aqlm_infer.step_attention(
+            *new.split((H, Hkv, Hkv), 1), heads(L, D), heads(L, D), ids, ids[0], *cache, mask,
+            0.1, 0
+        )  # fmt: skip
+        assert torch.isfinite(y).all(), f"attention {B}x{H}x{L}x{D}"
     torch.cuda.synchronize()
     print("step kernels OK", flush=True)
 
