@@ -42,23 +42,11 @@ __device__ __forceinline__ float block_absmax(const T* x, int K) {
   return v;
 }
 
-// High and low bytes of eight activations. 1.5 * 2^23 leaves an integer in the low bits of a float;
-// 128 more, and bits 8 .. 15 are the high byte, rounded, the low byte with its top bit flipped.
+// High and low bytes of eight activations.
 __device__ __forceinline__ void split_bytes(const float (&x)[8], float inverse, uint2* high,
                                             uint2* low) {
-  uint32_t h[2], l[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    uint32_t q[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      q[i] = __float_as_uint(fmaf(x[4 * j + i], inverse, 12582912.f + 128.f));
-    const uint32_t a = __byte_perm(q[0], q[1], 0x5140), b = __byte_perm(q[2], q[3], 0x5140);
-    h[j] = __byte_perm(a, b, 0x7632);
-    l[j] = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
-  }
-  *high = make_uint2(h[0], h[1]);
-  *low = make_uint2(l[0], l[1]);
+  split_four(x, inverse, high->x, low->x);
+  split_four(x + 4, inverse, high->y, low->y);
 }
 
 // kHalves: the layout of kSplitWgmma, `tiles` * 8 columns.

@@ -1,4 +1,4 @@
-// Conversions between the stored 16-bit types and float32.
+// Conversions between the stored 16-bit types, float32 and pairs of bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -63,6 +63,19 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
     out[2 * i] = f.x;
     out[2 * i + 1] = f.y;
   }
+}
+
+// Four values times `factor` as 16-bit integers: their high and their low bytes, a word of each.
+// 1.5 * 2^23 leaves an integer in the low bits of a float; 128 more, and bits 8 .. 15 are the high
+// byte, rounded, the low byte with its top bit flipped.
+__device__ __forceinline__ void split_four(const float* v, float factor, uint32_t& high,
+                                           uint32_t& low) {
+  uint32_t q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(v[i], factor, 12582912.f + 128.f));
+  const uint32_t a = __byte_perm(q[0], q[1], 0x5140), b = __byte_perm(q[2], q[3], 0x5140);
+  low = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
+  high = __byte_perm(a, b, 0x7632);
 }
 
 }  // namespace aqlm

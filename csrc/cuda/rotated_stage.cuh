@@ -90,20 +90,14 @@ __device__ __forceinline__ void prefetch_token(const RotatedMatmul& p, int first
     prefetch_line(static_cast<const char*>(p.x) + k * (p.x_type == DType::kFloat32 ? 4ll : 2ll));
 }
 
-// Integers of eight values, high and low bytes, to their places in a cell's column pair. Adding
-// 1.5 * 2^23 leaves an integer in the low bits of a float; 128 more, and bits 8 .. 15 are the high
-// byte, rounded, the low byte with its top bit flipped.
+// Integers of eight values, high and low bytes, to their places in a cell's column pair.
 template <bool kE8p>
 __device__ __forceinline__ void stage_eight(const float (&v)[8], float factor, uint8_t* cell,
                                             int eighth, const StageLayout& layout, int (&sum)[2]) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    uint32_t q[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      q[i] = __float_as_uint(fmaf(v[4 * j + i], factor, 12582912.f + 128.f));
-    const uint32_t a = __byte_perm(q[0], q[1], 0x5140), b = __byte_perm(q[2], q[3], 0x5140);
-    const uint32_t low = __byte_perm(a, b, 0x5410) ^ 0x80808080u, high = __byte_perm(a, b, 0x7632);
+    uint32_t high, low;
+    split_four(v + 4 * j, factor, high, low);
     sum[j] = 256 * __dp4a(static_cast<int>(high), 0x01010101, 0) +
              __dp4a(static_cast<int>(low), 0x01010101, 0);
     const int word = eighth * 2 + j;
