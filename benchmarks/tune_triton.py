@@ -3,8 +3,8 @@
 Writes triton_kernels/configs/<device>.json (--out), which ``triton_kernels/tuning.py`` reads:
 rows of --merge stay where nothing was measured, and what they name for a shape so far is measured
 beside the candidates. Times are CUDA-graph replays over weights from memory, of the matmul alone
-(no rotations), after a load that brings the device to its clocks. First --jobs processes compile
-every candidate, without opening the device (94 kernels of an H200 in 24 s of a core);
+(no rotations), after a load, so that the first are not of another state. First --jobs processes
+compile every candidate, without opening the device (94 kernels of an H200 in 24 s of a core);
 --compile-only stops there.
 """
 
@@ -43,7 +43,7 @@ TOKENS = (1, 16, 32, 64)
 FAMILIES = ("additive", "e8p", "scalar")
 COMPILED_N = 512  # rows of layers that are compiled for all others
 LARGEST_ERROR = 2e-3  # of a config's result, against the portable body's
-WARM_SECONDS = 2.0  # of load; an idle H200's first times were 6 to 14 % too long
+WARM_SECONDS = 2.0  # of load, so that all candidates find the device in one state
 
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "additive.lookup": {

@@ -7,6 +7,13 @@ namespace aqlm {
 
 constexpr int kRow = 512, kLocalBits = 9;
 
+// log2 of n / (factor * kRow): what is left of a rotation's power of two beside its rows.
+inline int log_q_of(const Rotation& r) {
+  int bits = 0;
+  while (r.factor << (bits + 1) <= r.n) ++bits;
+  return bits - kLocalBits;
+}
+
 // Partial sums of each row group of a matmul, of 512 rows; found out by the host, since a block that
 // begins when the matmul ends waits for its divisions.
 constexpr int kMostRowGroups = 112;

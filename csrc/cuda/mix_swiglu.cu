@@ -113,12 +113,6 @@ rotate_rows_kernel(const float* __restrict__ from, T* __restrict__ to) {
   *reinterpret_cast<uint2*>(to + at) = *reinterpret_cast<const uint2*>(y);
 }
 
-int log_q_of(const Rotation& r) {
-  int bits = 0;
-  while (r.factor << (bits + 1) <= r.n) ++bits;
-  return bits - kLocalBits;
-}
-
 template <typename T, int F, int kLogQ>
 cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
   const dim3 grid(kRow / kColumns, p.product.tokens);

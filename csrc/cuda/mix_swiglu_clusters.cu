@@ -270,12 +270,6 @@ mix_swiglu_kernel(const __grid_constant__ MixSwigluParams p,
   }
 }
 
-int log_q_of(const Rotation& r) {
-  int bits = 0;
-  while (r.factor << (bits + 1) <= r.n) ++bits;
-  return bits - kLocalBits;
-}
-
 template <typename T, int kLogQ>
 cudaError_t mix(const MixSwigluParams& p, cudaStream_t stream) {
   RowSlots slots;

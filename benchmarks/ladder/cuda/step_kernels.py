@@ -27,11 +27,7 @@ def weight(N: int, K: int) -> tuple:
     return ops.e8p_pack(codes, 2), sv, rotation.matrix("cuda"), *numbers
 
 
-def rows(M: int, N: int) -> torch.Tensor:
-    return torch.randn(M, N, device="cuda").half()
-
-
-def heads(*shape: int) -> torch.Tensor:
+def rows(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda").half()
 
 
@@ -51,11 +47,11 @@ def main() -> None:
         y = ops.e8p_matmul(rows(M, K), packed, sv, None, h, bits, residual, N, factor, 0, "exact")
         assert torch.isfinite(y).all(), f"rotation {N}x{K} M={M}"
     for B, H, Hkv, L, D, filled in ATTENDED:
-        new, cache = heads(B, H + 2 * Hkv, D), [heads(B, Hkv, L, D) for _ in range(2)]
+        new, cache = rows(B, H + 2 * Hkv, D), [rows(B, Hkv, L, D) for _ in range(2)]
         ids = torch.full((B, 1), filled, device="cuda")
         mask = torch.ones(B, L, dtype=torch.bool, device="cuda")
         y = torch.ops.aqlm_infer.step_attention(
-            *new.split((H, Hkv, Hkv), 1), heads(L, D), heads(L, D), ids, ids[0], *cache, mask,
+            *new.split((H, Hkv, Hkv), 1), rows(L, D), rows(L, D), ids, ids[0], *cache, mask,
             0.1, 0
         )  # fmt: skip
         assert torch.isfinite(y).all(), f"attention {B}x{H}x{L}x{D}"
